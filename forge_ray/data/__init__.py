@@ -1,0 +1,1 @@
+"""Datasets: import, synthesise, prepare, read and stream interaction logs and item vectors."""

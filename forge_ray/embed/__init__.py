@@ -1,0 +1,1 @@
+"""Item vectors before quantizing: fusing behaviour into what the user brought."""

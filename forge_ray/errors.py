@@ -1,0 +1,27 @@
+"""The few causes a run can fail for; the command line turns each into exit code 2 and one line.
+
+Every message follows one formula: `path/field must rule, got value. Do this.` Each class takes that
+message alone, so an error raised in a Ray worker arrives unchanged in the driver.
+"""
+
+from __future__ import annotations
+
+
+class ForgeError(Exception):
+    """Base of every failure that the user can act on."""
+
+
+class ConfigError(ForgeError, ValueError):
+    """A configuration value breaks a rule; nothing has been computed yet."""
+
+
+class DataError(ForgeError, ValueError):
+    """An input file, row or column breaks the data contract."""
+
+
+class ArtifactError(ForgeError):
+    """A stored artifact is missing, truncated, mismatched or in use."""
+
+
+class TrainingError(ForgeError):
+    """A training run diverged or lost its workers for good."""

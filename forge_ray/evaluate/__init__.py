@@ -1,0 +1,1 @@
+"""Item-level ranking metrics and the baselines that every table carries."""

@@ -1,0 +1,1 @@
+"""Generative retrieval over SIDs: training, constrained decoding, recommending."""

@@ -1,0 +1,1 @@
+"""Where forge-ray runs: joining or starting Ray."""

@@ -1,0 +1,1 @@
+"""Semantic IDs: quantizers, collision resolvers, the SID table and its scores."""

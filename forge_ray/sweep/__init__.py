@@ -1,0 +1,1 @@
+"""Pruned sweeps over SID designs: space, search, gate, trials, ledger, report."""
