@@ -1,1 +1,1 @@
-"""Datasets: import, synthesise, prepare, read and stream interaction logs and item vectors."""
+"""From raw logs to a dataset artifact: import, synthesise, prepare, describe, validate, stream."""
