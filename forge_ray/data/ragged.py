@@ -8,13 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import DTypeLike, NDArray
 
-ListLike = pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray | pa.ChunkedArray
+ListLike: TypeAlias = pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray | pa.ChunkedArray
 
 
 @dataclass(frozen=True, slots=True, eq=False)
