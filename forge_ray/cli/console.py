@@ -1,0 +1,106 @@
+"""What every command shares at the terminal: tables, JSON, progress and failures.
+
+Results go to standard output, everything else to standard error, so that `--json` can be piped.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.logging import RichHandler
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from forge_ray.artifacts import ArtifactStore
+
+stdout = Console()
+stderr = Console(stderr=True)
+
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", "-c", help="YAML file with the stage's configuration.")
+]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(help="key=value items that override the configuration.")
+]
+StoreUri = Annotated[
+    str,
+    typer.Option("--store", envvar="FORGE_RAY_STORE", help="Artifact store: a path or s3://… URI."),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for programs, not tables.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show Ray's logs and tracebacks.")]
+DEFAULT_STORE = "./forge-store"
+
+
+def open_store(uri: str) -> ArtifactStore:
+    """The store that `--store` names."""
+    return ArtifactStore(uri)
+
+
+def setup_logging(*, verbose: bool) -> None:
+    """Sends our log lines to standard error; libraries stay quiet unless verbose."""
+    handler = RichHandler(console=stderr, show_path=False, show_level=verbose, markup=False)
+    logging.basicConfig(
+        level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler]
+    )
+    logging.getLogger("forge_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+def emit(
+    rows: Sequence[Mapping[str, Any]] | Mapping[str, Any], *, title: str, as_json: bool
+) -> None:
+    """Prints rows (or one record) as JSON or as a table.
+
+    Args:
+        rows: Records with the same keys, or one record, printed as key and value.
+        title: Heading of the table.
+        as_json: JSON instead, one object or a list of objects, NaN as null.
+    """
+    if as_json:
+        text = json.dumps(rows, indent=2, ensure_ascii=False, default=str)
+        sys.stdout.write(text + "\n")
+        return
+    if isinstance(rows, Mapping):
+        rows = [{"": key, "value": value} for key, value in rows.items()]
+    print_table(rows, title=title)
+
+
+def print_table(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
+    """Prints records as one table, numbers right-aligned."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    table = Table(title=title, title_justify="left", header_style="bold")
+    for column in columns:
+        numeric = all(isinstance(row.get(column), (int, float, type(None))) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*[format_value(row.get(column)) for column in columns])
+    stdout.print(table)
+
+
+def format_value(value: Any) -> str:
+    """A cell: four significant decimals for fractions, `–` for nothing, thousands for counts."""
+    if value is None:
+        return "–"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if isinstance(value, float):
+        return f"{value:,.4f}" if abs(value) < 100 else f"{value:,.1f}"
+    return str(value)
+
+
+@contextmanager
+def working(description: str) -> Iterator[None]:
+    """Shows a spinner with the elapsed time while a long stage runs."""
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=stderr, transient=True) as progress:
+        progress.add_task(description)
+        yield

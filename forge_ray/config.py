@@ -1,0 +1,211 @@
+"""Typed configuration: dataclass defaults ← YAML ← mapping ← `key=value`, converted once.
+
+OmegaConf merges and checks types; nothing of it leaves this module. Everywhere else a
+configuration is a plain dataclass. A component that comes in several kinds (quantizer, resolver,
+generator) is a family: a direct subclass of `Component` is its root, and the root's subclasses are
+the choices, picked by the value of their `kind` field.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import json
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from forge_ray.errors import ConfigError
+
+T = TypeVar("T")
+
+
+@dataclasses.dataclass(kw_only=True)
+class Component:
+    """Base of configurations that come in several kinds; see the module docstring."""
+
+    kind: str = ""
+
+    @classmethod
+    def choices(cls) -> dict[str, type[Component]]:
+        """The kinds of this family, by name, in order of definition."""
+        found: dict[str, type[Component]] = {}
+        for child in cls.__subclasses__():
+            kind = child.__dataclass_fields__["kind"].default
+            if isinstance(kind, str) and _declares_kind(child):
+                found[kind] = child
+            found.update(child.choices())
+        return found
+
+
+def _declares_kind(cls: type) -> bool:
+    # A choice narrows `kind` to its own literal; an intermediate base inherits it.
+    return "kind" in inspect.get_annotations(cls)
+
+
+def load_config(
+    schema: type[T],
+    *,
+    path: str | Path | None = None,
+    overrides: Sequence[str] = (),
+    values: Mapping[str, Any] | None = None,
+) -> T:
+    """Builds one typed configuration from its sources, later ones winning.
+
+    Args:
+        schema: Dataclass that describes the configuration; its defaults come first.
+        path: YAML file, a mapping at its top.
+        overrides: `dotted.key=value` items; values are parsed as YAML.
+        values: Nested mapping, applied after the file and before `overrides`.
+
+    Returns:
+        An instance of `schema`; its `__post_init__` checks have run.
+
+    Raises:
+        ConfigError: Unknown key, wrong type, broken rule or unreadable file.
+    """
+    given = OmegaConf.create({})
+    if path is not None:
+        given = _merge(given, OmegaConf.create(_read_yaml(Path(path))))
+    if values is not None:
+        given = _merge(given, OmegaConf.create(_plain(dict(values))))
+    given = _merge(given, _dotlist(overrides))
+    try:
+        merged = OmegaConf.merge(_structured(schema, given, at=""), given)
+        return typing.cast(T, OmegaConf.to_object(merged))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def from_mapping(schema: type[T], mapping: Mapping[str, Any]) -> T:
+    """The configuration that `to_mapping` wrote, equal to the original."""
+    return load_config(schema, values=mapping)
+
+
+def to_mapping(config: Any) -> dict[str, Any]:
+    """A dataclass as nested dicts, lists and JSON scalars, keys in field order."""
+    return typing.cast("dict[str, Any]", _plain(dataclasses.asdict(config)))
+
+
+def to_yaml(config: Any) -> str:
+    """A dataclass as YAML that `load_config` reads back unchanged."""
+    return yaml.safe_dump(to_mapping(config), sort_keys=False, allow_unicode=True)
+
+
+def canonical_json(value: Any) -> str:
+    """One spelling per value: sorted keys, no spaces. Raises TypeError on non-JSON values."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def to_dotlist(mapping: Mapping[str, Any]) -> list[str]:
+    """`{"a.b": value}` as overrides whose values keep their type (`null`, `1e5`, `"on"`)."""
+    return [f"{key}={json.dumps(_plain(value))}" for key, value in mapping.items()]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, Path):
+        return str(value)
+    return value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ConfigError(f"{path} must be a YAML file, got no such file. Check the path.")
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} must be valid YAML, got: {error}. Fix the file.") from error
+    if content is None:
+        return {}
+    if not isinstance(content, dict):
+        kind = type(content).__name__
+        raise ConfigError(f"{path} must hold a mapping at its top, got {kind}. Write `key: value`.")
+    return content
+
+
+def _dotlist(overrides: Sequence[str]) -> DictConfig:
+    for item in overrides:
+        if "=" not in item:
+            raise ConfigError(f"override must be key=value, got {item!r}. Write {item}=….")
+    try:
+        return OmegaConf.from_dotlist(list(overrides))
+    except (OmegaConfBaseException, yaml.YAMLError) as error:
+        raise ConfigError(f"override must parse as YAML, got {error}. Quote the value.") from error
+
+
+def _merge(first: DictConfig, second: DictConfig) -> DictConfig:
+    try:
+        return typing.cast(DictConfig, OmegaConf.merge(first, second))
+    except OmegaConfBaseException as error:
+        raise ConfigError(_explain(error)) from error
+
+
+def _structured(schema: Any, given: Any, *, at: str) -> DictConfig:
+    """`schema` (a class or an instance) as a node whose families carry the kinds `given` asks."""
+    node = OmegaConf.structured(schema)
+    if not isinstance(given, DictConfig):
+        return node
+    cls = schema if isinstance(schema, type) else type(schema)
+    for name, hint in typing.get_type_hints(cls).items():
+        family = _dataclass_in(hint)
+        if family is None or name not in given or not isinstance(given[name], DictConfig):
+            continue
+        default = _default_of(schema, name)
+        here = f"{at}.{name}" if at else name
+        chosen = _choose(family, given[name], default, at=here)
+        keep = default is not None and type(default) is chosen
+        node[name] = _structured(default if keep else chosen, given[name], at=here)
+    return node
+
+
+def _default_of(schema: Any, name: str) -> Any:
+    if not isinstance(schema, type):
+        return getattr(schema, name)
+    field = {one.name: one for one in dataclasses.fields(schema)}[name]
+    if field.default_factory is not dataclasses.MISSING:
+        return field.default_factory()
+    return None if field.default is dataclasses.MISSING else field.default
+
+
+def _dataclass_in(hint: Any) -> type | None:
+    """The dataclass in `X` or `X | None`, else None."""
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    classes = [one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)]
+    return classes[0] if len(classes) == 1 else None
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _choose(family: type, given: DictConfig, default: Any, *, at: str) -> type:
+    if not issubclass(family, Component):
+        return family
+    choices = family.choices()
+    kind = given.get("kind", getattr(default, "kind", None))
+    if kind not in choices:
+        near = difflib.get_close_matches(str(kind), choices, n=1)
+        hint = f"Did you mean {near[0]!r}?" if near else f"Set {at}.kind."
+        raise ConfigError(f"{at}.kind must be one of {', '.join(choices)}, got {kind!r}. {hint}")
+    return choices[kind]
+
+
+def _explain(error: OmegaConfBaseException) -> str:
+    path = getattr(error, "full_key", None) or "configuration"
+    rule = str(error).splitlines()[0].rstrip(".")
+    if isinstance(error, ConfigKeyError):
+        known = getattr(error.object_type, "__dataclass_fields__", {})
+        fields = f" Known keys: {', '.join(known)}." if known else ""
+        return f"{path} must be a known key: {rule}.{fields}"
+    return f"{path} must have the declared type: {rule}. Change the value."

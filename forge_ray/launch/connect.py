@@ -1,0 +1,95 @@
+"""Joining a Ray cluster, or starting one here, without its log flood.
+
+Stages expect a running Ray and never start one themselves; the command line and the tests do it
+through this module.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+# Workers copy these from the driver. Ray Data's pause limit is off because a trainer that
+# evaluates or writes a checkpoint legitimately stops consuming for longer than any fixed time.
+_WORKER_ENV = {
+    "RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S": "-1",
+    "RAY_TRAIN_V2_ENABLED": "1",
+    "OMP_WAIT_POLICY": "passive",
+    "TOKENIZERS_PARALLELISM": "false",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+}
+# Read by Ray in this process, before it starts.
+_DRIVER_ENV = {
+    **_WORKER_ENV,
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    "RAY_DEDUP_LOGS": "1",
+    # Rich draws our progress; Ray's own bars and tables would fight it.
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+}
+_NOISY = ("ray", "ray.data", "ray.train", "ray.tune", "deepspeed", "DeepSpeed", "optuna")
+
+
+def connect(
+    *,
+    address: str | None = None,
+    num_cpus: int | None = None,
+    dashboard: bool = True,
+    verbose: bool = False,
+) -> None:
+    """Joins the Ray of `address`, or starts one on this machine; does nothing when connected.
+
+    Args:
+        address: Ray address; None reads RAY_ADDRESS and starts a local Ray where it is unset.
+            `local` always starts one.
+        num_cpus: CPUs of a local Ray; None counts those of the machine.
+        dashboard: Whether a local Ray serves its dashboard (on localhost).
+        verbose: Whether Ray's and the workers' own log lines reach this terminal.
+    """
+    for name, value in _DRIVER_ENV.items():
+        os.environ.setdefault(name, value)
+    quiet_logs(verbose=verbose)
+    if ray.is_initialized():
+        return
+    address = address or os.environ.get("RAY_ADDRESS")
+    is_local = address in (None, "", "local")
+    options: dict[str, object] = {"address": "local" if is_local else address}
+    if is_local:
+        options |= {"num_cpus": num_cpus, "include_dashboard": dashboard}
+    ray.init(
+        **options,
+        log_to_driver=verbose,
+        logging_level=logging.INFO if verbose else logging.ERROR,
+        runtime_env={"env_vars": _WORKER_ENV},
+    )
+    quiet_logs(verbose=verbose)
+
+
+def disconnect() -> None:
+    """Leaves Ray; a Ray that `connect` started ends with it."""
+    ray.shutdown()
+
+
+@contextmanager
+def connected(
+    *, address: str | None = None, num_cpus: int | None = None, verbose: bool = False
+) -> Iterator[None]:
+    """`connect` for the length of a block."""
+    connect(address=address, num_cpus=num_cpus, verbose=verbose)
+    try:
+        yield
+    finally:
+        disconnect()
+
+
+def quiet_logs(*, verbose: bool) -> None:
+    """Sets the log level of the libraries underneath: errors only, unless verbose."""
+    level = logging.INFO if verbose else logging.ERROR
+    for name in _NOISY:
+        logging.getLogger(name).setLevel(level)
