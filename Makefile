@@ -1,0 +1,49 @@
+# make demo            sweep over SID designs on a synthetic catalogue, ending in an HTML report
+# make demo DATA=dir   the same on your interactions, items and vectors
+# make test            everything that runs in minutes; test-slow and test-services run the rest
+PYTHON ?= python3
+VENV ?= .venv
+STORE ?= forge-store
+BIN := $(VENV)/bin
+export RAY_USAGE_STATS_ENABLED := 0
+export FORGE_RAY_STORE := $(STORE)
+
+.PHONY: demo test test-slow test-services lint docs-check setup clean
+.DEFAULT_GOAL := demo
+
+setup:
+	@echo "setting up $(VENV) (the first time installs the dependencies) …"
+	@$(PYTHON) scripts/setup_venv.py $(VENV)
+
+demo: setup
+ifdef DATA
+	$(BIN)/forge-ray sweep run sweeps/beauty.yaml data=$(DATA)
+else
+	$(BIN)/forge-ray sweep run sweeps/quickstart.yaml
+endif
+
+test: setup
+	$(BIN)/python -m pytest
+
+test-slow: setup
+	$(BIN)/python -m pytest -m "slow and not services" --timeout 3600
+
+# Needs Debian's chromium; installs it where we are root.
+test-services: setup
+	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
+	  { echo "chromium must be installed for these tests. Run apt-get install chromium."; exit 1; }
+	$(BIN)/python -m pytest -m services
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/codespell forge_ray docs README.md CONTRIBUTING.md CHANGELOG.md
+
+docs-check: setup
+	$(BIN)/python scripts/docs_check.py README.md docs/*.md
+
+clean:
+	rm -rf $(VENV) $(STORE) build *.egg-info
