@@ -1,0 +1,245 @@
+"""Ranking metrics at item level, also when several items share one SID.
+
+Pure NumPy: ranked lists and targets in, one figure per user out. A hit on a SID is not a hit on an
+item: an item of a bucket of G items is shown at an expected place among them. `SidHit` is reported
+as a reference only; it rewards collisions and must not be optimised.
+
+Conventions: a user's metric is macro-averaged over the user's targets. `ItemHit@k` is the share of
+the targets among the first k items; `ItemNDCG@k` divides the discounted gain by that of the ideal
+list of min(targets, k) hits. With one target they are the usual Hit and NDCG.
+
+Source: collision-aware evaluation after CollisionGenRec (arXiv 2605.25330); macro-averaged hit
+rate as in FORGE (arXiv 2509.20904) since November 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from forge_ray.data.ragged import Ragged
+from forge_ray.errors import DataError
+
+Floats = npt.NDArray[np.float64]
+Integers = npt.NDArray[np.integer[Any]]
+
+OVERALL = "overall"
+
+
+def ranked_metrics(ranked_items: Integers, targets: Ragged, ks: Sequence[int]) -> dict[str, Floats]:
+    """Score plain item lists.
+
+    Args:
+        ranked_items: item index [U, K], best first, −1 where a list is short. No item twice.
+        targets: target items of each user, U rows of at least one distinct item.
+        ks: cut-offs, each <= K.
+
+    Returns:
+        `ItemHit@k` and `ItemNDCG@k`, float64 [U] each.
+
+    Raises:
+        DataError: a user has no target, or a cut-off exceeds the lists.
+    """
+    _check(targets, ranked_items.shape[1], ks)
+    user = targets.row_ids
+    at = ranked_items[user] == targets.values[:, None]
+    is_found = at.any(axis=1)
+    ones = np.ones(len(user), dtype=np.int64)
+    # A target at place r is a bucket of one item behind r others; −1: not in the list.
+    place = np.where(is_found, at.argmax(axis=1), -1)
+    return _user_metrics(place, ones, user, targets.lengths, ks)
+
+
+def bucket_metrics(
+    beam_sizes: Integers,
+    target_beam: Integers,
+    target_user: Integers,
+    ks: Sequence[int],
+) -> dict[str, Floats]:
+    """Score lists of SIDs by the items they stand for, in expectation over the order inside a SID.
+
+    With P items before the target's SID, G items on it and m = min(G, max(0, k − P)):
+    `ItemHit@k = m / G` and `ItemNDCG@k = (1/G) Σ_{i=1..m} 1/log2(P + i + 1)`.
+
+    Args:
+        beam_sizes: items that each beam's SID holds for this user [U, W], best beam first; items
+            that are not to be recommended (already seen) are subtracted; dead beams hold 0.
+        target_beam: beam whose SID holds the target [M], −1 if there is none.
+        target_user: user of each target [M]; every user has at least one.
+        ks: cut-offs. Exact only for k <= the items on all beams; `W >= k` guarantees it when no
+            beam is empty.
+
+    Returns:
+        `ItemHit@k`, `ItemNDCG@k` and, for reference, `SidHit@k`, float64 [U] each.
+
+    Raises:
+        DataError: a user has no target.
+    """
+    num_users = len(beam_sizes)
+    per_user = np.bincount(target_user, minlength=num_users)
+    _check_targets(per_user)
+    sizes = beam_sizes.astype(np.int64)
+    before = np.cumsum(sizes, axis=1) - sizes
+    beam = np.maximum(target_beam, 0)
+    size = sizes[target_user, beam]
+    is_found = (target_beam >= 0) & (size > 0)
+    place = np.where(is_found, before[target_user, beam], -1)
+    found = _user_metrics(place, np.maximum(size, 1), target_user, per_user, ks)
+    for k in ks:
+        hit = (target_beam >= 0) & (target_beam < k)
+        found[f"SidHit@{k}"] = np.bincount(target_user, weights=hit, minlength=num_users) / per_user
+    return found
+
+
+def _user_metrics(
+    place: Integers, size: Integers, user: Integers, per_user: Integers, ks: Sequence[int]
+) -> dict[str, Floats]:
+    """Metrics from the items before each target's bucket (−1: absent) and the bucket's size."""
+    deepest = max(ks)
+    discount = 1.0 / np.log2(np.arange(deepest) + 2.0)
+    gain = np.concatenate(([0.0], np.cumsum(discount)))  # gain[j]: hits on the first j places
+    start = np.where(place < 0, deepest, np.minimum(place, deepest))
+    found: dict[str, Floats] = {}
+    for k in ks:
+        first = np.minimum(start, k)
+        last = np.minimum(first + size, k)
+        hits = (last - first) / size
+        gains = (gain[last] - gain[first]) / size
+        ideal = gain[np.minimum(per_user, k)]
+        found[f"ItemHit@{k}"] = np.bincount(user, hits, minlength=len(per_user)) / per_user
+        found[f"ItemNDCG@{k}"] = np.bincount(user, gains, minlength=len(per_user)) / ideal
+    return found
+
+
+def _check(targets: Ragged, width: int, ks: Sequence[int]) -> None:
+    _check_targets(targets.lengths)
+    if max(ks) > width:
+        raise DataError(
+            f"ranked lists must be as long as the largest cut-off {max(ks)}, got {width}. "
+            "Rank more items or lower `ks`."
+        )
+
+
+def _check_targets(per_user: Integers) -> None:
+    if (per_user == 0).any():
+        raise DataError(
+            f"every evaluated user must have a target, got {int((per_user == 0).sum())} without. "
+            "Drop these users first."
+        )
+
+
+def tail_slices(
+    targets: Ragged, train_counts: Integers, *, tail_max_count: int = 5
+) -> dict[str, npt.NDArray[np.bool_]]:
+    """Split users by the popularity of what they are asked for.
+
+    Args:
+        targets: target items of each user.
+        train_counts: train interactions of each item [N].
+        tail_max_count: an item with at most this many train interactions belongs to the tail.
+
+    Returns:
+        Masks [U] `tail` (the rarest target is a tail item) and `head` (no target is).
+    """
+    is_tail_target = train_counts[targets.values] <= tail_max_count
+    tail = np.bincount(targets.row_ids, weights=is_tail_target, minlength=len(targets)) > 0
+    return {"head": ~tail, "tail": tail}
+
+
+@dataclass
+class MetricTotals:
+    """Running sums of per-user metrics, by slice: constant memory, mergeable across workers."""
+
+    counts: dict[str, int] = field(default_factory=dict)
+    """Users of each slice."""
+    sums: dict[tuple[str, str], float] = field(default_factory=dict)
+    """Sum over users, by (slice, metric)."""
+    squares: dict[tuple[str, str], float] = field(default_factory=dict)
+    """Sum of squares over users, by (slice, metric)."""
+
+    def add(
+        self,
+        metrics: Mapping[str, Floats],
+        slices: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+    ) -> None:
+        """Add a batch of users.
+
+        Args:
+            metrics: per-user values [U] by name.
+            slices: masks [U] by name, beside the overall mean.
+        """
+        num_users = len(next(iter(metrics.values())))
+        masks = {OVERALL: np.ones(num_users, dtype=bool), **(slices or {})}
+        for name, mask in masks.items():
+            self.counts[name] = self.counts.get(name, 0) + int(mask.sum())
+            for metric, values in metrics.items():
+                key = (name, metric)
+                self.sums[key] = self.sums.get(key, 0.0) + float(values[mask].sum())
+                square = float((values[mask] ** 2).sum())
+                self.squares[key] = self.squares.get(key, 0.0) + square
+
+    def merge(self, other: MetricTotals) -> None:
+        """Add the users of another total."""
+        for name, count in other.counts.items():
+            self.counts[name] = self.counts.get(name, 0) + count
+        for key, value in other.sums.items():
+            self.sums[key] = self.sums.get(key, 0.0) + value
+            self.squares[key] = self.squares.get(key, 0.0) + other.squares[key]
+
+    def summary(self) -> dict[str, float]:
+        """Means by name: `ItemHit@10`, `ItemHit@10/tail`, `ItemHit@10_se`, `users`, `users/tail`.
+
+        A slice without users is left out. `_se` is the standard error of the overall mean over
+        users.
+        """
+        found: dict[str, float] = {}
+        for (name, metric), total in self.sums.items():
+            count = self.counts[name]
+            if count == 0:
+                continue
+            suffix = "" if name == OVERALL else f"/{name}"
+            found[f"{metric}{suffix}"] = total / count
+            if name == OVERALL:
+                found[f"{metric}_se"] = self._standard_error(name, metric)
+        for name, count in self.counts.items():
+            found["users" if name == OVERALL else f"users/{name}"] = count
+        return found
+
+    def _standard_error(self, name: str, metric: str) -> float:
+        count = self.counts[name]
+        if count < 2:
+            return float("nan")
+        mean = self.sums[name, metric] / count
+        spread = max(self.squares[name, metric] / count - mean**2, 0.0)
+        return float(np.sqrt(spread / (count - 1)))
+
+
+def summarise(
+    metrics: Mapping[str, Floats],
+    slices: Mapping[str, npt.NDArray[np.bool_]] | None = None,
+) -> dict[str, float]:
+    """Average per-user metrics overall and by slice; see `MetricTotals.summary` for the names.
+
+    Args:
+        metrics: per-user values [U] by name.
+        slices: masks [U] by name, e.g. `tail_slices(...)`.
+    """
+    totals = MetricTotals()
+    totals.add(metrics, slices)
+    return totals.summary()
+
+
+def coverage(ranked_items: Integers, num_items: int, k: int) -> float:
+    """Share of the catalogue that appears in the first k places of at least one list.
+
+    Args:
+        ranked_items: item index [U, K], −1 where a list is short.
+        num_items: size N of the catalogue.
+        k: cut-off.
+    """
+    shown = ranked_items[:, :k]
+    return len(np.unique(shown[shown >= 0])) / num_items
