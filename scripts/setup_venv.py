@@ -39,7 +39,7 @@ def main() -> None:
 def fingerprint() -> str:
     """Changes when the environment has to be installed again."""
     parts = [(ROOT / name).read_bytes() for name in ("pyproject.toml", "constraints.txt")]
-    return hashlib.sha256(b"".join([*parts, sys.version.encode(), bytes(ROOT)])).hexdigest()
+    return hashlib.sha256(b"".join([*parts, sys.version.encode()])).hexdigest()
 
 
 def installed_cuda_torch() -> str:
