@@ -1,0 +1,249 @@
+"""The interface of every generator, and the two parts that all of them share.
+
+A generator scores the next code of a semantic ID given the tokens before it. It knows nothing about
+items, files or how a search uses it. A config is the factory of its model:
+`GeneratorConfig.build(vocab)`.
+
+Shapes: B rows, N items of a row, L levels, S tokens, W beams, D width, K codes of a level, M
+targets, V token ids.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from forge_ray.config import Component
+from forge_ray.errors import ConfigError
+from forge_ray.gr.vocab import BOS, Vocab
+
+ExampleMode = Literal["window", "prefix"]
+"""How sequences become rows: `window`, every item of a row is a target; `prefix`, the last is."""
+
+
+@dataclass(kw_only=True)
+class GeneratorConfig(Component):
+    """Size of a generator; subclasses choose the architecture.
+
+    The defaults give about 0.8 M parameters, which trains 1,000 batches of 64 short histories in
+    about two minutes on one CPU thread.
+    """
+
+    kind: str = ""
+    hidden_size: int = 128
+    """Width D of the residual stream."""
+    num_layers: int = 4
+    """Transformer blocks (of the encoder and of the decoder each, where there are two)."""
+    num_heads: int = 4
+    """Attention heads; must divide `hidden_size`."""
+    intermediate_size: int = 256
+    """Width of the feed-forward blocks."""
+    dropout: float = 0.1
+    """Share of activations dropped while training."""
+    tie_embeddings: bool = False
+    """Whether the output head reuses the input embeddings."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel of transformers."""
+
+    examples: ClassVar[ExampleMode] = "window"
+
+    def __post_init__(self) -> None:
+        """Checks the rules that no single field states."""
+        if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
+            raise ConfigError(
+                "model.hidden_size must be an even multiple of "
+                f"model.num_heads={self.num_heads}, got {self.hidden_size}. "
+                f"Set model.hidden_size={32 * self.num_heads}."
+            )
+        if not 0.0 <= self.dropout < 1.0:
+            raise ConfigError(f"model.dropout must be in [0, 1), got {self.dropout}. Use e.g. 0.1.")
+
+    def build(self, vocab: Vocab) -> Generator:
+        """Creates the model with fresh weights, drawn from torch's global generator."""
+        raise ConfigError("model.kind must name an architecture, got none. Set model.kind=decoder.")
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """Training rows as codes.
+
+    Attributes:
+        codes: int64 [B, N, L], right padded with any valid code.
+        lengths: int64 [B], items of each row; 0 is a row that counts for nothing.
+    """
+
+    codes: Tensor
+    lengths: Tensor
+
+    def to(self, device: torch.device) -> TokenBatch:
+        """The batch on another device."""
+        return TokenBatch(
+            self.codes.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True)
+        )
+
+
+class TokenTable(nn.Module):
+    """Input embeddings and output head in one module.
+
+    Both are used through `forward`, because ZeRO-3 gathers a module's weights only around its own
+    forward.
+
+    Attributes:
+        weight: [V, D] input embeddings, and the head when tied.
+        head: [V - specials, D] output head, None when tied.
+    """
+
+    vocab: Vocab
+    weight: nn.Parameter
+    head: nn.Parameter | None
+
+    def __init__(self, vocab: Vocab, width: int, *, is_tied: bool) -> None:
+        super().__init__()
+        self.vocab = vocab
+        self.weight = nn.Parameter(torch.randn(vocab.size, width) * 0.02)
+        rows = vocab.size - vocab.num_special
+        self.head = None if is_tied else nn.Parameter(torch.randn(rows, width) * 0.02)
+
+    def forward(self, inputs: Tensor, level: int | None = None) -> Tensor:
+        """Embeds tokens, or scores the codes of one level.
+
+        Args:
+            inputs: token ids int64 [...], or hidden states [..., D] when a level is given.
+            level: which level's codes compete.
+
+        Returns:
+            embeddings [..., D], or float32 logits [..., K_level].
+        """
+        if level is None:
+            return functional.embedding(inputs, self.weight)
+        start = self.vocab.level_offsets[level]
+        weight = self.weight[self.vocab.num_special :] if self.head is None else self.head
+        codes = weight[start : start + self.vocab.codebook_sizes[level]]
+        return functional.linear(inputs, codes).float()
+
+
+class Generator(nn.Module, ABC):
+    """A model that generates semantic IDs code by code.
+
+    Every prediction is a softmax over the codes of *one* level: which level comes next is known, so
+    the other levels' codes never compete, and the output matrix product shrinks by the number of
+    levels.
+    """
+
+    vocab: Vocab
+    table: TokenTable
+
+    @abstractmethod
+    def loss_sum(self, batch: TokenBatch) -> Tensor:
+        """Cross-entropy summed over all target tokens, float32 scalar with gradient."""
+
+    @abstractmethod
+    def num_targets(self, lengths: Tensor) -> int:
+        """Target tokens of rows with these lengths [B]."""
+
+    @abstractmethod
+    def prefill(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+        """Reads histories.
+
+        Args:
+            tokens: int64 [B, S], left padded, BOS first (`Vocab.history_tokens`).
+            mask: bool [B, S], False on padding.
+
+        Returns:
+            float32 logits [B, K_0] of the first level, and the state for `step`.
+        """
+
+    @abstractmethod
+    def step(self, state: Any, parents: Tensor, codes: Tensor, level: int) -> tuple[Tensor, Any]:
+        """Extends every beam by one code.
+
+        Args:
+            state: from `prefill` or the previous `step`; consumed, do not use it again.
+            parents: int64 [B, W], beam of the previous step that each beam extends (0 after
+                `prefill`).
+            codes: int64 [B, W], code chosen at `level - 1`.
+            level: level to score, 1..L-1.
+
+        Returns:
+            float32 logits [B, W, K_level], and the next state.
+        """
+
+    def forward(self, batch: TokenBatch) -> Tensor:
+        """Same as `loss_sum`; training engines wrap `forward`."""
+        return self.loss_sum(batch)
+
+    def loss(self, batch: TokenBatch) -> Tensor:
+        """Mean cross-entropy per target token; ln(codes of a level) before training."""
+        return self.loss_sum(batch) / max(1, self.num_targets(batch.lengths))
+
+    def level_loss_sum(self, hidden_MLD: Tensor, targets_ML: Tensor) -> Tensor:
+        """Sum over levels of the level-restricted cross-entropy.
+
+        Args:
+            hidden_MLD: state that predicts each code of M items.
+            targets_ML: the codes, int64.
+        """
+        losses = [
+            functional.cross_entropy(
+                self.table(hidden_MLD[:, level], level), targets_ML[:, level], reduction="sum"
+            )
+            for level in range(self.vocab.num_levels)
+        ]
+        return torch.stack(losses).sum()
+
+
+@dataclass(frozen=True)
+class BeamTree:
+    """Which fed code belongs to which beam, so that one KV cache serves all beams.
+
+    The cache holds each history once, followed by the codes of every beam of every step. A beam
+    sees the history and its own ancestors; nothing is copied or reordered when beams are dropped or
+    forked.
+
+    Attributes:
+        ancestors: int64 [B, W, depth], for each live beam the beam index at each step so far.
+        widths: beams fed at each step so far, length `depth`.
+    """
+
+    ancestors: Tensor
+    widths: tuple[int, ...] = ()
+
+    @classmethod
+    def root(cls, batch_size: int, device: torch.device) -> BeamTree:
+        """The tree before any code: one beam per row."""
+        return cls(torch.zeros(batch_size, 1, 0, dtype=torch.int64, device=device))
+
+    def extend(self, parents: Tensor) -> BeamTree:
+        """The tree after feeding one code to each of W beams with these parents [B, W]."""
+        rows, width = parents.shape
+        depth = len(self.widths)
+        index = parents.clamp(min=0).unsqueeze(-1).expand(rows, width, depth)
+        own = torch.arange(width, device=parents.device).expand(rows, width).unsqueeze(-1)
+        return BeamTree(
+            torch.cat([self.ancestors.gather(1, index), own], dim=2), (*self.widths, width)
+        )
+
+    def visible(self) -> Tensor:
+        """Which fed codes each beam may attend to: bool [B, W, sum(widths)]."""
+        parts = [
+            functional.one_hot(self.ancestors[:, :, depth], width)
+            for depth, width in enumerate(self.widths)
+        ]
+        return torch.cat(parts, dim=2).bool()
+
+    def depths(self) -> Tensor:
+        """int64 [sum(widths)]: the step at which each cached code was fed, from 0."""
+        device = self.ancestors.device
+        steps = torch.arange(len(self.widths), device=device)
+        return steps.repeat_interleave(torch.tensor(self.widths, device=device))
+
+
+def shift_right(tokens: Tensor) -> Tensor:
+    """BOS, then all tokens but the last: [B, S] to [B, S]."""
+    bos = torch.full_like(tokens[:, :1], BOS)
+    return torch.cat([bos, tokens[:, :-1]], dim=1)

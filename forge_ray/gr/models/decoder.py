@@ -1,0 +1,165 @@
+"""Decoder-only generator: a causal language model over code tokens.
+
+Every item position of a training row is a target, so one pass over N items trains N predictions of
+L codes each. Knows nothing about items or files. The blocks are those of transformers, initialised
+from scratch.
+
+Source: LC-Rec (arXiv 2311.09049) and FORGE's Qwen2.5 recipe (arXiv 2509.20904), next item only;
+we differ in using code tokens alone (no text vocabulary) and a softmax over one level's codes.
+
+Shapes: B rows, N items of a row, L levels, S tokens, W beams, D width, K codes of a level.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+import torch
+from torch import Tensor, nn
+
+from forge_ray.gr.models.base import (
+    BeamTree,
+    ExampleMode,
+    Generator,
+    GeneratorConfig,
+    TokenBatch,
+    TokenTable,
+    shift_right,
+)
+from forge_ray.gr.vocab import Vocab
+
+
+@dataclass(kw_only=True)
+class DecoderConfig(GeneratorConfig):
+    """A Qwen2 or Llama stack over code tokens."""
+
+    kind: Literal["decoder"] = "decoder"
+    family: Literal["qwen2", "llama"] = "qwen2"
+    """Block type: Qwen2 has biases on queries, keys and values; Llama has none."""
+
+    examples: ClassVar[ExampleMode] = "window"
+
+    def build(self, vocab: Vocab) -> Decoder:
+        """Creates the model with fresh weights."""
+        return Decoder(self, vocab)
+
+
+@dataclass(frozen=True)
+class DecoderState:
+    """What `Decoder.step` needs of the past.
+
+    Attributes:
+        cache: keys and values of history and beams; appended to in place.
+        history_mask: bool [B, S].
+        tree: ancestry of the beams.
+    """
+
+    cache: Any
+    history_mask: Tensor
+    tree: BeamTree
+
+
+class Decoder(Generator):
+    """See the module docstring."""
+
+    vocab: Vocab
+    table: TokenTable
+    blocks: Any
+
+    def __init__(self, config: DecoderConfig, vocab: Vocab) -> None:
+        super().__init__()
+        self.vocab = vocab
+        self.table = TokenTable(vocab, config.hidden_size, is_tied=config.tie_embeddings)
+        self.dropout = nn.Dropout(config.dropout)
+        self.blocks = _blocks(config)
+
+    def num_targets(self, lengths: Tensor) -> int:
+        """All codes of all items."""
+        return int(lengths.sum()) * self.vocab.num_levels
+
+    def loss_sum(self, batch: TokenBatch) -> Tensor:
+        """Cross-entropy summed over every code of every item of the batch."""
+        rows, items, levels = batch.codes.shape
+        tokens = shift_right(self.vocab.tokens(batch.codes).reshape(rows, items * levels))
+        # Rows are padded on the right: under a causal mask no valid position sees padding, so the
+        # kernel's built-in causal path serves and no mask is built.
+        states = self.blocks(inputs_embeds=self.dropout(self.table(tokens)), use_cache=False)
+        hidden = states.last_hidden_state.reshape(rows, items, levels, -1)
+        is_item = torch.arange(items, device=tokens.device) < batch.lengths.unsqueeze(1)
+        return self.level_loss_sum(hidden[is_item], batch.codes[is_item])
+
+    def prefill(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, DecoderState]:
+        """See `Generator.prefill`."""
+        from transformers.cache_utils import DynamicCache
+
+        mask = mask.bool()
+        length = tokens.shape[1]
+        causal = torch.ones(length, length, dtype=torch.bool, device=tokens.device).tril()
+        # A padded query sees itself only: a row without any key would be NaN.
+        itself = torch.eye(length, dtype=torch.bool, device=tokens.device)
+        allowed = (causal & mask.unsqueeze(1)) | itself
+        cache = DynamicCache()
+        hidden = self._attend(tokens, (mask.cumsum(1) - 1).clamp(min=0), allowed, cache)
+        tree = BeamTree.root(len(tokens), tokens.device)
+        return self.table(hidden[:, -1], 0), DecoderState(cache, mask, tree)
+
+    def step(
+        self, state: DecoderState, parents: Tensor, codes: Tensor, level: int
+    ) -> tuple[Tensor, DecoderState]:
+        """See `Generator.step`."""
+        rows, width = codes.shape
+        tree = state.tree.extend(parents)
+        history = state.history_mask.unsqueeze(1).expand(rows, width, -1)
+        allowed = torch.cat([history, tree.visible()], dim=2)
+        position = state.history_mask.sum(dim=1, keepdim=True) + (level - 1)
+        tokens = self.vocab.level_tokens(codes.clamp(min=0), level - 1)
+        hidden = self._attend(tokens, position.expand(rows, width), allowed, state.cache)
+        return self.table(hidden, level), DecoderState(state.cache, state.history_mask, tree)
+
+    def _attend(self, tokens: Tensor, positions: Tensor, allowed: Tensor, cache: Any) -> Tensor:
+        """Hidden states [B, Q, D] of tokens [B, Q] that see `allowed` keys, [B, Q, cached + Q]."""
+        states = self.blocks(
+            inputs_embeds=self.table(tokens),
+            attention_mask=self._kernel_mask(allowed.unsqueeze(1)),
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        return states.last_hidden_state
+
+    def _kernel_mask(self, allowed: Tensor) -> Tensor:
+        """Bool as it is for sdpa; the eager kernel adds its mask: 0 and the lowest float."""
+        if self.blocks.config._attn_implementation == "sdpa":
+            return allowed
+        dtype = self.table.weight.dtype
+        zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
+        return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
+
+
+def _blocks(config: DecoderConfig) -> Any:
+    """The transformer stack without its own embeddings."""
+    # Imported here: transformers costs seconds, and configs are read by processes that train
+    # nothing.
+    if config.family == "qwen2":
+        from transformers.models.qwen2 import Qwen2Config as StackConfig
+        from transformers.models.qwen2.modeling_qwen2 import Qwen2Model as Stack
+    else:
+        from transformers.models.llama import LlamaConfig as StackConfig
+        from transformers.models.llama.modeling_llama import LlamaModel as Stack
+    stack = Stack(
+        StackConfig(
+            vocab_size=1,
+            pad_token_id=None,
+            bos_token_id=None,
+            eos_token_id=None,
+            hidden_size=config.hidden_size,
+            intermediate_size=config.intermediate_size,
+            num_hidden_layers=config.num_layers,
+            num_attention_heads=config.num_heads,
+            num_key_value_heads=config.num_heads,
+            attn_implementation=config.attention,
+        )
+    )
+    stack.embed_tokens = nn.Identity()  # embeddings live in TokenTable; no unused weights
+    return stack

@@ -1,0 +1,182 @@
+"""The contract of every generator: losses, masking, and cached decoding equal to a full pass."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from forge_ray.config import load_config
+from forge_ray.data.ragged import Ragged
+from forge_ray.errors import ConfigError
+from forge_ray.gr.models.base import Generator, GeneratorConfig, TokenBatch
+from forge_ray.gr.models.decoder import DecoderConfig
+from forge_ray.gr.models.t5 import T5Config
+from forge_ray.gr.vocab import Vocab
+
+SIZES = (7, 5, 6)
+SMALL = {"hidden_size": 32, "num_layers": 2, "num_heads": 2, "intermediate_size": 48}
+
+
+class GeneratorContract:
+    """Inherit, and return the config to test."""
+
+    def config(self) -> GeneratorConfig:
+        raise NotImplementedError
+
+    def model(self) -> Generator:
+        torch.manual_seed(0)
+        return self.config().build(Vocab(SIZES)).eval()
+
+    def batch(self, rows: int = 6, items: int = 5) -> TokenBatch:
+        draw = torch.Generator().manual_seed(1)
+        codes = torch.stack([torch.randint(k, (rows, items), generator=draw) for k in SIZES], dim=2)
+        return TokenBatch(codes, torch.randint(2, items + 1, (rows,), generator=draw))
+
+    def histories(self) -> tuple[torch.Tensor, torch.Tensor, np.ndarray]:
+        codes = np.stack([np.random.default_rng(2).integers(k, size=20) for k in SIZES], axis=1)
+        items = Ragged.from_lists([[1, 2, 3], [4], [], [5, 6, 7, 8, 9]], dtype=np.int64)
+        tokens, mask = Vocab(SIZES).history_tokens(items, codes, max_items=4)
+        return tokens, mask, codes
+
+    def test_untrained_loss_is_the_log_of_the_codebook_sizes(self):
+        expected = sum(math.log(k) for k in SIZES) / len(SIZES)
+        assert abs(self.model().loss(self.batch()).item() - expected) < 0.1
+
+    def test_padding_changes_nothing(self):
+        model, batch = self.model(), self.batch()
+        wider = torch.cat([batch.codes, torch.zeros_like(batch.codes)], dim=1)
+        padded = TokenBatch(wider, batch.lengths)
+        assert torch.allclose(model.loss(padded), model.loss(batch), atol=1e-5)
+
+    def test_rows_of_length_zero_count_for_nothing(self):
+        model, batch = self.model(), self.batch()
+        lengths = torch.cat([batch.lengths, torch.zeros(2, dtype=torch.int64)])
+        more = TokenBatch(torch.cat([batch.codes, batch.codes[:2]]), lengths)
+        assert torch.allclose(model.loss_sum(more), model.loss_sum(batch), atol=1e-4)
+        nothing = model.loss_sum(TokenBatch(batch.codes, torch.zeros_like(batch.lengths)))
+        nothing.backward()
+        assert nothing.item() == 0.0
+
+    def test_gradient_reaches_every_parameter(self):
+        model = self.model().train()
+        model.loss(self.batch()).backward()
+        missing = [name for name, p in model.named_parameters() if p.grad is None]
+        assert missing == []
+
+    def test_left_padding_does_not_change_the_first_level(self):
+        model = self.model()
+        tokens, mask, _ = self.histories()
+        together, _ = model.prefill(tokens, mask)
+        for row in range(len(tokens)):
+            alone, _ = model.prefill(
+                tokens[row : row + 1, mask[row]], mask[row : row + 1, mask[row]]
+            )
+            assert torch.allclose(together[row], alone[0], atol=1e-5)
+
+    def test_cached_beams_equal_feeding_the_codes_one_beam_at_a_time(self):
+        """Forked and reordered beams score as if each were decoded alone, from scratch."""
+        model = self.model()
+        tokens, mask, _ = self.histories()
+        rows = len(tokens)
+        _, state = model.prefill(tokens, mask)
+        first = torch.tensor([[0, 3, 6]]).expand(rows, 3)
+        logits_1, state = model.step(state, torch.zeros_like(first), first, 1)
+        parents = torch.tensor([[2, 0, 0, 1]]).expand(rows, 4)
+        second = torch.tensor([[4, 1, 2, 0]]).expand(rows, 4)
+        logits_2, _ = model.step(state, parents, second, 2)
+        assert logits_1.shape == (rows, 3, SIZES[1])
+        assert logits_2.shape == (rows, 4, SIZES[2])
+        for beam in range(4):
+            chosen = first.gather(1, parents[:, beam : beam + 1])
+            _, alone = model.prefill(tokens, mask)
+            step_1, alone = model.step(alone, torch.zeros_like(chosen), chosen, 1)
+            step_2, _ = model.step(alone, torch.zeros_like(chosen), second[:, beam : beam + 1], 2)
+            assert torch.allclose(
+                step_1[:, 0], logits_1[torch.arange(rows), parents[:, beam]], atol=1e-5
+            )
+            assert torch.allclose(step_2[:, 0], logits_2[:, beam], atol=1e-5)
+
+    def test_decoding_agrees_with_the_training_loss(self):
+        """The log-probability of a next item is what the loss charges for it."""
+        model = self.model()
+        codes = self.batch(rows=4).codes
+        charged = self.charge_last_item(model, codes)
+        items = codes.shape[1] - 1
+        history = model.vocab.tokens(codes[:, :items]).reshape(len(codes), -1)
+        tokens = torch.cat([torch.ones_like(history[:, :1]), history], dim=1)
+        logits, state = model.prefill(tokens, torch.ones_like(tokens, dtype=torch.bool))
+        total = -logits.log_softmax(-1).gather(1, codes[:, items, :1]).sum()
+        for level in (1, 2):
+            chosen = codes[:, items, level - 1 : level]
+            logits, state = model.step(state, torch.zeros_like(chosen), chosen, level)
+            target = codes[:, items, level].reshape(-1, 1, 1)
+            total = total - logits.log_softmax(-1).gather(2, target).sum()
+        assert torch.allclose(total, charged, atol=1e-3)
+
+    def charge_last_item(self, model: Generator, codes: torch.Tensor) -> torch.Tensor:
+        full = torch.full((len(codes),), codes.shape[1])
+        return model.loss_sum(TokenBatch(codes, full)) - model.loss_sum(TokenBatch(codes, full - 1))
+
+    def test_eager_attention_equals_sdpa(self):
+        config = self.config()
+        config.attention = "eager"
+        torch.manual_seed(0)
+        eager = config.build(Vocab(SIZES)).eval()
+        model, batch = self.model(), self.batch()
+        assert torch.allclose(eager.loss(batch), model.loss(batch), atol=1e-5)
+        tokens, mask, _ = self.histories()
+        assert torch.allclose(
+            eager.prefill(tokens, mask)[0], model.prefill(tokens, mask)[0], atol=1e-5
+        )
+
+    def test_overfits_a_few_sequences(self):
+        model = self.model().train()
+        batch = self.batch()
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+        first = model.loss(batch).item()
+        for _ in range(40):
+            optimizer.zero_grad()
+            model.loss(batch).backward()
+            optimizer.step()
+        assert model.loss(batch).item() < 0.5 * first
+
+
+class TestQwen2(GeneratorContract):
+    def config(self) -> GeneratorConfig:
+        return DecoderConfig(dropout=0.0, **SMALL)
+
+
+class TestLlama(GeneratorContract):
+    def config(self) -> GeneratorConfig:
+        return DecoderConfig(family="llama", dropout=0.0, **SMALL)
+
+
+class TestTiedQwen2(GeneratorContract):
+    def config(self) -> GeneratorConfig:
+        return DecoderConfig(tie_embeddings=True, dropout=0.0, **SMALL)
+
+
+class TestT5(GeneratorContract):
+    def config(self) -> GeneratorConfig:
+        return T5Config(dropout=0.0, **SMALL)
+
+    def charge_last_item(self, model: Generator, codes: torch.Tensor) -> torch.Tensor:
+        return model.loss_sum(TokenBatch(codes, torch.full((len(codes),), codes.shape[1])))
+
+
+class TestTiedT5(TestT5):
+    def config(self) -> GeneratorConfig:
+        return T5Config(tie_embeddings=True, dropout=0.0, **SMALL)
+
+
+def test_config_switches_by_kind():
+    config = load_config(DecoderConfig, overrides=["hidden_size=64", "family=llama"])
+    assert (config.hidden_size, config.family) == (64, "llama")
+
+
+def test_width_must_fit_the_heads():
+    with pytest.raises(ConfigError, match=r"model\.hidden_size must be an even multiple"):
+        DecoderConfig(hidden_size=100, num_heads=3)
