@@ -1,0 +1,144 @@
+"""Decode many histories: batch by length, search, return ranks of SIDs as arrays.
+
+Knows a generator, a SID table and histories of item indices. Knows nothing about targets, metrics,
+files or Ray; evaluation and recommendation both stand on it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from forge_ray.data.ragged import Ragged
+from forge_ray.gr.beam import Beams, StepwiseGenerator, beam_search
+from forge_ray.gr.prefix_index import PrefixIndex
+from forge_ray.gr.vocab import vocab_of
+from forge_ray.sid.table import SidTable
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedUsers:
+    """Ranked SIDs of U users, in the order of their histories.
+
+    Attributes:
+        sid_rank: int32 [U, W], rank among the sorted distinct SIDs; -1 is a dead slot or an invalid
+            SID.
+        scores: float32 [U, W], log-probabilities, -inf in dead slots.
+        num_emitted: live beams of all users.
+        num_invalid: those among them whose codes, looked up afresh in the table, belong to no item.
+        seconds: wall time of tokenizing and search.
+    """
+
+    sid_rank: NDArray[np.int32]
+    scores: NDArray[np.float32]
+    num_emitted: int
+    num_invalid: int
+    seconds: float
+
+
+class SidDecoder:
+    """A generator bound to the SIDs that it may emit.
+
+    The prefix index is built once and kept; decoding any number of users reuses it.
+    """
+
+    index: PrefixIndex
+    widths: tuple[int, ...]
+
+    def __init__(
+        self,
+        generator: StepwiseGenerator,
+        table: SidTable,
+        *,
+        widths: Sequence[int],
+        max_history: int,
+        batch_users: int = 64,
+        constrained: bool = True,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        """Index the table.
+
+        Args:
+            generator: on ``device``; put into evaluation mode while decoding.
+            table: SIDs of all items; also the codes that histories are written in.
+            widths: beams to keep after each level.
+            max_history: newest items of a history that the generator reads.
+            batch_users: users per search.
+            constrained: False decodes without the index, to measure invalid SIDs.
+            device: where the search runs.
+        """
+        self.index = PrefixIndex.build(table.codes, table.codebook_sizes, device=device)
+        self.widths = tuple(widths)
+        self._generator = generator
+        self._codes = table.codes
+        self._vocab = vocab_of(table.codebook_sizes)
+        self._max_history = max_history
+        self._batch_users = batch_users
+        self._constrained = constrained
+        self._device = device
+
+    def item_rank(self) -> NDArray[np.int64]:
+        """SID of every item as a rank among the sorted distinct SIDs, int64 [N]."""
+        codes = torch.from_numpy(self._codes.astype(np.int64)).to(self._device)
+        return self.index.find(codes).cpu().numpy()
+
+    def decode(self, histories: Ragged) -> DecodedUsers:
+        """Search the SIDs of every history.
+
+        Users are batched by history length, so that little of a batch is padding; results do not
+        depend on it beyond rounding.
+
+        Args:
+            histories: U rows of item indices, oldest first; empty rows are allowed.
+        """
+        started = perf_counter()
+        shape = (len(histories), self.widths[-1])
+        ranks = np.full(shape, -1, np.int32)
+        scores = np.full(shape, -np.inf, np.float32)
+        num_emitted = num_invalid = 0
+        with evaluation_mode(self._generator):
+            for rows in self._batches(histories):
+                beams = self._search(histories.take(rows))
+                ranks[rows] = beams.sid_rank.cpu().numpy()
+                scores[rows] = beams.scores.cpu().numpy()
+                num_emitted += int(beams.is_live.sum())
+                num_invalid += int((beams.is_live & (self.index.find(beams.codes) < 0)).sum())
+        return DecodedUsers(ranks, scores, num_emitted, num_invalid, perf_counter() - started)
+
+    def _batches(self, histories: Ragged) -> Iterator[NDArray[np.int64]]:
+        lengths = np.minimum(histories.lengths, self._max_history)
+        order = np.argsort(-lengths, kind="stable")
+        for start in range(0, len(order), self._batch_users):
+            yield order[start : start + self._batch_users]
+
+    def _search(self, histories: Ragged) -> Beams:
+        tokens, mask = self._vocab.history_tokens(histories, self._codes, self._max_history)
+        return beam_search(
+            self._generator,
+            tokens.to(self._device),
+            mask.to(self._device),
+            self.index,
+            self.widths,
+            constrained=self._constrained,
+        )
+
+
+@contextmanager
+def evaluation_mode(generator: StepwiseGenerator) -> Iterator[None]:
+    """Switch dropout off for the block; restores the mode that was on."""
+    if not isinstance(generator, nn.Module):
+        yield
+        return
+    was_training = generator.training
+    generator.eval()
+    try:
+        yield
+    finally:
+        generator.train(was_training)
