@@ -21,10 +21,9 @@ PROBE = "import torch; print(torch.__version__ if torch.version.cuda else '')"
 
 def main() -> None:
     """Installs unless the environment already matches pyproject.toml and constraints.txt."""
-    if sys.version_info < (3, 10):
-        sys.exit(
-            f"python must be >= 3.10, got {sys.version.split()[0]}. Run `make PYTHON=python3.11`."
-        )
+    if sys.version_info < (3, 10):  # noqa: UP036 (the user's Python runs this file)
+        found = sys.version.split()[0]
+        sys.exit(f"python must be >= 3.10, got {found}. Run `make PYTHON=python3.11`.")
     target = Path(sys.argv[1] if len(sys.argv) > 1 else ".venv").resolve()
     stamp = target / ".forge-ray-installed"
     wanted = fingerprint()
