@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import ray
+import ray.data
 
 # Workers copy these from the driver. Ray Data's pause limit is off because a trainer that
 # evaluates or writes a checkpoint legitimately stops consuming for longer than any fixed time.
@@ -33,6 +34,7 @@ _DRIVER_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+# ray.data configures its loggers when it is imported, hence the import above.
 _NOISY = ("ray", "ray.data", "ray.train", "ray.tune", "deepspeed", "DeepSpeed", "optuna")
 
 
@@ -89,7 +91,15 @@ def connected(
 
 
 def quiet_logs(*, verbose: bool) -> None:
-    """Sets the log level of the libraries underneath: errors only, unless verbose."""
+    """Lets only errors of the libraries underneath reach the terminal, unless verbose.
+
+    Ray's log files keep everything.
+    """
     level = logging.INFO if verbose else logging.ERROR
     for name in _NOISY:
-        logging.getLogger(name).setLevel(level)
+        logger = logging.getLogger(name)
+        for handler in logger.handlers:
+            if not isinstance(handler, logging.FileHandler):
+                handler.setLevel(level)
+        if not logger.handlers:
+            logger.setLevel(level)
