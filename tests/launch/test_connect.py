@@ -1,0 +1,41 @@
+"""Joining Ray: idempotent, quiet, and with the settings that stages rely on."""
+
+from __future__ import annotations
+
+import logging
+
+import pytest
+import ray
+
+from forge_ray.launch.connect import connect, quiet_logs
+
+pytestmark = pytest.mark.ray
+
+
+def test_connect_again_keeps_the_running_ray(ray_local: None) -> None:
+    before = ray.get_runtime_context().get_node_id()
+    connect(address="local", num_cpus=1)
+    assert ray.get_runtime_context().get_node_id() == before
+
+
+def test_workers_get_their_threads_and_settings(ray_local: None) -> None:
+    @ray.remote(num_cpus=1)
+    def environment() -> dict[str, str]:
+        import os
+
+        return dict(os.environ)
+
+    seen = ray.get(environment.remote())
+    assert seen["OMP_NUM_THREADS"] == "1"
+    assert seen["OMP_WAIT_POLICY"] == "passive"
+    assert seen["RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S"] == "-1"
+
+
+def test_quiet_hides_what_is_not_an_error(ray_local: None) -> None:
+    logger = logging.getLogger("ray.data")
+    terminal = [h for h in logger.handlers if not isinstance(h, logging.FileHandler)]
+    assert terminal
+    quiet_logs(verbose=True)
+    assert all(handler.level == logging.INFO for handler in terminal)
+    quiet_logs(verbose=False)
+    assert all(handler.level == logging.ERROR for handler in terminal)
