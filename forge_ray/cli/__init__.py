@@ -5,39 +5,60 @@ Sub-apps live in the modules beside this one; nothing here computes.
 
 from __future__ import annotations
 
+import importlib
 import sys
+from collections.abc import Sequence
 
 import typer
+from rich.markup import escape
 
 from forge_ray.cli.console import setup_logging, stderr
 from forge_ray.errors import ForgeError
 
+GROUPS = {
+    "data": "Import, synthesise, prepare, describe and validate datasets.",
+    "sid": "Fit, score and show semantic IDs.",
+    "gr": "Train, evaluate and use generative-retrieval models.",
+    "sweep": "Run, watch, report and finalize pruned sweeps over SID designs.",
+    "artifacts": "List, show and remove stored artifacts.",
+}
 
-def build_app() -> typer.Typer:
-    """Assembles the sub-apps; imported here because each pulls its own libraries."""
-    from forge_ray.cli import artifacts, data, gr, sid, sweep
 
+def build_app(words: Sequence[str]) -> typer.Typer:
+    """Assembles the command tree; only the group that `words` names is imported.
+
+    The others stand in by name and help: importing every library (Ray, torch, Optuna) would make
+    `forge-ray --help` take seconds.
+    """
     app = typer.Typer(
         no_args_is_help=True,
         pretty_exceptions_enable=False,
         help="Semantic IDs, generative retrieval and pruned sweeps over both, on Ray.",
     )
-    app.add_typer(data.app, name="data")
-    app.add_typer(sid.app, name="sid")
-    app.add_typer(gr.app, name="gr")
-    app.add_typer(sweep.app, name="sweep")
-    app.add_typer(artifacts.app, name="artifacts")
+    wanted = next((word for word in words if not word.startswith("-")), None)
+    for name, text in GROUPS.items():
+        if name == wanted:
+            group = importlib.import_module(f"forge_ray.cli.{name}").app
+        else:
+            group = typer.Typer()
+            group.callback(invoke_without_command=True)(_stand_in)
+        app.add_typer(group, name=name, help=text)
     return app
+
+
+def _stand_in() -> None:
+    """Never runs: a group that is named on the command line is imported."""
 
 
 def main() -> None:
     """Entry point of `forge-ray`: a failure the user can act on is one line and exit code 2."""
-    verbose = "--verbose" in sys.argv or "-v" in sys.argv
+    words = sys.argv[1:]
+    verbose = "--verbose" in words or "-v" in words
     setup_logging(verbose=verbose)
     try:
-        build_app()()
+        build_app(words)()
     except ForgeError as error:
         if verbose:
             raise
-        stderr.print(f"[bold red]error:[/] {error}", highlight=False, soft_wrap=True)
+        stderr.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
