@@ -74,7 +74,8 @@ def bucket_metrics(
             beam is empty.
 
     Returns:
-        `ItemHit@k`, `ItemNDCG@k` and, for reference, `SidHit@k`, float64 [U] each.
+        `ItemHit@k`, `ItemNDCG@k` and, for reference, `SidHit@k` (the target's SID is among the
+        first k that hold items), float64 [U] each.
 
     Raises:
         DataError: a user has no target.
@@ -89,8 +90,11 @@ def bucket_metrics(
     is_found = (target_beam >= 0) & (size > 0)
     place = np.where(is_found, before[target_user, beam], -1)
     found = _user_metrics(place, np.maximum(size, 1), target_user, per_user, ks)
+    # Beams without items (dead, or all seen) take no place, else SidHit could fall below ItemHit.
+    is_live = sizes > 0
+    rank = (np.cumsum(is_live, axis=1) - is_live)[target_user, beam]
     for k in ks:
-        hit = (target_beam >= 0) & (target_beam < k)
+        hit = is_found & (rank < k)
         found[f"SidHit@{k}"] = np.bincount(target_user, weights=hit, minlength=num_users) / per_user
     return found
 

@@ -1,0 +1,85 @@
+"""Item-kNN: the stated formula by brute force, blocks and merging without effect."""
+
+from __future__ import annotations
+
+from collections import Counter
+from itertools import pairwise
+
+import numpy as np
+import pytest
+
+from forge_ray.data.ragged import Ragged
+from forge_ray.evaluate.item_knn import ItemKnn, count_items
+
+NUM_ITEMS = 15
+
+
+@pytest.fixture
+def train() -> Ragged:
+    rng = np.random.default_rng(0)
+    rows = [rng.choice(NUM_ITEMS - 2, size=rng.integers(0, 9), replace=False) for _ in range(20)]
+    return Ragged.from_lists(rows, dtype=np.int32)
+
+
+@pytest.fixture
+def train_counts(train: Ragged) -> np.ndarray:
+    return np.bincount(train.values, minlength=NUM_ITEMS)
+
+
+def brute_force_scores(train: Ragged, history: list[int], max_length: int) -> np.ndarray:
+    count = Counter(train.values.tolist())
+    together: Counter[tuple[int, int]] = Counter()
+    follows: Counter[tuple[int, int]] = Counter()
+    for row in train:
+        items = row.tolist()
+        follows.update(pairwise(items))
+        if len(items) <= max_length:
+            together.update((a, b) for a in items for b in items if a != b)
+    scores = np.zeros(NUM_ITEMS)
+    for item in range(NUM_ITEMS):
+        for age, anchor in enumerate(reversed(history[-10:])):
+            scale = np.sqrt(max(count[anchor], 1) * max(count[item], 1))
+            scores[item] += 0.7**age * together[anchor, item] / scale
+            if age == 0:
+                scores[item] += follows[anchor, item] / scale
+    return scores
+
+
+@pytest.mark.parametrize("max_length", [60, 5])
+def test_lists_equal_brute_force(train: Ragged, train_counts: np.ndarray, max_length: int) -> None:
+    rng = np.random.default_rng(1)
+    histories = [rng.choice(NUM_ITEMS, size=n, replace=False) for n in (1, 3, 6, 12)]
+    knn = ItemKnn.fit(count_items(train, NUM_ITEMS, max_length=max_length), train_counts)
+    lists = knn.recommend(Ragged.from_lists(histories, dtype=np.int32), 4)
+    for history, found in zip(histories, lists, strict=True):
+        scores = brute_force_scores(train, history.tolist(), max_length)
+        # Unscored items follow by popularity; seen ones never appear.
+        key = [
+            (-round(scores[i], 6), -train_counts[i] if scores[i] == 0 else 0, i)
+            for i in range(NUM_ITEMS)
+        ]
+        want = sorted((i for i in range(NUM_ITEMS) if i not in history), key=key.__getitem__)[:4]
+        assert np.sort(scores[found[found >= 0]])[::-1] == pytest.approx(scores[want], abs=1e-6)
+        assert not set(found.tolist()) & set(history.tolist())
+        unscored = [i for i in found.tolist() if i >= 0 and scores[i] == 0]
+        assert unscored == [i for i in want if scores[i] == 0]
+
+
+def test_counts_add_over_blocks_of_users(train: Ragged) -> None:
+    whole = count_items(train, NUM_ITEMS)
+    parts = count_items(train.take(np.arange(8)), NUM_ITEMS) + count_items(
+        train.take(np.arange(8, 20)), NUM_ITEMS
+    )
+    assert np.array_equal(whole.together.toarray(), parts.together.toarray())
+    assert np.array_equal(whole.next.toarray(), parts.next.toarray())
+
+
+def test_block_size_does_not_change_the_lists(train: Ragged, train_counts: np.ndarray) -> None:
+    knn = ItemKnn.fit(count_items(train, NUM_ITEMS), train_counts)
+    assert np.array_equal(knn.recommend(train, 5), knn.recommend(train, 5, block_users=3))
+
+
+def test_an_empty_history_gets_popularity(train: Ragged, train_counts: np.ndarray) -> None:
+    knn = ItemKnn.fit(count_items(train, NUM_ITEMS), train_counts)
+    found = knn.recommend(Ragged.from_lists([[]], dtype=np.int32), 3)
+    assert found[0].tolist() == knn.order[:3].tolist()

@@ -1,0 +1,146 @@
+"""Bucket-aware ranking metrics: equal to the plain ones without collisions, never flattering."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forge_ray.data.ragged import Ragged
+from forge_ray.errors import DataError
+from forge_ray.evaluate.ranking import (
+    MetricTotals,
+    bucket_metrics,
+    coverage,
+    ranked_metrics,
+    summarise,
+    tail_slices,
+)
+
+KS = (1, 3, 5)
+SIZES = st.lists(st.integers(0, 4), min_size=6, max_size=6)
+
+
+def one_user(sizes: list[int], target_beam: int, ks: tuple[int, ...] = KS) -> dict[str, float]:
+    found = bucket_metrics(np.array([sizes]), np.array([target_beam]), np.array([0]), ks)
+    return {name: float(values[0]) for name, values in found.items()}
+
+
+def brute_force(ranked: list[int], targets: set[int], k: int) -> tuple[float, float]:
+    gains = [1 / np.log2(place + 2) for place, item in enumerate(ranked[:k]) if item in targets]
+    ideal = sum(1 / np.log2(place + 2) for place in range(min(len(targets), k)))
+    return len(gains) / len(targets), sum(gains) / ideal
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_plain_lists_equal_the_definition(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ranked = np.stack([rng.permutation(9)[:6] for _ in range(4)])
+    ranked[0, 4:] = -1
+    rows = [rng.choice(9, size=rng.integers(1, 4), replace=False) for _ in range(4)]
+    found = ranked_metrics(ranked, Ragged.from_lists(rows), KS)
+    for user, k in itertools.product(range(4), KS):
+        hit, ndcg = brute_force(ranked[user].tolist(), set(rows[user].tolist()), k)
+        assert found[f"ItemHit@{k}"][user] == pytest.approx(hit)
+        assert found[f"ItemNDCG@{k}"][user] == pytest.approx(ndcg)
+
+
+@given(st.integers(0, 2**32 - 1))
+def test_without_collisions_buckets_equal_plain_lists(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    ranked = np.stack([rng.permutation(8)[:6] for _ in range(5)])
+    targets = Ragged.from_lists(
+        [rng.choice(8, size=rng.integers(1, 4), replace=False) for _ in range(5)]
+    )
+    at = ranked[targets.row_ids] == targets.values[:, None]
+    beam = np.where(at.any(axis=1), at.argmax(axis=1), -1)
+    plain = ranked_metrics(ranked, targets, KS)
+    found = bucket_metrics(np.ones((5, 6), int), beam, targets.row_ids, KS)
+    for name, values in plain.items():
+        assert found[name] == pytest.approx(values)
+        assert found[name.replace("ItemHit", "SidHit")] == pytest.approx(found[name])
+
+
+@given(SIZES, st.integers(-1, 5), st.data())
+def test_expectation_over_orders_inside_the_bucket(
+    sizes: list[int], beam: int, data: st.DataObject
+) -> None:
+    found = one_user(sizes, beam)
+    size = sizes[beam] if beam >= 0 else 0
+    for k in KS:
+        hits, gains = [0.0], [0.0]
+        for place in range(size):  # the target is equally likely at every place of its bucket
+            ranked = [-1] * (sum(sizes[:beam]) + place) + [7]
+            hit, gain = brute_force(ranked, {7}, k)
+            hits.append(hit)
+            gains.append(gain)
+        assert found[f"ItemHit@{k}"] == pytest.approx(sum(hits) / max(size, 1))
+        assert found[f"ItemNDCG@{k}"] == pytest.approx(sum(gains) / max(size, 1))
+
+
+@given(SIZES, st.integers(0, 5))
+def test_item_hits_never_exceed_sid_hits_nor_the_list(sizes: list[int], beam: int) -> None:
+    found = one_user(sizes, beam)
+    for k in KS:
+        assert found[f"ItemHit@{k}"] <= found[f"SidHit@{k}"] + 1e-12
+        before, size = sum(sizes[:beam]), sizes[beam]
+        shown = min(size, max(0, k - before))
+        # Summed over the items of one bucket: exactly those that fit into the list.
+        assert found[f"ItemHit@{k}"] * size == pytest.approx(shown)
+        total = sum(one_user(sizes, other)[f"ItemHit@{k}"] * sizes[other] for other in range(6))
+        assert total == pytest.approx(min(sum(sizes), k))
+
+
+@given(SIZES, st.integers(0, 4))
+def test_merging_adjacent_sids_keeps_their_summed_hits(sizes: list[int], left: int) -> None:
+    merged = [*sizes[:left], sizes[left] + sizes[left + 1], *sizes[left + 2 :], 0]
+    for k in KS:
+        apart = sum(
+            one_user(sizes, beam)[f"ItemHit@{k}"] * sizes[beam] for beam in (left, left + 1)
+        )
+        together = one_user(merged, left)[f"ItemHit@{k}"] * merged[left]
+        assert together == pytest.approx(apart)
+
+
+def test_users_with_several_targets_are_macro_averaged() -> None:
+    ranked = np.array([[3, 1, 2], [5, 6, 7]])
+    targets = Ragged.from_lists([[1, 9], [5]])
+    found = ranked_metrics(ranked, targets, [3])
+    assert found["ItemHit@3"].tolist() == [0.5, 1.0]
+    assert summarise(found)["ItemHit@3"] == 0.75
+
+
+def test_a_user_without_target_or_a_short_list_is_refused() -> None:
+    lists = np.zeros((2, 3), int)
+    with pytest.raises(DataError, match="must have a target, got 1"):
+        ranked_metrics(lists, Ragged.from_lists([[1], []]), [3])
+    with pytest.raises(DataError, match="cut-off 5, got 3"):
+        ranked_metrics(lists, Ragged.from_lists([[1], [2]]), [5])
+    with pytest.raises(DataError, match="must have a target"):
+        bucket_metrics(lists, np.array([0]), np.array([0]), [3])
+
+
+def test_totals_merge_to_the_summary_of_all_users() -> None:
+    rng = np.random.default_rng(0)
+    values = {"ItemHit@5": rng.random(40)}
+    slices = {"tail": rng.random(40) < 0.3}
+    left, right = MetricTotals(), MetricTotals()
+    left.add({"ItemHit@5": values["ItemHit@5"][:15]}, {"tail": slices["tail"][:15]})
+    right.add({"ItemHit@5": values["ItemHit@5"][15:]}, {"tail": slices["tail"][15:]})
+    left.merge(right)
+    whole = summarise(values, slices)
+    assert left.summary() == pytest.approx(whole)
+    assert whole["ItemHit@5_se"] == pytest.approx(values["ItemHit@5"].std(ddof=1) / np.sqrt(40))
+    assert whole["ItemHit@5/tail"] == pytest.approx(values["ItemHit@5"][slices["tail"]].mean())
+    assert whole["users"] == 40
+    assert whole["users/tail"] == slices["tail"].sum()
+
+
+def test_slices_and_coverage() -> None:
+    slices = tail_slices(Ragged.from_lists([[0], [1], [0, 1]]), np.array([5, 6]))
+    assert slices["tail"].tolist() == [True, False, True]
+    assert slices["head"].tolist() == [False, True, False]
+    assert coverage(np.array([[0, 1, 2], [1, 3, -1]]), 10, 2) == 0.3
