@@ -29,7 +29,7 @@ class HashGenerator:
         self.num_steps = 0
 
     def prefill(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-        weights = torch.arange(1, tokens.shape[1] + 1)
+        weights = torch.arange(tokens.shape[1], 0, -1)  # from the right: padding changes nothing
         state = (tokens * mask * weights).sum(dim=1, keepdim=True) * _MULTIPLIER
         return self._read(state, 0).squeeze(1), state
 
