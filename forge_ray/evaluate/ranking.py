@@ -92,7 +92,7 @@ def bucket_metrics(
     found = _user_metrics(place, np.maximum(size, 1), target_user, per_user, ks)
     # Beams without items (dead, or all seen) take no place, else SidHit could fall below ItemHit.
     is_live = sizes > 0
-    rank = (np.cumsum(is_live, axis=1) - is_live)[target_user, beam]
+    rank: Integers = (np.cumsum(is_live, axis=1) - is_live)[target_user, beam]
     for k in ks:
         hit = is_found & (rank < k)
         found[f"SidHit@{k}"] = np.bincount(target_user, weights=hit, minlength=num_users) / per_user
