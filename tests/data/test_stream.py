@@ -1,0 +1,182 @@
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from pyarrow import fs as pafs
+
+from forge_ray.data.ragged import Ragged
+from forge_ray.data.stream import (
+    BatchPlan,
+    Cursor,
+    SegmentReader,
+    SequenceStream,
+    StreamBatch,
+    StreamConfig,
+    batch_order,
+    cut_prefixes,
+    cut_windows,
+    epoch_segments,
+    prefetched,
+)
+from forge_ray.errors import DataError
+
+PLAN = BatchPlan(batch_rows=8, max_items=6, mode="window", window_batches=3, seed=5)
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> list[str]:
+    """Five files of users; every item index occurs once, so that a multiset tells everything."""
+    rng = np.random.default_rng(0)
+    counter = itertools.count()
+    files = []
+    for number in range(5):
+        rows = [[next(counter) for _ in range(rng.integers(1, 15))] for _ in range(20)]
+        path = tmp_path / f"part-{number:05d}.parquet"
+        pq.write_table(pa.table({"items": pa.array(rows, pa.list_(pa.int32()))}), path)
+        files.append(str(path))
+    return files
+
+
+def all_items(files: list[str]) -> list[int]:
+    tables = [pq.read_table(path).column("items") for path in files]
+    return sorted(np.concatenate([Ragged.from_arrow(one).values for one in tables]).tolist())
+
+
+def stream(files: list[str], rank: int = 0, world_size: int = 1, **changes: int) -> SequenceStream:
+    config = StreamConfig(segment_files=2, segments_per_execution=4)
+    plan = BatchPlan(**{**PLAN.__dict__, **changes})
+    return SequenceStream(
+        files, pafs.LocalFileSystem(), config, plan=plan, rank=rank, world_size=world_size
+    )
+
+
+def take_epochs(batches: itertools.chain[StreamBatch], count: int) -> list[StreamBatch]:
+    return list(itertools.takewhile(lambda one: one.following.epoch < count, batches))
+
+
+def rows_of(batches: list[StreamBatch]) -> list[list[int]]:
+    return [row.tolist() for one in batches for row in one.rows]
+
+
+@given(
+    lengths=st.lists(st.integers(0, 40), max_size=30),
+    max_items=st.integers(1, 12),
+    seed=st.integers(0, 9),
+)
+@settings(max_examples=60, deadline=None)
+def test_windows_hold_every_item_once_in_order(lengths, max_items, seed):
+    sequences = Ragged.from_lengths(np.arange(sum(lengths)), np.array(lengths, dtype=np.int64))
+    pieces = cut_windows(sequences, max_items, np.random.default_rng(seed))
+    assert pieces.values.tolist() == sequences.values.tolist()
+    assert pieces.lengths.max(initial=0) <= max_items
+
+
+def test_windows_leave_short_sequences_whole():
+    sequences = Ragged.from_lists([[1, 2, 3], [4]], dtype=np.int64)
+    assert cut_windows(sequences, 3, np.random.default_rng(0)) == sequences
+
+
+def test_prefixes_end_in_every_item_but_the_first():
+    sequences = Ragged.from_lists([[1, 2, 3, 4], [5], [], [6, 7]], dtype=np.int64)
+    prefixes = cut_prefixes(sequences, 3)
+    assert [row.tolist() for row in prefixes] == [[1, 2], [1, 2, 3], [2, 3, 4], [6, 7]]
+
+
+@given(num=st.integers(0, 200), rows=st.integers(1, 9), windows=st.integers(1, 5))
+@settings(max_examples=40, deadline=None)
+def test_batches_hold_every_row_once(num, rows, windows):
+    lengths = np.random.default_rng(0).integers(1, 30, size=num)
+    rng = np.random.default_rng(1)
+    batches = batch_order(lengths, batch_rows=rows, window_batches=windows, rng=rng)
+    assert sorted(np.concatenate([[], *batches]).tolist()) == list(range(num))
+    assert len(batches) == -(-num // rows)
+
+
+def test_bucketing_pads_little():
+    lengths = np.random.default_rng(0).geometric(0.1, size=4096)
+
+    def padding(window: int) -> float:
+        rng = np.random.default_rng(1)
+        batches = batch_order(lengths, batch_rows=64, window_batches=window, rng=rng)
+        return 1 - lengths.sum() / sum(lengths[one].max() * len(one) for one in batches)
+
+    assert padding(1) > 0.5
+    assert padding(64) < 0.15
+
+
+def test_epochs_hold_every_file_once_in_different_orders():
+    first, second = (epoch_segments(40, 7, seed=3, epoch=epoch) for epoch in (0, 1))
+    assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == list(range(40))
+    assert first != second
+    assert first == epoch_segments(40, 7, seed=3, epoch=0)
+
+
+def test_reader_names_a_broken_shard(tmp_path):
+    broken = tmp_path / "part-00000.parquet"
+    broken.write_bytes(b"PAR1 not really")
+    reader = SegmentReader(pafs.LocalFileSystem(), PLAN, rank=0, world_size=1)
+    work = {"epoch": [0], "segment": [0], "skip": [0], "files": [[str(broken)]]}
+    with pytest.raises(DataError, match=r"part-00000\.parquet must be a readable Parquet shard"):
+        reader(pa.table(work))
+
+
+def test_no_shards_is_an_error():
+    with pytest.raises(DataError, match="at least one shard"):
+        stream([])
+
+
+def test_prefetch_keeps_order_and_raises_errors_of_its_thread():
+    empty = StreamBatch(Ragged.from_lists([]), np.zeros(0, dtype=np.int64), Cursor())
+
+    def source():
+        yield empty
+        raise DataError("shard gone")
+
+    ready = prefetched(source(), depth=2)
+    assert next(ready) is empty
+    with pytest.raises(DataError, match="shard gone"):
+        next(ready)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+class TestWithRay:
+    def test_every_item_once_an_epoch_at_any_world_size(self, shards):
+        alone = take_epochs(stream(shards).batches(Cursor()), 2)
+        epochs = [[one for one in alone if one.following.epoch == epoch] for epoch in (0, 1)]
+        for epoch in epochs:
+            seen = sorted(np.concatenate([one.rows.values for one in epoch]).tolist())
+            assert seen == all_items(shards)
+        assert rows_of(epochs[0]) != rows_of(epochs[1])
+        ranks = [take_epochs(stream(shards, rank, 3).batches(Cursor()), 2) for rank in range(3)]
+        assert {len(one) for one in ranks} == {len(alone)}
+        for whole, *parts in zip(alone, *ranks, strict=True):
+            together = sorted(rows_of(parts))
+            assert together == sorted(rows_of([whole]))
+            assert all((one.global_lengths == whole.global_lengths).all() for one in parts)
+
+    def test_any_cursor_resumes_exactly(self, shards):
+        whole = take_epochs(stream(shards).batches(Cursor()), 2)
+        for step in (1, 9, len(whole) // 2):
+            rest = take_epochs(stream(shards).batches(whole[step - 1].following), 2)
+            assert rows_of(rest) == rows_of(whole[step:])
+
+    def test_prefix_mode_makes_every_item_but_the_first_a_target(self, shards):
+        batches = take_epochs(stream(shards, mode="prefix").batches(Cursor()), 1)
+        targets = sorted(row[-1] for row in rows_of(batches))
+        tables = [Ragged.from_arrow(pq.read_table(path).column("items")) for path in shards]
+        firsts = {int(row[0]) for table in tables for row in table}
+        assert targets == [item for item in all_items(shards) if item not in firsts]
+
+    def test_shards_without_examples_are_an_error(self, tmp_path):
+        path = tmp_path / "part-00000.parquet"
+        pq.write_table(pa.table({"items": pa.array([[1], [2]], pa.list_(pa.int32()))}), path)
+        with pytest.raises(DataError, match="got no training"):
+            next(stream([str(path)], mode="prefix").batches(Cursor()))
