@@ -1,0 +1,307 @@
+"""What every quantizer does: fit on vectors, give codes, turn codes back into vectors.
+
+Knows residual codebooks in some latent space and how rows are cut into chunks. Knows neither files
+nor clusters, and nothing about the items behind the vectors.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from forge_ray.config import Component
+from forge_ray.errors import ConfigError, DataError, TrainingError
+
+FloatArray: TypeAlias = npt.NDArray[np.float32]
+Int64Array: TypeAlias = npt.NDArray[np.int64]
+Report: TypeAlias = Callable[[int, Mapping[str, float]], None]
+"""Called with a step number and the metrics at that step."""
+
+CHUNK_ROWS = 1024
+"""Rows per kernel call; 1024 x 8192 distances take 32 MB."""
+
+
+def ignore_report(step: int, metrics: Mapping[str, float]) -> None:
+    """Drop training metrics; the default of `Quantizer.fit`."""
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingPairs:
+    """Item-to-item pairs whose two ends are rows of the training vectors."""
+
+    anchor: Int64Array
+    """int64 [P] rows."""
+    positive: Int64Array
+    """int64 [P] rows."""
+
+    def __len__(self) -> int:
+        return len(self.anchor)
+
+
+@dataclass(kw_only=True)
+class QuantizerConfig(Component):
+    """What every quantizer needs to know; `kind` picks one."""
+
+    kind: str = "rq_kmeans"
+    levels: int = 3
+    """Codes per SID, L; 3 in FORGE."""
+    codebook_size: int = 256
+    """Codes per level, K; 8192 in FORGE for 1e8 items, 256 in TIGER for 1e4."""
+    sizes: list[int] | None = None
+    """Codes per level where levels differ, e.g. [1024, 4096, 32768]; overrides `codebook_size`."""
+    max_train_vectors: int = 1_000_000
+    """Most vectors held for fitting (a random sample beyond it); 2 GB at 512 floats."""
+
+    def __post_init__(self) -> None:
+        """Check the shape of the code space."""
+        if self.levels < 1:
+            raise ConfigError(
+                f"quantizer.levels must be >= 1, got {self.levels}. Set the number of codebooks."
+            )
+        if self.sizes is not None and len(self.sizes) != self.levels:
+            raise ConfigError(
+                f"quantizer.sizes must name {self.levels} sizes (quantizer.levels), "
+                f"got {self.sizes}. Change one of the two."
+            )
+        if min(self.codebook_sizes) < 2:
+            raise ConfigError(
+                f"quantizer codebook sizes must be >= 2, got {list(self.codebook_sizes)}. "
+                "Raise quantizer.codebook_size or quantizer.sizes."
+            )
+
+    @property
+    def codebook_sizes(self) -> tuple[int, ...]:
+        """Codes available at each level, length L."""
+        return tuple(self.sizes) if self.sizes else (self.codebook_size,) * self.levels
+
+    @property
+    def wants_pairs(self) -> bool:
+        """Whether fitting uses item-to-item pairs."""
+        return False
+
+    def build(self, input_dim: int, *, seed: int) -> Quantizer:
+        """Make an unfitted quantizer for vectors of width `input_dim`."""
+        raise NotImplementedError(f"{type(self).__name__} does not build a quantizer")
+
+
+class Quantizer(ABC):
+    """Residual codebooks over a latent space; subclasses say how to reach it and come back.
+
+    A row's codes depend on that row alone: kernels always see chunks of `CHUNK_ROWS` rows, the last
+    one padded, so no batch boundary can flip a near tie.
+    """
+
+    input_dim: int
+    """Width D of the vectors."""
+    codebook_sizes: tuple[int, ...]
+    """Codes available at each level, length L."""
+    codebooks: list[torch.Tensor]
+    """One float32 [K_l, d] per level; empty before `fit` or `load_state_dict`."""
+    seed: int
+
+    def __init__(self, input_dim: int, codebook_sizes: tuple[int, ...], *, seed: int) -> None:
+        self.input_dim = input_dim
+        self.codebook_sizes = codebook_sizes
+        self.codebooks = []
+        self.seed = seed
+
+    @property
+    def device(self) -> torch.device:
+        """Where the codebooks live and kernels run."""
+        self._require_fitted()
+        return self.codebooks[0].device
+
+    @abstractmethod
+    def fit(
+        self,
+        vectors: FloatArray,
+        *,
+        pairs: TrainingPairs | None = None,
+        report: Report = ignore_report,
+    ) -> None:
+        """Learn the codebooks.
+
+        Args:
+            vectors: float32 [n, D], n at least the largest codebook.
+            pairs: related items as rows of `vectors`; ignored by kinds that do not align.
+            report: called with a step and its metrics, many times.
+
+        Raises:
+            ConfigError: when there are fewer vectors than codes.
+            TrainingError: when a loss or codebook becomes non-finite.
+        """
+
+    def encode(self, vectors: FloatArray) -> Int64Array:
+        """Give every vector its SID: nearest codeword of the residual, level by level.
+
+        Args:
+            vectors: float32 [n, D].
+
+        Returns:
+            int64 [n, L].
+        """
+        self._require_fitted()
+        self._check_width(vectors)
+        return _in_chunks(self._encode_chunk, vectors, device=self.device, width=self.num_levels)
+
+    def codeword_sum(self, codes: npt.NDArray[np.integer[Any]]) -> FloatArray:
+        """Sum the codewords of each SID in the latent space.
+
+        Args:
+            codes: integer codes [n, l] of the first l <= L levels.
+
+        Returns:
+            float32 [n, d].
+        """
+        self._require_fitted()
+        return self._sum(codes).cpu().numpy()
+
+    @torch.no_grad()
+    def decode(self, codes: npt.NDArray[np.integer[Any]]) -> FloatArray:
+        """Turn SIDs, or their first l levels, back into input vectors.
+
+        Args:
+            codes: integer codes [n, l] with l <= L.
+
+        Returns:
+            float32 [n, D].
+        """
+        self._require_fitted()
+        pieces = [
+            self._from_latent(self._sum(codes[start : start + CHUNK_ROWS])).cpu().numpy()
+            for start in range(0, len(codes), CHUNK_ROWS)
+        ]
+        empty = np.zeros((0, self.input_dim), dtype=np.float32)
+        return np.concatenate(pieces) if pieces else empty
+
+    def last_level_candidates(self, vectors: FloatArray, limit: int) -> Int64Array:
+        """Rank the last codes under each vector's own prefix, nearest first.
+
+        Args:
+            vectors: float32 [n, D].
+            limit: candidates per vector.
+
+        Returns:
+            int64 [n, min(limit, K_L)]: last-level codes, the vector's own one first.
+        """
+        self._require_fitted()
+        self._check_width(vectors)
+        width = min(limit, self.codebook_sizes[-1])
+
+        def nearest(chunk: torch.Tensor) -> torch.Tensor:
+            residual = self._assign(self._to_latent(chunk)).last_residual
+            distances = squared_distances(residual, self.codebooks[-1])
+            return distances.argsort(dim=1, stable=True)[:, :width]
+
+        return _in_chunks(nearest, vectors, device=self.device, width=width)
+
+    def to(self, device: str | torch.device) -> Quantizer:
+        """Move the codebooks to a device and return self."""
+        self.codebooks = [codebook.to(device) for codebook in self.codebooks]
+        return self
+
+    def state_dict(self) -> dict[str, npt.NDArray[Any]]:
+        """Return everything `encode` and `decode` need, as named arrays."""
+        self._require_fitted()
+        return {f"codebook.{i}": book.cpu().numpy() for i, book in enumerate(self.codebooks)}
+
+    def load_state_dict(self, state: Mapping[str, npt.NDArray[Any]]) -> None:
+        """Restore what `state_dict` returned."""
+        self.codebooks = [
+            torch.from_numpy(np.array(state[f"codebook.{level}"], dtype=np.float32))
+            for level in range(self.num_levels)
+        ]
+
+    @property
+    def num_levels(self) -> int:
+        """Codes per SID, L."""
+        return len(self.codebook_sizes)
+
+    def _to_latent(self, vectors: torch.Tensor) -> torch.Tensor:
+        return vectors
+
+    def _from_latent(self, latents: torch.Tensor) -> torch.Tensor:
+        return latents
+
+    def _encode_chunk(self, chunk: torch.Tensor) -> torch.Tensor:
+        return self._assign(self._to_latent(chunk)).codes
+
+    def _assign(self, latents: torch.Tensor) -> Assignment:
+        residual, codes = latents, []
+        for codebook in self.codebooks:
+            last = residual
+            code = squared_distances(residual, codebook).argmin(dim=1)
+            residual = residual - codebook[code]
+            codes.append(code)
+        return Assignment(torch.stack(codes, dim=1), last)
+
+    def _sum(self, codes: npt.NDArray[np.integer[Any]]) -> torch.Tensor:
+        indices = torch.from_numpy(np.asarray(codes, dtype=np.int64)).to(self.device)
+        total = torch.zeros(len(indices), self.codebooks[0].shape[1], device=self.device)
+        for level in range(indices.shape[1]):
+            total = total + self.codebooks[level][indices[:, level]]
+        return total
+
+    def _require_fitted(self) -> None:
+        if not self.codebooks:
+            raise TrainingError(
+                f"{type(self).__name__} must be fitted before use, got none. Call fit or load it."
+            )
+
+    def _check_width(self, vectors: FloatArray) -> None:
+        if vectors.ndim != 2 or vectors.shape[1] != self.input_dim:
+            raise DataError(
+                f"vectors must have shape [n, {self.input_dim}], got {list(vectors.shape)}. "
+                "Use the vector space that the quantizer was fitted on."
+            )
+
+    def _check_training_set(self, vectors: FloatArray) -> None:
+        self._check_width(vectors)
+        if len(vectors) < max(self.codebook_sizes):
+            raise ConfigError(
+                f"quantizer.codebook_size must be <= the number of training vectors, got "
+                f"{max(self.codebook_sizes)} codes for {len(vectors)} vectors. "
+                "Use smaller codebooks."
+            )
+
+
+@dataclass(frozen=True, eq=False)
+class Assignment:
+    """Codes of some latents, and the residual that the last level had to code."""
+
+    codes: torch.Tensor
+    """int64 [n, L]."""
+    last_residual: torch.Tensor
+    """float32 [n, d], the latent minus its first L - 1 codewords."""
+
+
+def squared_distances(points: torch.Tensor, codebook: torch.Tensor) -> torch.Tensor:
+    """Squared L2 distances of points [n, d] to codewords [K, d], up to a constant per point.
+
+    |x|^2 is left out: it moves no argmin and would only add rounding.
+    """
+    return torch.addmm(codebook.square().sum(dim=1), points, codebook.T, alpha=-2.0)
+
+
+@torch.no_grad()
+def _in_chunks(
+    kernel: Callable[[torch.Tensor], torch.Tensor],
+    vectors: FloatArray,
+    *,
+    device: torch.device,
+    width: int,
+) -> Int64Array:
+    """Run a kernel over padded chunks of equal size, so that a row's result is its own."""
+    out = np.empty((len(vectors), width), dtype=np.int64)
+    for start in range(0, len(vectors), CHUNK_ROWS):
+        rows = vectors[start : start + CHUNK_ROWS]
+        chunk = torch.zeros(CHUNK_ROWS, vectors.shape[1])
+        chunk[: len(rows)] = torch.from_numpy(np.array(rows, dtype=np.float32))
+        out[start : start + len(rows)] = kernel(chunk.to(device))[: len(rows)].cpu().numpy()
+    return out
