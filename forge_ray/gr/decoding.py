@@ -59,7 +59,7 @@ class SidDecoder:
         *,
         widths: Sequence[int],
         max_history: int,
-        batch_users: int = 64,
+        batch_users: int = 32,
         constrained: bool = True,
         device: torch.device | str = "cpu",
     ) -> None:

@@ -42,7 +42,7 @@ def evaluate_generator(
     ks: Sequence[int] = DEFAULT_KS,
     widths: Sequence[int] | None = None,
     exclude_seen: bool = True,
-    batch_users: int = 64,
+    batch_users: int = 32,
     constrained: bool = True,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
