@@ -1,0 +1,375 @@
+"""The catalogue: which items exist, their dense index, and their vectors under that index.
+
+Part of building the log. The driver holds the item ids (16 bytes for a 16-letter id) and one byte
+per item; titles and vectors stream through workers, one output shard per chunk read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+from numpy.typing import NDArray
+
+from forge_ray.artifacts import ArtifactWriter
+from forge_ray.data import tasks
+from forge_ray.data.checks import (
+    DROPPED,
+    UNKNOWN,
+    ItemIndex,
+    Screen,
+    as_ids,
+    as_matrix,
+    is_empty,
+    to_bytes,
+    to_strings,
+)
+from forge_ray.data.importers import (
+    CHUNK_ROWS,
+    RawFile,
+    extra_schema,
+    read_chunks,
+)
+from forge_ray.data.schema import vectors_schema
+from forge_ray.data.sources import SourcesConfig, VectorsConfig
+from forge_ray.errors import DataError
+
+_IDS = tasks.with_ledger({"id": pa.string(), "file": pa.int32(), "row": pa.int64()})
+_WRITTEN = tasks.with_ledger({"index": pa.int32(), "is_usable": pa.bool_()})
+RESERVED = ("item_index", "item_id", "train_count")
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """The files of every raw input, found once.
+
+    Attributes:
+        interactions: shards of the log.
+        items: shards of the catalogue; empty when it is implied by the log.
+        vectors: shards by vector space.
+    """
+
+    interactions: tuple[RawFile, ...]
+    items: tuple[RawFile, ...]
+    vectors: Mapping[str, tuple[RawFile, ...]]
+
+
+@dataclass(slots=True)
+class Catalogue:
+    """What later steps need to know of the items.
+
+    Attributes:
+        index: ids to dense indices.
+        duplicates: row numbers of repeated items to pass over, by file ordinal.
+        counts: rows left out so far, by cause.
+    """
+
+    index: ItemIndex
+    duplicates: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    counts: Counter[str] = field(default_factory=Counter)
+
+
+def index_items(config: SourcesConfig, inputs: Inputs) -> Catalogue:
+    """Collect the item ids and give each its place among the sorted ones.
+
+    Raises:
+        DataError: an id is empty or double, or the catalogue is empty.
+    """
+    section = config.items if inputs.items else config.interactions
+    files = inputs.items or inputs.interactions
+    counts: Counter[str] = Counter()
+    dataset = tasks.for_each(
+        range(len(files)),
+        _read_ids,
+        files=files,
+        wanted={"item_id": section.item_id},
+        section="items" if inputs.items else "interactions",
+        skip=frozenset(config.skip),
+    )
+    table = tasks.split_ledger(tasks.results(dataset), counts)
+    if not table.num_rows:
+        raise DataError(f"{files[0].uri} must list at least one item, got none. Add rows to it.")
+    if not inputs.items:
+        counts.clear()  # the pass over the interactions counts their rows
+    catalogue = _index(table, files, is_catalogue=bool(inputs.items), skip=config.skip)
+    catalogue.counts.update(counts)
+    return _drop_without_vector(catalogue, config, inputs)
+
+
+def _read_ids(
+    number: int,
+    *,
+    files: Sequence[RawFile],
+    wanted: Mapping[str, str],
+    section: str,
+    skip: frozenset[str],
+) -> Iterator[pa.Table]:
+    for chunk in read_chunks(files[number], wanted, field=section):
+        screen = Screen(chunk, skip)
+        ids = as_ids(chunk, "item_id")
+        screen.reject("empty_item", is_empty(ids), column="item_id", rule="not be empty")
+        kept, rows = ids.filter(pa.array(screen.keep)), screen.rows
+        if section == "interactions":
+            kept = kept.unique()
+            rows = rows[: len(kept)]
+        file = np.full(len(kept), number, dtype=np.int32)
+        yield tasks.data_rows(_IDS, {"id": kept, "file": file, "row": rows})
+        yield tasks.ledger(_IDS, screen.counts)
+
+
+def _index(
+    table: pa.Table, files: Sequence[RawFile], *, is_catalogue: bool, skip: Sequence[str]
+) -> Catalogue:
+    file, row = table["file"].to_numpy(), table["row"].to_numpy()
+    order = np.lexsort((row, file))
+    ids, first = np.unique(to_bytes(table["id"].combine_chunks())[order], return_index=True)
+    catalogue = Catalogue(ItemIndex(ids))
+    if not is_catalogue or len(ids) == len(order):
+        return catalogue
+    is_repeat = np.ones(len(order), dtype=bool)
+    is_repeat[first] = False
+    repeats = order[is_repeat]
+    if "duplicate_item" not in skip:
+        again = repeats[0]
+        name = table["id"][int(again)].as_py()
+        other = order[first[np.searchsorted(ids, name.encode())]]
+        raise DataError(
+            f"{files[file[again]].uri} row {row[again]}: item_id must be unique, got {name!r}, "
+            f"which row {row[other]} of {files[file[other]].uri} holds already "
+            f"({len(repeats)} repeated ids). Remove the repeats, or add duplicate_item to `skip` "
+            "to keep the first of each."
+        )
+    catalogue.duplicates = {int(f): row[repeats][file[repeats] == f] for f in set(file[repeats])}
+    catalogue.counts["duplicate_item"] = len(repeats)
+    return catalogue
+
+
+def _drop_without_vector(catalogue: Catalogue, config: SourcesConfig, inputs: Inputs) -> Catalogue:
+    """Leave items out that lack a usable vector in some space, when that is asked for."""
+    if not inputs.vectors or not {"missing_vector", "null_vector"} & set(config.skip):
+        return catalogue
+    drop = np.zeros(len(catalogue.index), dtype=bool)
+    for space, files in inputs.vectors.items():
+        found = _vector_pass(space, config, files, catalogue, output=None)
+        if "missing_vector" in config.skip:
+            drop |= found.seen + found.nulls == 0
+        if "null_vector" in config.skip:
+            drop |= (found.seen == 0) & (found.nulls > 0)
+    ids = catalogue.index.ids
+    catalogue.index = ItemIndex(ids[~drop], ids[drop])
+    catalogue.counts["items_without_vector"] = int(drop.sum())
+    return catalogue
+
+
+# ---- items ----
+
+
+def write_items(
+    config: SourcesConfig, inputs: Inputs, catalogue: Catalogue, writer: ArtifactWriter
+) -> None:
+    """Write `items/` (`item_index`, `item_id`, then what came along), one shard per chunk read."""
+    index = catalogue.index
+    if not inputs.items:
+        table = pa.table(
+            {"item_index": np.arange(len(index), dtype=np.int32), "item_id": to_strings(index.ids)}
+        )
+        tasks.write_shard(table, writer.path("items", "part-00000.parquet"), writer.filesystem)
+        return
+    extra = extra_schema(inputs.items, exclude=[config.items.item_id, *RESERVED])
+    dataset = tasks.for_each(
+        range(len(inputs.items)),
+        _write_items_of,
+        files=inputs.items,
+        wanted={"item_id": config.items.item_id},
+        extra=extra,
+        index=ray.put(index),
+        duplicates=catalogue.duplicates,
+        output=_Output(writer.filesystem, _folder(writer, "items")),
+    )
+    tasks.results(dataset)
+
+
+@dataclass(frozen=True, slots=True)
+class _Output:
+    """A folder to write shards to."""
+
+    filesystem: Any
+    folder: str
+
+    def write(self, table: pa.Table, *numbers: int) -> None:
+        name = "-".join(["part", *(f"{number:05d}" for number in numbers)])
+        tasks.write_shard(table, f"{self.folder}/{name}.parquet", self.filesystem)
+
+
+def _write_items_of(
+    number: int,
+    *,
+    files: Sequence[RawFile],
+    wanted: Mapping[str, str],
+    extra: pa.Schema,
+    index: ray.ObjectRef[ItemIndex],
+    duplicates: Mapping[int, NDArray[np.int64]],
+    output: _Output,
+) -> Iterator[pa.Table]:
+    items = ray.get(index)
+    chunks = read_chunks(files[number], wanted, field="items", extra=extra)
+    for part, chunk in enumerate(chunks):
+        places = items.lookup(as_ids(chunk, "item_id"))
+        rows = np.arange(len(places)) + chunk.first_row
+        keep = (places >= 0) & ~np.isin(rows, duplicates.get(number, []))
+        table = chunk.table.drop_columns("item_id").filter(pa.array(keep))
+        ids = as_ids(chunk, "item_id").filter(pa.array(keep))
+        table = table.add_column(0, "item_id", ids).add_column(
+            0, "item_index", pa.array(places[keep])
+        )
+        if len(table):
+            output.write(table.sort_by("item_index"), number, part)
+    yield pa.table({"number": [number]})
+
+
+# ---- vectors ----
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """Usable and unusable vectors of each item ``[N]``, and the rows left out."""
+
+    seen: NDArray[np.int64]
+    nulls: NDArray[np.int64]
+    counts: Counter[str]
+
+
+def write_vectors(
+    config: SourcesConfig, inputs: Inputs, catalogue: Catalogue, writer: ArtifactWriter
+) -> dict[str, int]:
+    """Write `vectors/<space>/` for every space.
+
+    Returns:
+        The width D of each space.
+
+    Raises:
+        DataError: a vector is null, not finite, ragged, double or of an unknown item, or an item
+            has none.
+    """
+    dims = {}
+    for space, files in inputs.vectors.items():
+        output = _Output(writer.filesystem, _folder(writer, "vectors", space))
+        found = _vector_pass(space, config, files, catalogue, output=output)
+        catalogue.counts.update(found.counts)
+        _require_vectors(space, files, catalogue.index, found.seen)
+        dims[space] = _dim(files[0], config.vectors[space], space)
+    return dims
+
+
+def _vector_pass(
+    space: str,
+    config: SourcesConfig,
+    files: Sequence[RawFile],
+    catalogue: Catalogue,
+    *,
+    output: _Output | None,
+) -> _Seen:
+    """Check one space, write it if asked to, and count the vectors of every item."""
+    source = config.vectors[space]
+    dataset = tasks.for_each(
+        range(len(files)),
+        _vectors_of,
+        files=files,
+        wanted={"item_id": source.item_id, "vector": source.vector},
+        section=f"vectors.{space}",
+        dim=_dim(files[0], source, space),
+        skip=frozenset(config.skip),
+        index=ray.put(catalogue.index),
+        chunk_rows=max(1, min(CHUNK_ROWS, -(-len(catalogue.index) // 8))),
+        output=output,
+    )
+    items = len(catalogue.index)
+    found = _Seen(np.zeros(items, dtype=np.int64), np.zeros(items, dtype=np.int64), Counter())
+    for table in tasks.tables(dataset):
+        rows = tasks.split_ledger(table, found.counts)
+        if rows.num_rows:
+            index, usable = rows["index"].to_numpy(), rows["is_usable"].to_numpy()
+            np.add.at(found.seen, index[usable], 1)
+            np.add.at(found.nulls, index[~usable], 1)
+    return found
+
+
+def _vectors_of(
+    number: int,
+    *,
+    files: Sequence[RawFile],
+    wanted: Mapping[str, str],
+    section: str,
+    dim: int,
+    skip: frozenset[str],
+    index: ray.ObjectRef[ItemIndex],
+    chunk_rows: int,
+    output: _Output | None,
+) -> Iterator[pa.Table]:
+    items = ray.get(index)
+    chunks = read_chunks(files[number], wanted, field=section, chunk_rows=chunk_rows)
+    for part, chunk in enumerate(chunks):
+        screen = Screen(chunk, skip)
+        ids = as_ids(chunk, "item_id")
+        places = items.lookup(ids)
+        matrix = as_matrix(screen, "vector", dim)
+        nulls = places[~screen.keep & (places >= 0)]
+        screen.reject("empty_item", is_empty(ids), column="item_id", rule="not be empty")
+        screen.reject(
+            "unknown_vector", places == UNKNOWN, column="item_id", rule="be in the catalogue"
+        )
+        screen.keep &= places != DROPPED
+        kept = places[screen.keep]
+        if output is not None and len(kept):
+            output.write(_vector_table(kept, matrix[screen.keep]), number, part)
+        usable = np.arange(len(kept) + len(nulls)) < len(kept)
+        index_column = np.concatenate([kept, nulls])
+        yield tasks.data_rows(_WRITTEN, {"index": index_column, "is_usable": usable})
+        yield tasks.ledger(_WRITTEN, screen.counts)
+
+
+def _vector_table(places: NDArray[np.int32], matrix: NDArray[Any]) -> pa.Table:
+    schema = vectors_schema(matrix.shape[1], "float16" if matrix.dtype == np.float16 else "float32")
+    order = np.argsort(places, kind="stable")
+    values = pa.array(matrix[order].reshape(-1))
+    lists = pa.FixedSizeListArray.from_arrays(values, type=schema.field("vector").type)
+    return pa.table([pa.array(places[order]), lists], schema=schema)
+
+
+def _dim(file: RawFile, source: VectorsConfig, space: str) -> int:
+    """The width of the first vector that is there."""
+    wanted = {"item_id": source.item_id, "vector": source.vector}
+    for chunk in read_chunks(file, wanted, field=f"vectors.{space}", chunk_rows=1024):
+        matrix = as_matrix(Screen(chunk, frozenset(["null_vector"])), "vector", None)
+        if matrix.shape[1]:
+            return int(matrix.shape[1])
+    raise DataError(f"{file.uri} must hold at least one vector, got none. Check {source.vector!r}.")
+
+
+def _require_vectors(
+    space: str, files: Sequence[RawFile], index: ItemIndex, seen: NDArray[np.int64]
+) -> None:
+    where = f"{files[0].uri}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
+    for bad, rule, remedy in (
+        (seen > 1, "hold one vector per item", "Remove the repeats."),
+        (
+            seen == 0,
+            "hold a vector of every item",
+            "Add the vectors, or add missing_vector to `skip` to leave such items out.",
+        ),
+    ):
+        if bad.any():
+            first = index.ids[int(np.argmax(bad))].decode()
+            raise DataError(
+                f"{where} (vectors.{space}) must {rule}, got {int(seen[np.argmax(bad)])} of item "
+                f"{first!r} ({int(bad.sum())} such items of {len(seen)}). {remedy}"
+            )
+
+
+def _folder(writer: ArtifactWriter, *parts: str) -> str:
+    return writer.path(*parts, "part").removesuffix("/part")

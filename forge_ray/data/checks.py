@@ -1,0 +1,292 @@
+"""The rules that rows of users' files must keep, and what happens to rows that break one.
+
+A chunk of raw rows goes in; checked arrays come out, or a DataError that names file, row, column
+and value. A cause listed in ``skip`` leaves its rows out instead and counts them. Knows nothing of
+Ray or of files beyond their names.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from numpy.typing import NDArray
+
+from forge_ray.data.importers import Chunk
+from forge_ray.errors import ConfigError, DataError
+
+SKIPPABLE = {
+    "empty_user": "interactions without a user id",
+    "empty_item": "rows without an item id",
+    "unknown_item": "interactions with an item that the catalogue lacks",
+    "invalid_timestamp": "interactions whose timestamp is missing or no whole number",
+    "negative_timestamp": "interactions before time 0",
+    "duplicate_item": "items after the first with the same id",
+    "null_vector": "items whose vector is null or holds a null, NaN or infinity",
+    "unknown_vector": "vectors of items that the catalogue lacks",
+    "missing_vector": "items without a vector, with their interactions",
+}
+UNKNOWN = -1
+DROPPED = -2
+
+
+def check_skip(skip: list[str]) -> None:
+    """Check the names in a ``skip`` list.
+
+    Raises:
+        ConfigError: a name is not among `SKIPPABLE`.
+    """
+    for cause in skip:
+        if cause not in SKIPPABLE:
+            raise ConfigError(
+                f"skip must name causes among {sorted(SKIPPABLE)}, got {cause!r}. Correct the name."
+            )
+
+
+@dataclass(slots=True)
+class Screen:
+    """Decides row by row over one chunk.
+
+    Attributes:
+        chunk: the rows under test.
+        skip: causes to leave out and count, rather than fail on.
+        keep: ``[n]`` rows that passed so far.
+        counts: rows left out, by cause.
+    """
+
+    chunk: Chunk
+    skip: frozenset[str]
+    keep: NDArray[np.bool_] = field(init=False)
+    counts: Counter[str] = field(default_factory=Counter)
+
+    def __post_init__(self) -> None:
+        self.keep = np.ones(self.chunk.table.num_rows, dtype=bool)
+
+    def reject(self, cause: str, bad: NDArray[np.bool_], *, column: str, rule: str) -> None:
+        """Fail on, or leave out, the rows where ``bad`` ``[n]`` holds.
+
+        Args:
+            cause: name in `SKIPPABLE`.
+            bad: rows that break the rule; rows left out before are not counted again.
+            column: our name of the column with the offending value.
+            rule: what a value must be, for the message.
+
+        Raises:
+            DataError: a row is bad and the cause is not to be skipped.
+        """
+        bad = bad & self.keep
+        count = int(bad.sum())
+        if not count:
+            return
+        if cause not in self.skip:
+            row = int(np.argmax(bad))
+            value = short(self.chunk.table[column][row].as_py())
+            raise DataError(
+                f"{self.chunk.file.uri} row {self.chunk.first_row + row}: {column} must {rule}, "
+                f"got {value} ({count} such rows within {len(bad)}). Correct the file, or add "
+                f"{cause} to `skip` to leave such rows out and count them."
+            )
+        self.counts[cause] += count
+        self.keep &= ~bad
+
+    @property
+    def rows(self) -> NDArray[np.int64]:
+        """Row numbers in the file of the rows kept."""
+        return np.flatnonzero(self.keep) + self.chunk.first_row
+
+
+def short(value: Any) -> str:
+    """Spell a value for a message, cut to a readable length."""
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:77]}..."
+
+
+def as_ids(chunk: Chunk, column: str) -> pa.Array:
+    """Return an id column as strings; nulls stay.
+
+    Raises:
+        DataError: the column is neither text nor whole numbers.
+    """
+    array = _flat(chunk.table[column])
+    kind = array.type
+    if pa.types.is_dictionary(kind):
+        array, kind = array.dictionary_decode(), kind.value_type
+    if pa.types.is_null(kind):
+        return array.cast(pa.string())
+    if not (
+        pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_integer(kind)
+    ):
+        raise _wrong_type(chunk, column, "text or whole numbers", kind)
+    return array.cast(pa.string())
+
+
+def is_empty(ids: pa.Array) -> NDArray[np.bool_]:
+    """Mark ids that are null or the empty string."""
+    return _numpy(pc.fill_null(pc.equal(ids, ""), True))
+
+
+def as_timestamps(screen: Screen, column: str) -> NDArray[np.int64]:
+    """Return a time column as int64 (date-time types as seconds), bad values rejected as 0.
+
+    Raises:
+        DataError: the column's type cannot hold times, or a value is no whole number >= 0 and its
+            cause is not to be skipped.
+    """
+    array = _flat(screen.chunk.table[column])
+    kind = array.type
+    if pa.types.is_timestamp(kind):
+        array = array.cast(pa.timestamp("s", tz=kind.tz), safe=False).cast(pa.int64())
+    elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        whole = pc.match_substring_regex(array, r"^\s*[+-]?\d{1,18}\s*$")
+        array = pc.if_else(whole, pc.ascii_trim_whitespace(array), None).cast(pa.int64())
+    elif pa.types.is_floating(kind):
+        whole = pc.and_(pc.is_finite(array), pc.equal(array, pc.floor(array)))
+        array = pc.if_else(whole, array, None).cast(pa.int64())
+    elif pa.types.is_integer(kind) or pa.types.is_null(kind):
+        array = array.cast(pa.int64())
+    else:
+        raise _wrong_type(screen.chunk, column, "whole numbers or date-times", kind)
+    invalid = _numpy(pc.is_null(array))
+    screen.reject("invalid_timestamp", invalid, column=column, rule="be a whole number (int64)")
+    times = _numpy(pc.fill_null(array, 0)).astype(np.int64)
+    screen.reject("negative_timestamp", times < 0, column=column, rule="be >= 0")
+    return times
+
+
+def as_matrix(screen: Screen, column: str, dim: int | None) -> NDArray[Any]:
+    """Return a vector column as ``[n, D]`` floats, bad rows rejected as zeros.
+
+    Args:
+        screen: the chunk under test.
+        column: our name of the column: lists of numbers.
+        dim: the width D every vector must have; None takes that of the first row with a vector.
+
+    Raises:
+        DataError: the column holds no lists of numbers, a vector has another width, or one is null
+            or not finite and that cause is not to be skipped.
+    """
+    array = _flat(screen.chunk.table[column])
+    value_type = getattr(array.type, "value_type", None)
+    if value_type is None or not (
+        pa.types.is_floating(value_type) or pa.types.is_integer(value_type)
+    ):
+        raise _wrong_type(screen.chunk, column, "lists of numbers", array.type)
+    missing = _numpy(pc.is_null(array))
+    screen.reject("null_vector", missing, column=column, rule="not be null")
+    lengths = _numpy(pc.fill_null(pc.list_value_length(array), -1)).astype(np.int64)
+    present = ~missing
+    if not present.any():
+        return np.zeros((len(array), dim or 0), dtype=np.float32)
+    width = int(lengths[present][0]) if dim is None else dim
+    _reject_ragged(screen, column, present & (lengths != width), lengths, width)
+    dtype = np.float16 if pa.types.is_float16(value_type) else np.float32
+    matrix = np.zeros((len(array), width), dtype=dtype)
+    # flatten() leaves the values of null lists out; null elements come as NaN.
+    flat = array.flatten().cast(pa.float16() if dtype == np.float16 else pa.float32(), safe=False)
+    matrix[present] = flat.to_numpy(zero_copy_only=False).reshape(-1, width)
+    bad = np.asarray(~np.isfinite(matrix).all(axis=1))
+    screen.reject("null_vector", bad, column=column, rule="hold finite numbers only")
+    return matrix
+
+
+def _reject_ragged(
+    screen: Screen, column: str, bad: NDArray[np.bool_], lengths: NDArray[np.int64], width: int
+) -> None:
+    if bad.any():
+        row = int(np.argmax(bad))
+        raise DataError(
+            f"{screen.chunk.file.uri} row {screen.chunk.first_row + row}: {column} must have "
+            f"{width} numbers as the vectors before it, got {lengths[row]}. "
+            "Write vectors of one width."
+        )
+
+
+def _wrong_type(chunk: Chunk, column: str, wanted: str, kind: pa.DataType) -> DataError:
+    return DataError(
+        f"{chunk.file.uri}: column {column} must hold {wanted}, got type {kind}. "
+        "Convert the column, or map another one."
+    )
+
+
+def _flat(column: pa.ChunkedArray) -> pa.Array:
+    return column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
+
+
+def _numpy(array: pa.Array) -> NDArray[Any]:
+    return array.to_numpy(zero_copy_only=False)
+
+
+class ItemIndex:
+    """Finds the dense index of item ids; indices follow the sorted ids, not the order of files.
+
+    Holds the ids as fixed-width UTF-8 bytes, N times the longest id, so that Ray workers on a
+    machine share one copy.
+    """
+
+    ids: NDArray[np.bytes_]
+    """``[N]`` sorted; index i is the item with the i-th id."""
+
+    dropped: NDArray[np.bytes_]
+    """Sorted ids that were left out on request, with all that refers to them."""
+
+    def __init__(self, ids: NDArray[np.bytes_], dropped: NDArray[np.bytes_] | None = None) -> None:
+        self.ids = ids
+        self.dropped = np.empty(0, dtype="S1") if dropped is None else dropped
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def lookup(self, ids: pa.Array) -> NDArray[np.int32]:
+        """Return the index of each id ``[n]`` int32; `UNKNOWN` or `DROPPED` where there is none.
+
+        Args:
+            ids: strings, possibly null. Distinct ids are searched once.
+        """
+        encoded = ids.dictionary_encode()
+        codes = _numpy(pc.fill_null(encoded.indices, len(encoded.dictionary)))
+        wanted = to_bytes(encoded.dictionary)
+        found = np.full(len(wanted) + 1, UNKNOWN, dtype=np.int32)
+        found[:-1][_search(self.dropped, wanted) >= 0] = DROPPED
+        places = _search(self.ids, wanted)
+        found[:-1][places >= 0] = places[places >= 0]
+        return found[codes]
+
+
+def to_bytes(ids: pa.Array) -> NDArray[np.bytes_]:
+    """Return strings without nulls as fixed-width UTF-8 bytes; byte order is code-point order."""
+    if not len(ids):
+        return np.empty(0, dtype="S1")
+    return np.asarray(_numpy(ids.cast(pa.binary())), dtype="S")
+
+
+def to_strings(ids: NDArray[np.bytes_]) -> pa.Array:
+    """Undo `to_bytes`."""
+    return pa.array(ids.tolist(), type=pa.binary()).cast(pa.string())
+
+
+def _search(haystack: NDArray[np.bytes_], needles: NDArray[np.bytes_]) -> NDArray[np.int64]:
+    if not len(haystack):
+        return np.full(len(needles), -1, dtype=np.int64)
+    places = np.searchsorted(haystack, needles)
+    places[places == len(haystack)] = 0
+    return np.where(haystack[places] == needles, places, -1)
+
+
+def hash_ids(ids: NDArray[np.bytes_]) -> NDArray[np.uint64]:
+    """Hash ids ``[n]`` to uint64, the same on every machine and whatever the padding.
+
+    FNV-1a over the bytes, column by column, then the finaliser of splitmix64 so that low bits are
+    usable as a partition number.
+    """
+    letters = ids.view(np.uint8).reshape(len(ids), -1) if len(ids) else np.empty((0, 0), np.uint8)
+    state = np.full(len(ids), 0xCBF29CE484222325, dtype=np.uint64)
+    for column in letters.T:
+        mixed = (state ^ column) * np.uint64(0x100000001B3)
+        state = np.where(column != 0, mixed, state)
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return state ^ (state >> np.uint64(31))

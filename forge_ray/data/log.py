@@ -1,0 +1,320 @@
+"""From users' files to the ordered log: an artifact that all splits are cut from.
+
+The log holds the catalogue with its dense item index, the vectors under that index, and every
+user's interactions in time order, users placed in shards by a hash of their id. Changing the split
+does not read the raw files again. No process ever holds more than one shard of the log; the driver
+holds the item ids.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import ray
+import ray.data
+from numpy.typing import NDArray
+
+from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactStore, ArtifactWriter
+from forge_ray.config import to_mapping
+from forge_ray.data import tasks
+from forge_ray.data.catalogue import Inputs, index_items, write_items, write_vectors
+from forge_ray.data.checks import (
+    DROPPED,
+    UNKNOWN,
+    ItemIndex,
+    Screen,
+    as_ids,
+    as_timestamps,
+    hash_ids,
+    is_empty,
+    to_bytes,
+)
+from forge_ray.data.importers import RawFile, fingerprint, list_files, read_chunks, require_columns
+from forge_ray.data.ragged import Ragged
+from forge_ray.data.sources import SourcesConfig
+from forge_ray.errors import DataError
+
+KIND = "log"
+SHARD_BYTES = 32 * 2**20
+MIN_SHARDS = 8
+MAX_SHARDS = 4096
+TICKS_PER_DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000, "day": 1}
+
+_EVENTS = tasks.with_ledger(
+    {
+        "shard": pa.int32(),
+        "user_id": pa.string(),
+        "item": pa.int32(),
+        "timestamp": pa.int64(),
+        "file": pa.int32(),
+        "row": pa.int64(),
+    }
+)
+LOG_SCHEMA = pa.schema(
+    {"user_id": pa.string(), "items": pa.list_(pa.int32()), "timestamps": pa.list_(pa.int64())}
+)
+_SHARD_STATS = tasks.with_ledger(
+    {
+        "shard": pa.int32(),
+        "users": pa.int64(),
+        "events": pa.int64(),
+        "first": pa.int64(),
+        "last": pa.int64(),
+    }
+)
+
+
+def find_inputs(config: SourcesConfig) -> Inputs:
+    """Find all raw files and check that the mapped columns exist.
+
+    Args:
+        config: with every path resolved.
+
+    Raises:
+        DataError: a path leads nowhere, a folder has no shards, a column is missing.
+    """
+    inputs = Inputs(
+        interactions=tuple(list_files(config.interactions.path, field="interactions.path")),
+        items=tuple(list_files(config.items.path, field="items.path") if config.items.path else ()),
+        vectors={
+            space: tuple(list_files(source.path, field=f"vectors.{space}.path"))
+            for space, source in config.vectors.items()
+        },
+    )
+    for file in inputs.interactions:
+        require_columns(file, event_columns(config), field="interactions")
+    for file in inputs.items:
+        require_columns(file, {"item_id": config.items.item_id}, field="items")
+    for space, files in inputs.vectors.items():
+        source = config.vectors[space]
+        for file in files:
+            wanted = {"item_id": source.item_id, "vector": source.vector}
+            require_columns(file, wanted, field=f"vectors.{space}")
+    return inputs
+
+
+def event_columns(config: SourcesConfig) -> dict[str, str]:
+    """Return the mapping of the interaction columns, ours to theirs."""
+    section = config.interactions
+    return {
+        "user_id": section.user_id,
+        "item_id": section.item_id,
+        "timestamp": section.timestamp,
+    }
+
+
+def build_log(
+    config: SourcesConfig, store: ArtifactStore, *, name: str, num_shards: int = 0
+) -> Artifact:
+    """Return the ordered log of these inputs, building it unless the store has it.
+
+    Args:
+        config: with every path resolved.
+        store: where it goes.
+        name: name of the artifact.
+        num_shards: shards of the log; 0 makes one per 32 MiB of raw interactions, at least 8.
+
+    Raises:
+        DataError: the input breaks a rule; names file, row or column.
+    """
+    inputs = find_inputs(config)
+    size = sum(file.size_bytes for file in inputs.interactions)
+    shards = num_shards or min(max(MIN_SHARDS, -(-size // SHARD_BYTES)), MAX_SHARDS)
+    return store.build(
+        KIND,
+        name,
+        _identity(config, inputs, shards),
+        produce=lambda writer: _write_log(config, inputs, shards, writer),
+        command="forge-ray data prepare",
+    )
+
+
+def _identity(config: SourcesConfig, inputs: Inputs, shards: int) -> dict[str, Any]:
+    """What decides the content: settings and file contents, but not where the files lie."""
+    plain = to_mapping(config)
+    plain.pop("source")
+    sections = [plain["interactions"], plain["items"], *plain["vectors"].values()]
+    groups = [inputs.interactions, inputs.items, *(inputs.vectors[s] for s in plain["vectors"])]
+    for section, files in zip(sections, groups, strict=True):
+        section.pop("path")
+        with ThreadPoolExecutor(8) as pool:
+            section["files"] = list(pool.map(fingerprint, files))
+    return {**plain, "skip": sorted(config.skip), "num_shards": shards}
+
+
+def _write_log(
+    config: SourcesConfig, inputs: Inputs, shards: int, writer: ArtifactWriter
+) -> ArtifactInfo:
+    catalogue = index_items(config, inputs)
+    write_items(config, inputs, catalogue, writer)
+    dims = write_vectors(config, inputs, catalogue, writer)
+    stats = _write_shards(config, inputs, catalogue.index, shards, writer)
+    counts: Counter[str] = Counter(catalogue.counts)
+    rows = tasks.split_ledger(stats, counts)
+    if not rows.num_rows:
+        raise DataError(
+            f"{config.interactions.path} must hold at least one usable interaction, got none "
+            f"(left out: {dict(counts)}). Check the file, or shorten `skip`."
+        )
+    users = np.zeros(shards, dtype=np.int64)
+    users[rows["shard"].to_numpy()] = rows["users"].to_numpy()
+    skipped = {f"skipped_{cause}": count for cause, count in sorted(counts.items()) if count}
+    return ArtifactInfo(
+        rows={
+            "items": len(catalogue.index),
+            "users": int(users.sum()),
+            "interactions": int(rows["events"].to_numpy().sum()),
+            **skipped,
+        },
+        metrics={
+            "users_per_shard": users.tolist(),
+            "first_timestamp": int(rows["first"].to_numpy().min()),
+            "last_timestamp": int(rows["last"].to_numpy().max()),
+            "ticks_per_day": TICKS_PER_DAY[config.interactions.timestamp_unit],
+            **{f"vector_dim_{space}": dim for space, dim in dims.items()},
+        },
+    )
+
+
+def _write_shards(
+    config: SourcesConfig,
+    inputs: Inputs,
+    index: ItemIndex,
+    shards: int,
+    writer: ArtifactWriter,
+) -> pa.Table:
+    """Read, check, exchange by user and write the shards; one pass of Ray Data."""
+    events = tasks.for_each(
+        range(len(inputs.interactions)),
+        _events_of,
+        files=inputs.interactions,
+        wanted=event_columns(config),
+        index=ray.put(index),
+        skip=frozenset(config.skip),
+        shards=shards,
+    )
+    grouped = events.groupby("shard", num_partitions=shards).map_groups(
+        _write_shard_of,
+        batch_format="pyarrow",
+        fn_kwargs={
+            "files": inputs.interactions,
+            "must_be_sorted": config.interactions.unsorted == "error",
+            "folder": writer.path("log", "part").removesuffix("/part"),
+            "filesystem": writer.filesystem,
+        },
+    )
+    return tasks.results(grouped)
+
+
+def _events_of(
+    number: int,
+    *,
+    files: Sequence[RawFile],
+    wanted: Mapping[str, str],
+    index: ray.ObjectRef[ItemIndex],
+    skip: frozenset[str],
+    shards: int,
+) -> Iterator[pa.Table]:
+    items = ray.get(index)
+    for chunk in read_chunks(files[number], wanted, field="interactions"):
+        screen = Screen(chunk, skip)
+        users, ids = as_ids(chunk, "user_id"), as_ids(chunk, "item_id")
+        screen.reject("empty_user", is_empty(users), column="user_id", rule="not be empty")
+        screen.reject("empty_item", is_empty(ids), column="item_id", rule="not be empty")
+        times = as_timestamps(screen, "timestamp")
+        places = items.lookup(ids)
+        screen.reject(
+            "unknown_item", places == UNKNOWN, column="item_id", rule="be in the catalogue"
+        )
+        is_dropped = screen.keep & (places == DROPPED)
+        screen.counts["interactions_of_skipped_items"] += int(is_dropped.sum())
+        keep = screen.keep & ~is_dropped
+        users = users.filter(pa.array(keep))
+        columns = {
+            "shard": shard_of(users, shards),
+            "user_id": users,
+            "item": places[keep],
+            "timestamp": times[keep],
+            "file": np.full(int(keep.sum()), number, dtype=np.int32),
+            "row": np.flatnonzero(keep) + chunk.first_row,
+        }
+        yield tasks.data_rows(_EVENTS, columns)
+        yield _shard_ledger(screen.counts)
+
+
+def _shard_ledger(counts: Counter[str]) -> pa.Table:
+    """Ledger rows that the exchange brings together as shard -1."""
+    table = tasks.ledger(_EVENTS, {cause: n for cause, n in counts.items() if n})
+    return table.set_column(0, "shard", pa.array(np.full(len(table), -1, dtype=np.int32)))
+
+
+def shard_of(users: pa.Array, shards: int) -> NDArray[np.int32]:
+    """Return the shard of each user id ``[n]`` int32, by a hash of the id."""
+    encoded = users.dictionary_encode()
+    places = (hash_ids(to_bytes(encoded.dictionary)) % np.uint64(shards)).astype(np.int32)
+    return np.asarray(places[encoded.indices.to_numpy()])
+
+
+def _write_shard_of(
+    table: pa.Table,
+    *,
+    files: Sequence[RawFile],
+    must_be_sorted: bool,
+    folder: str,
+    filesystem: Any,
+) -> pa.Table:
+    """Order the events of one shard and write it; one row of statistics comes back."""
+    shard = table["shard"][0].as_py()
+    if shard < 0:
+        counts: Counter[str] = Counter()
+        tasks.split_ledger(table, counts)
+        return tasks.ledger(_SHARD_STATS, counts)
+    encoded = table["user_id"].combine_chunks().dictionary_encode()
+    ids, rank = np.unique(to_bytes(encoded.dictionary), return_inverse=True)
+    user = rank[encoded.indices.to_numpy()]
+    time = table["timestamp"].to_numpy()
+    file, row = table["file"].to_numpy(), table["row"].to_numpy()
+    if must_be_sorted:
+        _require_sorted(table, np.lexsort((row, file, user)), user, files)
+    # Ties in time keep the order of the files: many logs have day resolution.
+    order = np.lexsort((row, file, time, user))
+    lengths = np.bincount(user, minlength=len(ids))
+    columns = [
+        pa.array(ids.tolist(), pa.binary()).cast(pa.string()),
+        Ragged.from_lengths(table["item"].to_numpy()[order], lengths).to_arrow(),
+        Ragged.from_lengths(time[order], lengths).to_arrow(),
+    ]
+    path = f"{folder}/part-{shard:05d}.parquet"
+    tasks.write_shard(pa.table(columns, schema=LOG_SCHEMA), path, filesystem)
+    stats = {
+        "shard": pa.array([shard], pa.int32()),
+        "users": [len(ids)],
+        "events": [len(user)],
+        "first": [int(time.min())],
+        "last": [int(time.max())],
+    }
+    return tasks.data_rows(_SHARD_STATS, stats)
+
+
+def _require_sorted(
+    table: pa.Table, order: NDArray[np.int64], user: NDArray[np.int64], files: Sequence[RawFile]
+) -> None:
+    """Check that each user's times never fall in file order."""
+    ordered = table.select(["user_id", "timestamp", "file", "row"]).take(order)
+    time = ordered["timestamp"].to_numpy()
+    falls = (np.diff(time) < 0) & (np.diff(user[order]) == 0)
+    if not falls.any():
+        return
+    after = int(np.argmax(falls)) + 1
+    event = {name: ordered[name][after].as_py() for name in ordered.column_names}
+    raise DataError(
+        f"{files[event['file']].uri} row {event['row']}: timestamp must not fall within a user's "
+        f"rows, got {event['timestamp']} after {time[after - 1]} for user {event['user_id']!r} "
+        f"({int(falls.sum())} such rows in this shard). Sort the log, or set "
+        "interactions.unsorted=sort to order it here."
+    )

@@ -1,0 +1,158 @@
+"""Where the raw files are and what their columns are called: configuration and conventional names.
+
+A folder follows the conventions when it holds `interactions.{csv,tsv,jsonl,parquet}` (or a folder
+`interactions/` of shards), optionally `items.*` (or `items/`), and vectors as `*.npz` beside them
+or as shards in `vectors/` or `vectors/<space>/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from pyarrow import fs as pafs
+
+from forge_ray.artifacts import open_filesystem
+from forge_ray.data.checks import check_skip
+from forge_ray.data.importers import FORMATS
+from forge_ray.data.schema import DEFAULT_SPACE
+from forge_ray.errors import ConfigError, DataError
+
+
+@dataclass(kw_only=True)
+class InteractionsConfig:
+    """The interaction log."""
+
+    path: str = ""
+    """File, or folder of shards; empty: the conventional name in `source`."""
+    user_id: str = "user_id"
+    """Name of the column with the user's id."""
+    item_id: str = "item_id"
+    """Name of the column with the item's id."""
+    timestamp: str = "timestamp"
+    """Name of the column with the time."""
+    timestamp_unit: Literal["s", "ms", "us", "day"] = "s"
+    """Unit of whole-number times; date-time columns are read as seconds."""
+    unsorted: Literal["error", "sort"] = "error"
+    """What to do when a user's rows are not in time order within the files, taken in name order."""
+
+
+@dataclass(kw_only=True)
+class ItemsConfig:
+    """The catalogue; every column besides the id comes along."""
+
+    path: str = ""
+    """File or folder; empty: the conventional name in `source`, else the items that occur in the
+    interactions."""
+    item_id: str = "item_id"
+    """Name of the column with the item's id."""
+
+
+@dataclass(kw_only=True)
+class VectorsConfig:
+    """One vector space."""
+
+    path: str = ""
+    """File or folder: `.npz` with two arrays, or Parquet/JSONL with a column of lists."""
+    item_id: str = "item_id"
+    """Name of the column (or array) with the item's id."""
+    vector: str = "embedding"
+    """Name of the column (or array) with the vector."""
+
+
+@dataclass(kw_only=True)
+class SourcesConfig:
+    """All raw inputs of a dataset, and what happens to bad rows."""
+
+    source: str = ""
+    """Folder with conventional names; used for every path that is empty."""
+    interactions: InteractionsConfig = field(default_factory=InteractionsConfig)
+    items: ItemsConfig = field(default_factory=ItemsConfig)
+    vectors: dict[str, VectorsConfig] = field(default_factory=dict)
+    """Vector spaces by name; `default` is what stages use unless told otherwise."""
+    skip: list[str] = field(default_factory=list)
+    """Bad rows to leave out and count instead of failing, by cause (`checks.SKIPPABLE`)."""
+
+    def __post_init__(self) -> None:
+        """Check the skip list."""
+        check_skip(self.skip)
+
+
+def resolve(config: SourcesConfig) -> SourcesConfig:
+    """Fill empty paths from the folder `source`.
+
+    Raises:
+        ConfigError: neither `source` nor `interactions.path` is given.
+        DataError: the folder holds no interactions, or several spaces and none is the default.
+    """
+    if not config.source and not config.interactions.path:
+        raise ConfigError(
+            "interactions.path must name a file or folder, got none. "
+            "Set it, or set source to a folder with conventional names."
+        )
+    if not config.source:
+        return config
+    entries = _entries(config.source)
+    interactions = config.interactions.path or _find(entries, "interactions")
+    if not interactions:
+        raise DataError(
+            f"{config.source} must hold interactions.csv, .jsonl, .parquet or a folder "
+            f"interactions/, got {sorted(entries)}. Rename the file, or set interactions.path."
+        )
+    return replace(
+        config,
+        interactions=replace(config.interactions, path=interactions),
+        items=replace(config.items, path=config.items.path or _find(entries, "items")),
+        vectors=config.vectors or _find_vectors(config.source, entries),
+    )
+
+
+def _entries(folder: str) -> dict[str, pafs.FileInfo]:
+    filesystem, path = open_filesystem(folder)
+    if filesystem.get_file_info(path).type != pafs.FileType.Directory:
+        raise DataError(f"source must be a folder, got {folder}. Check the path.")
+    found = filesystem.get_file_info(pafs.FileSelector(path))
+    base, mark, options = folder.partition("?")
+    return {
+        f"{base.rstrip('/')}/{one.base_name}{mark}{options}": one
+        for one in found
+        if not one.base_name.startswith((".", "_"))
+    }
+
+
+def _find(entries: dict[str, pafs.FileInfo], stem: str) -> str:
+    matches = [
+        uri
+        for uri, one in entries.items()
+        if (one.type == pafs.FileType.Directory and one.base_name == stem)
+        or (one.type == pafs.FileType.File and _is_named(one.base_name, stem))
+    ]
+    if len(matches) > 1:
+        raise DataError(
+            f"source must hold one input named {stem}, got {sorted(matches)}. "
+            f"Remove all but one, or set {stem}.path."
+        )
+    return matches[0] if matches else ""
+
+
+def _is_named(name: str, stem: str) -> bool:
+    head, _, suffix = name.rpartition(".")
+    return head == stem and f".{suffix.lower()}" in FORMATS
+
+
+def _find_vectors(folder: str, entries: dict[str, pafs.FileInfo]) -> dict[str, VectorsConfig]:
+    archives = {u: e for u, e in entries.items() if e.base_name.lower().endswith(".npz")}
+    spaces = {entry.base_name[:-4]: uri for uri, entry in archives.items()}
+    for uri, entry in entries.items():
+        if entry.base_name == "vectors" and entry.type == pafs.FileType.Directory:
+            inner = _entries(uri)
+            folders = {e.base_name: u for u, e in inner.items() if e.type != pafs.FileType.File}
+            spaces |= folders or {DEFAULT_SPACE: uri}
+    if len(spaces) == 1:
+        spaces = {DEFAULT_SPACE: next(iter(spaces.values()))}
+    if spaces and DEFAULT_SPACE not in spaces:
+        raise DataError(
+            f"{folder} must hold one vector space or one named {DEFAULT_SPACE}, got "
+            f"{sorted(spaces)}. Rename one, or list them under `vectors` in a configuration."
+        )
+    return {name: VectorsConfig(path=uri) for name, uri in sorted(spaces.items())}
