@@ -279,10 +279,10 @@ def backoff_bits(
     weight = data.score.row_weight
     is_tail = data.train_counts[data.score.target] <= tail_max_count
     mean = _weighted_mean(bits, weight)
-    spread = float(np.sqrt((weight**2 * (bits - mean) ** 2).sum()) / weight.sum())
+    squares = (weight * (bits - mean)) ** 2
     return BackoffBits(
         bits=mean,
-        standard_error=spread,
+        standard_error=float(np.sqrt(squares.sum())) / weight.sum() if len(bits) else float("nan"),
         tail=_weighted_mean(bits[is_tail], weight[is_tail]),
         head=_weighted_mean(bits[~is_tail], weight[~is_tail]),
         mixture=tuple(float(value) for value in mixture),
