@@ -1,0 +1,259 @@
+"""Cutting one dataset artifact out of the ordered log, one log shard per task.
+
+Knows the layout of both artifacts. Which events go where is decided in `splits`, which pairs exist
+in `pairs`.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+import ray
+from numpy.typing import NDArray
+from pyarrow import fs as pafs
+
+from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactWriter
+from forge_ray.data import tasks
+from forge_ray.data.checks import hash_ids, to_bytes
+from forge_ray.data.pairs import PairsConfig, write_pairs
+from forge_ray.data.ragged import Ragged
+from forge_ray.data.schema import (
+    HELD_OUT_SCHEMA,
+    PAIRS_SCHEMA,
+    SPLITS,
+    TRAIN_SCHEMA,
+    USERS_SCHEMA,
+)
+from forge_ray.data.splits import (
+    SplitConfig,
+    SplitPart,
+    Splits,
+    StageDays,
+    TemporalConfig,
+    leave_one_out,
+    temporal,
+)
+from forge_ray.errors import DataError
+
+# A row with an item counts its train events; one without counts the users of the split.
+_STATS = pa.schema({"split": pa.string(), "item": pa.int32(), "count": pa.int64()})
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """One dataset to cut: its number from 1 and, if the split is temporal, its days."""
+
+    number: int
+    days: StageDays | None
+
+
+@dataclass(frozen=True, slots=True)
+class _Cut:
+    """What every task of one cut needs.
+
+    Attributes:
+        files: log shards, in order.
+        first_users: ``[shards]`` user index of the first user of each shard.
+        source: filesystem of the log.
+        target: filesystem of the dataset.
+        root: folder of the dataset.
+    """
+
+    split: SplitConfig
+    stage: Stage
+    ticks_per_day: int
+    files: Sequence[str]
+    first_users: Sequence[int]
+    source: Any
+    target: Any
+    root: str
+
+
+def write_dataset(
+    split: SplitConfig, pairs: PairsConfig, *, log: Artifact, stage: Stage, writer: ArtifactWriter
+) -> ArtifactInfo:
+    """Write all parts of a dataset.
+
+    Raises:
+        DataError: the split leaves no user for training or for a held-out part.
+    """
+    stats = _cut_all(split, log, stage, writer)
+    users = stats.filter(stats["item"].is_null())
+    num_users = {str(name): _total(users, name) for name in SPLITS}
+    _require_users(num_users, stage)
+    train = stats.filter(stats["item"].is_valid())
+    counts = np.zeros(log.manifest.rows["items"], dtype=np.int64)
+    np.add.at(counts, train["item"].to_numpy(), train["count"].to_numpy())
+    _write_items(log, counts, writer)
+    _copy_vectors(log, writer)
+    num_pairs = _write_pairs(pairs, counts, writer, shards=len(log.files("log")))
+    return ArtifactInfo(
+        rows={
+            **log.manifest.rows,
+            **{f"{name}_users": count for name, count in num_users.items()},
+            "train_interactions": int(counts.sum()),
+            "pairs": num_pairs,
+        },
+        metrics={"ticks_per_day": log.manifest.metrics["ticks_per_day"]},
+    )
+
+
+def _cut_all(split: SplitConfig, log: Artifact, stage: Stage, writer: ArtifactWriter) -> pa.Table:
+    for part in (*(("sequences", name) for name in SPLITS), ("users",)):
+        writer.path(*part, "part")
+    sizes = np.array(log.manifest.metrics["users_per_shard"], dtype=np.int64)
+    starts = np.cumsum(sizes) - sizes
+    files = log.files("log")
+    # Shards without users have no file.
+    cut = _Cut(
+        split=split,
+        stage=stage,
+        ticks_per_day=log.manifest.metrics["ticks_per_day"],
+        files=files,
+        first_users=starts[sizes > 0].tolist(),
+        source=log.filesystem,
+        target=writer.filesystem,
+        root=writer.root,
+    )
+    return tasks.results(tasks.for_each(range(len(files)), _cut_shard, cut=cut))
+
+
+def _cut_shard(number: int, *, cut: _Cut) -> Iterator[pa.Table]:
+    table = pq.read_table(cut.files[number], filesystem=cut.source)
+    index = np.arange(table.num_rows, dtype=np.int64) + cut.first_users[number]
+    users = pa.table([index, table["user_id"]], schema=USERS_SCHEMA)
+    tasks.write_shard(users, f"{cut.root}/users/part-{number:05d}.parquet", cut.target)
+    splits = _apply(cut, table)
+    for name in SPLITS:
+        part: SplitPart = getattr(splits, name)
+        if len(part.rows):
+            schema = TRAIN_SCHEMA if name == "train" else HELD_OUT_SCHEMA
+            columns = [index[part.rows], part.items.to_arrow(), part.following.to_arrow()]
+            path = f"{cut.root}/sequences/{name}/part-{number:05d}.parquet"
+            tasks.write_shard(pa.table(columns, schema=schema), path, cut.target)
+        yield _stats(name, [None], [len(part.rows)])
+    items, counts = np.unique(splits.train.items.values, return_counts=True)
+    yield _stats("train", items, counts)
+
+
+def _apply(cut: _Cut, table: pa.Table) -> Splits:
+    items, times = Ragged.from_arrow(table["items"]), Ragged.from_arrow(table["timestamps"])
+    if not isinstance(cut.split, TemporalConfig):
+        return leave_one_out(items, times)
+    assert cut.stage.days is not None
+    hashes = hash_ids(to_bytes(table["user_id"].combine_chunks()))
+    # The low bits chose the shard; the high ones are independent of it.
+    draw = (hashes >> np.uint64(32)).astype(np.float64) / 2.0**32
+    return temporal(
+        items,
+        times,
+        days=cut.stage.days,
+        ticks_per_day=cut.ticks_per_day,
+        is_validation=draw < cut.split.validation_share,
+    )
+
+
+def _stats(split: str, items: Any, counts: Any) -> pa.Table:
+    columns = [
+        pa.array([split] * len(items), pa.string()),
+        pa.array(items, pa.int32()),
+        pa.array(counts, pa.int64()),
+    ]
+    return pa.table(columns, schema=_STATS)
+
+
+def _total(stats: pa.Table, split: str) -> int:
+    return int(pc.sum(stats.filter(pc.equal(stats["split"], split))["count"]).as_py() or 0)
+
+
+def _require_users(num_users: dict[str, int], stage: Stage) -> None:
+    for name, count in num_users.items():
+        if not count:
+            where = "" if stage.days is None else f" of stage {stage.number} ({stage.days})"
+            raise DataError(
+                f"split {name}{where} must have at least one user, got {num_users}. "
+                "Give a longer log or, with a temporal split, more stage_days or test_days."
+            )
+
+
+# ---- what does not depend on users ----
+
+
+def _write_items(log: Artifact, counts: NDArray[np.int64], writer: ArtifactWriter) -> None:
+    files = log.files("items")
+    dataset = tasks.for_each(
+        range(len(files)),
+        _count_items_of,
+        files=files,
+        source=log.filesystem,
+        counts=ray.put(counts),
+        folder=writer.path("items", "part").removesuffix("/part"),
+        target=writer.filesystem,
+    )
+    tasks.results(dataset)
+
+
+def _count_items_of(
+    number: int,
+    *,
+    files: Sequence[str],
+    source: Any,
+    counts: ray.ObjectRef[NDArray[np.int64]],
+    folder: str,
+    target: Any,
+) -> Iterator[pa.Table]:
+    table = pq.read_table(files[number], filesystem=source)
+    column = pa.array(ray.get(counts)[table["item_index"].to_numpy()])
+    table = table.add_column(2, "train_count", column)
+    tasks.write_shard(table, f"{folder}/{files[number].rsplit('/', 1)[-1]}", target)
+    yield pa.table({"number": [number]})
+
+
+def _copy_vectors(log: Artifact, writer: ArtifactWriter) -> None:
+    """Repeat the log's vectors; on one local disk as links, which cost no space."""
+    for path in log.files("vectors"):
+        target = writer.path(*path.removeprefix(f"{log.path()}").strip("/").split("/"))
+        if isinstance(log.filesystem, pafs.LocalFileSystem):
+            _link_or_copy(path, target)
+        else:
+            pafs.copy_files(
+                path,
+                target,
+                source_filesystem=log.filesystem,
+                destination_filesystem=writer.filesystem,
+            )
+
+
+def _link_or_copy(source: str, target: str) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # another device, or a filesystem without links
+        shutil.copyfile(source, target)
+
+
+def _write_pairs(
+    config: PairsConfig, counts: NDArray[np.int64], writer: ArtifactWriter, *, shards: int
+) -> int:
+    folder = writer.path("pairs", "part").removesuffix("/part")
+    train = writer.path("sequences", "train", "part").removesuffix("/part")
+    entries = writer.filesystem.get_file_info(pafs.FileSelector(train))
+    written = write_pairs(
+        config,
+        sorted(entry.path for entry in entries),
+        counts,
+        folder=folder,
+        filesystem=writer.filesystem,
+        shards=shards,
+    )
+    if not written:
+        empty = PAIRS_SCHEMA.empty_table()
+        tasks.write_shard(empty, f"{folder}/part-00000.parquet", writer.filesystem)
+    return written

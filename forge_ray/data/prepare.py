@@ -1,0 +1,159 @@
+"""From raw logs to dataset artifacts: the one entry point of data preparation.
+
+Builds the ordered log (or finds it in the store), then cuts every stage of the split out of it,
+shard by shard in Ray Data workers. Ray must be running.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pyarrow import fs as pafs
+
+from forge_ray.artifacts import (
+    MANIFEST,
+    Artifact,
+    ArtifactInfo,
+    ArtifactStore,
+    ArtifactWriter,
+    open_filesystem,
+)
+from forge_ray.config import to_mapping, to_yaml
+from forge_ray.data.cut import Stage, write_dataset
+from forge_ray.data.log import build_log
+from forge_ray.data.pairs import PairsConfig
+from forge_ray.data.schema import KIND, Dataset
+from forge_ray.data.sources import SourcesConfig, resolve
+from forge_ray.data.splits import LeaveOneOutConfig, SplitConfig, TemporalConfig, stage_days
+from forge_ray.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class PrepareConfig(SourcesConfig):
+    """A dataset: its sources, its split, its pairs."""
+
+    name: str = ""
+    """Name of the artifact; by default that of the source folder."""
+    split: SplitConfig = field(default_factory=LeaveOneOutConfig)
+    pairs: PairsConfig = field(default_factory=PairsConfig)
+    num_shards: int = 0
+    """Shards of the log and of every split; 0: one per 32 MiB of raw interactions, at least 8."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        super().__post_init__()
+        if self.num_shards < 0:
+            raise ConfigError(
+                f"num_shards must be >= 0, got {self.num_shards}. Use 0 to derive it."
+            )
+
+
+def prepare(config: PrepareConfig, store: ArtifactStore) -> list[Dataset]:
+    """Prepare every stage of a dataset; what the store has is not computed again.
+
+    Args:
+        config: sources, split and pairs.
+        store: where the artifacts go.
+
+    Returns:
+        One dataset for `leave_one_out`, one per stage for `temporal`; all share the item index.
+
+    Raises:
+        DataError: the input breaks a rule; names file, row or column.
+    """
+    resolved = resolve(config)
+    assert isinstance(resolved, PrepareConfig)
+    name = config.name or _default_name(resolved)
+    log = build_log(_sources(resolved), store, name=name, num_shards=config.num_shards)
+    stages = _stages(config.split, log)
+    return [_build(resolved, store, log, stage, _stage_name(name, stage)) for stage in stages]
+
+
+def open_or_prepare(path_or_ref: str | Path, store: ArtifactStore) -> Dataset:
+    """Open a prepared dataset, or prepare a folder of raw files with conventional names.
+
+    Args:
+        path_or_ref: an artifact directory, `dataset/name-key12`, a key prefix, or a folder with
+            `interactions.*`, optionally `items.*` and `*.npz` vectors, which is prepared with
+            `leave_one_out` and default settings.
+        store: where prepared datasets are looked up and put.
+
+    Raises:
+        ArtifactError: the reference is unknown.
+        DataError: the folder's files break a rule.
+    """
+    text = str(path_or_ref)
+    if not _is_raw_folder(text):
+        return Dataset.open(store, text)
+    return prepare(PrepareConfig(source=text), store)[0]
+
+
+def _is_raw_folder(text: str) -> bool:
+    if "://" not in text and not Path(text).is_dir():
+        return False
+    filesystem, path = open_filesystem(text)
+    if filesystem.get_file_info(path).type != pafs.FileType.Directory:
+        return False
+    return filesystem.get_file_info(f"{path}/{MANIFEST}").type == pafs.FileType.NotFound
+
+
+def _default_name(config: PrepareConfig) -> str:
+    path = (config.source or config.interactions.path).partition("?")[0].rstrip("/")
+    return Path(path).resolve().stem if "://" not in path else path.rsplit("/", 1)[-1]
+
+
+def _sources(config: PrepareConfig) -> SourcesConfig:
+    return SourcesConfig(
+        source=config.source,
+        interactions=config.interactions,
+        items=config.items,
+        vectors=config.vectors,
+        skip=config.skip,
+    )
+
+
+def _stages(split: SplitConfig, log: Artifact) -> list[Stage]:
+    if not isinstance(split, TemporalConfig):
+        return [Stage(1, None)]
+    metrics = log.manifest.metrics
+    days = stage_days(
+        split,
+        first_timestamp=metrics["first_timestamp"],
+        last_timestamp=metrics["last_timestamp"],
+        ticks_per_day=metrics["ticks_per_day"],
+    )
+    return [Stage(number, one) for number, one in enumerate(days, start=1)]
+
+
+def _stage_name(name: str, stage: Stage) -> str:
+    return name if stage.days is None else f"{name}-s{stage.number}"
+
+
+def _build(
+    config: PrepareConfig, store: ArtifactStore, log: Artifact, stage: Stage, name: str
+) -> Dataset:
+    split = to_mapping(config.split)
+    days = None if stage.days is None else to_mapping(stage.days)
+    if days is not None:
+        # The days say it all; another number of stages must not rebuild this one.
+        split = {"kind": split["kind"], "validation_share": split["validation_share"]}
+    identity = {"split": split, "stage": days, "pairs": to_mapping(config.pairs)}
+    artifact = store.build(
+        KIND,
+        name,
+        identity,
+        parents=[log.key],
+        produce=lambda writer: _produce(config, log, stage, writer),
+        command=f"forge-ray data prepare --config {name}.yaml",
+    )
+    return Dataset(artifact)
+
+
+def _produce(
+    config: PrepareConfig, log: Artifact, stage: Stage, writer: ArtifactWriter
+) -> ArtifactInfo:
+    # The key leaves out where the raw files lie; this copy of the configuration has it.
+    with writer.open("prepare.yaml") as stream:
+        stream.write(to_yaml(config).encode())
+    return write_dataset(config.split, config.pairs, log=log, stage=stage, writer=writer)

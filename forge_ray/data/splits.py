@@ -1,0 +1,190 @@
+"""How users' ordered histories become train, validation and test: pure array functions.
+
+Knows Ragged histories and times. Knows nothing of files, Ray or vectors.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from forge_ray.config import Component
+from forge_ray.data.ragged import Ragged
+from forge_ray.errors import ConfigError, DataError
+
+MIN_EVENTS = 3
+
+
+@dataclass(kw_only=True)
+class SplitConfig(Component):
+    """How to hold out validation and test."""
+
+    kind: str = "leave_one_out"
+
+
+@dataclass(kw_only=True)
+class LeaveOneOutConfig(SplitConfig):
+    """Last item of each user for test, the one before for validation; needs no absolute time.
+
+    Users with fewer than 3 events are train only. Source: the protocol of S3-Rec, P5 and TIGER.
+    """
+
+    kind: Literal["leave_one_out"] = "leave_one_out"
+
+
+@dataclass(kw_only=True)
+class TemporalConfig(SplitConfig):
+    """Stages of consecutive days; the days after a stage are its held-out part.
+
+    Source: FORGE (arXiv 2509.20904), stages S1, S2, S3 with the next day's users as test. We split
+    those users by a hash into validation and test, so that selection never sees test.
+    """
+
+    kind: Literal["temporal"] = "temporal"
+    num_stages: int = 1
+    """Stages; stage k + 1 begins where the train days of stage k end."""
+    stage_days: int = 7
+    """Train days of one stage."""
+    test_days: int = 1
+    """Days after the stage whose events are the targets."""
+    first_day: int | None = None
+    """First train day of stage 1 as days since time 0; by default such that the log's last day is
+    the last held-out day."""
+    validation_share: float = 0.5
+    """Share of the held-out users that go to validation, the rest to test."""
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        for name in ("num_stages", "stage_days", "test_days"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"split.{name} must be >= 1, got {getattr(self, name)}. "
+                    f"Set split.{name} to a number of {'stages' if 'num' in name else 'days'}."
+                )
+        if not 0 < self.validation_share < 1:
+            raise ConfigError(
+                f"split.validation_share must be between 0 and 1, got {self.validation_share}. "
+                "Use 0.5 for equal parts."
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class StageDays:
+    """Day range of one temporal stage, as days since time 0.
+
+    Train events lie in ``[first, end)``, held-out events in ``[end, held_out_end)``.
+    """
+
+    first: int
+    end: int
+    held_out_end: int
+
+
+@dataclass(frozen=True, slots=True)
+class SplitPart:
+    """Some users of one split.
+
+    Attributes:
+        rows: ``[B]`` int64 places of the users in the input.
+        items: B histories.
+        following: B lists: the times of the items in train, the targets elsewhere.
+    """
+
+    rows: NDArray[np.int64]
+    items: Ragged
+    following: Ragged
+
+
+@dataclass(frozen=True, slots=True)
+class Splits:
+    """All three parts of one stage."""
+
+    train: SplitPart
+    validation: SplitPart
+    test: SplitPart
+
+
+def leave_one_out(items: Ragged, times: Ragged) -> Splits:
+    """Cut the last two items off each history that has at least 3.
+
+    Args:
+        items: histories of B users in time order.
+        times: their times, of the same lengths.
+    """
+    lengths = items.lengths
+    held_out = np.flatnonzero(lengths >= MIN_EVENTS)
+    cut = np.where(lengths >= MIN_EVENTS, lengths - 2, lengths)
+    every = np.arange(len(items), dtype=np.int64)
+    starts, ends = items.offsets[held_out], items.offsets[held_out + 1]
+    one = np.ones(len(held_out), dtype=np.int64)
+    return Splits(
+        SplitPart(
+            every, items.slices(items.offsets[:-1], cut), times.slices(times.offsets[:-1], cut)
+        ),
+        SplitPart(held_out, items.slices(starts, ends - starts - 2), items.slices(ends - 2, one)),
+        SplitPart(held_out, items.slices(starts, ends - starts - 1), items.slices(ends - 1, one)),
+    )
+
+
+def temporal(
+    items: Ragged,
+    times: Ragged,
+    *,
+    days: StageDays,
+    ticks_per_day: int,
+    is_validation: NDArray[np.bool_],
+) -> Splits:
+    """Cut one stage out of the histories by time.
+
+    Held-out users are those with events in the held-out days and at least one in the train days.
+
+    Args:
+        items: histories of B users in time order.
+        times: their times, of the same lengths.
+        days: the stage.
+        ticks_per_day: length of a day in the unit of the times.
+        is_validation: ``[B]`` users that go to validation if they are held out.
+    """
+    day = times.values // ticks_per_day
+    in_train = (day >= days.first) & (day < days.end)
+    in_target = (day >= days.end) & (day < days.held_out_end)
+    history, targets = items.filter(in_train), items.filter(in_target)
+    trained = np.flatnonzero(history.lengths > 0)
+    held_out = (history.lengths > 0) & (targets.lengths > 0)
+
+    def part(mask: NDArray[np.bool_]) -> SplitPart:
+        rows = np.flatnonzero(mask)
+        return SplitPart(rows, history.take(rows), targets.take(rows))
+
+    return Splits(
+        SplitPart(trained, history.take(trained), times.filter(in_train).take(trained)),
+        part(held_out & is_validation),
+        part(held_out & ~is_validation),
+    )
+
+
+def stage_days(
+    config: TemporalConfig, *, first_timestamp: int, last_timestamp: int, ticks_per_day: int
+) -> list[StageDays]:
+    """Place the stages on the log's days.
+
+    Raises:
+        DataError: the log does not cover the days asked for.
+    """
+    first, last = first_timestamp // ticks_per_day, last_timestamp // ticks_per_day
+    needed = config.num_stages * config.stage_days + config.test_days
+    start = last + 1 - needed if config.first_day is None else config.first_day
+    if start < first or start + needed > last + 1:
+        raise DataError(
+            f"split needs {needed} days from day {start} on ({config.num_stages} stages of "
+            f"{config.stage_days} days and {config.test_days} after them), got a log of days "
+            f"{first} to {last}. Shorten the stages, or set split.first_day within the log."
+        )
+    starts = [start + stage * config.stage_days for stage in range(config.num_stages)]
+    return [
+        StageDays(s, s + config.stage_days, s + config.stage_days + config.test_days)
+        for s in starts
+    ]
