@@ -1,0 +1,103 @@
+"""Dataset artifacts written directly, leave-one-out, without Ray: small inputs for metric tests."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter
+from forge_ray.data.ragged import Ragged
+from forge_ray.data.schema import Dataset, vectors_schema
+
+
+def write_dataset(
+    store: ArtifactStore,
+    sequences: Ragged,
+    *,
+    item_ids: np.ndarray,
+    vectors: np.ndarray | None = None,
+    name: str = "toy",
+) -> Dataset:
+    """Split every user's sequence (at least 3 items each) by leave-one-out and publish it."""
+    lengths = sequences.lengths
+    train = sequences.head(0) if len(sequences) == 0 else _cut(sequences, lengths - 2)
+    one = np.ones(len(sequences), dtype=np.int64)
+    targets = {
+        "validation": Ragged.from_lengths(sequences.values[sequences.offsets[1:] - 2], one),
+        "test": Ragged.from_lengths(sequences.values[sequences.offsets[1:] - 1], one),
+    }
+    histories = {"validation": train, "test": _cut(sequences, lengths - 1)}
+    users = pa.array(np.arange(len(sequences)))
+    counts = np.bincount(train.values, minlength=len(item_ids))
+
+    def produce(writer: ArtifactWriter) -> ArtifactInfo:
+        def put(columns: dict[str, object], *parts: str, schema: pa.Schema | None = None) -> None:
+            table = pa.table(columns, schema=schema)
+            pq.write_table(table, writer.path(*parts), filesystem=writer.filesystem)
+
+        index = pa.array(np.arange(len(item_ids)), pa.int32())
+        put(
+            {"item_index": index, "item_id": item_ids.astype(str), "train_count": counts},
+            "items", "part-0.parquet",
+        )  # fmt: skip
+        put(
+            {"user_index": users, "items": train.to_arrow(), "timestamps": train.to_arrow()},
+            "sequences", "train", "part-0.parquet",
+        )  # fmt: skip
+        for split, history in histories.items():
+            put(
+                {"user_index": users, "items": history.to_arrow(),
+                 "targets": targets[split].to_arrow()},
+                "sequences", split, "part-0.parquet",
+            )  # fmt: skip
+        if vectors is not None:
+            dim = vectors.shape[1]
+            flat = pa.array(vectors.astype(np.float32).ravel())
+            put(
+                {"item_index": index, "vector": pa.FixedSizeListArray.from_arrays(flat, dim)},
+                "vectors", "default", "part-0.parquet",
+                schema=vectors_schema(dim, "float32"),
+            )  # fmt: skip
+        return ArtifactInfo(rows={"items": len(item_ids), "users": len(sequences)})
+
+    return Dataset(store.build("dataset", name, {"toy": name}, produce=produce))
+
+
+def _cut(sequences: Ragged, lengths: np.ndarray) -> Ragged:
+    return sequences.slices(sequences.offsets[:-1], lengths)
+
+
+def topic_dataset(store: ArtifactStore, *, num_items: int = 300, num_users: int = 600) -> Dataset:
+    """Users stay inside one of ten topics; an item's vector is its topic's, plus noise."""
+    rng = np.random.default_rng(0)
+    topics = rng.normal(size=(10, 8))
+    vectors = topics[np.arange(num_items) % 10] + 0.2 * rng.normal(size=(num_items, 8))
+    rows = rng.integers(0, num_items // 10, size=(num_users, 7)) * 10
+    rows = rows + rng.integers(0, 10, size=(num_users, 1))
+    sequences = Ragged.from_lists(rows, dtype=np.int32)
+    ids = np.array([f"i{number:04d}" for number in range(num_items)])
+    return write_dataset(store, sequences, item_ids=ids, vectors=vectors)
+
+
+def beauty_dataset(store: ArtifactStore, folder: Path) -> Dataset:
+    """Amazon Beauty, users in file order (the file is sorted by user and time)."""
+    with np.load(folder / "item_embeddings_minilm384.npz", allow_pickle=False) as arrays:
+        item_ids, vectors = arrays["item_id"].astype(str), arrays["embedding"]
+    with (folder / "interactions.csv").open() as stream:
+        rows = list(csv.DictReader(stream))
+    order = np.argsort(item_ids)
+    wanted = np.array([row["item_id"] for row in rows])
+    items = np.searchsorted(item_ids[order], wanted).astype(np.int32)
+    users = np.array([row["user_id"] for row in rows])
+    _, lengths = np.unique(users, return_counts=True)
+    return write_dataset(
+        store,
+        Ragged.from_lengths(items, lengths),
+        item_ids=item_ids[order],
+        vectors=vectors[order],
+        name="beauty",
+    )
