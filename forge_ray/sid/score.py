@@ -227,8 +227,6 @@ def score_sids(
     Returns:
         As `score_table`, with `seconds`, the time that computing them took.
     """
-    from forge_ray.sid.fit import load_quantizer  # Ray and torch: only when SIDs are ours
-
     config = ScoreConfig() if config is None else config
 
     def produce(_: ArtifactWriter) -> ArtifactInfo:
@@ -238,7 +236,7 @@ def score_sids(
                 sids.table,
                 dataset,
                 raw=sids.raw,
-                quantizer=load_quantizer(sids.quantizer_artifact),
+                quantizer=_quantizer(sids),
                 config=config,
                 inputs=load_inputs(dataset, split=split, config=config, store=store),
             )
@@ -253,6 +251,12 @@ def score_sids(
         command=f"forge-ray sid score {sids.artifact.manifest.ref}",
     )
     return dict(artifact.manifest.metrics)
+
+
+def _quantizer(sids: SidArtifact) -> Quantizer:
+    from forge_ray.sid.fit import load_quantizer  # Ray and torch: only where SIDs are ours
+
+    return load_quantizer(sids.quantizer_artifact)
 
 
 # ---- reading ----
