@@ -1,0 +1,142 @@
+"""What a sweep file says, and which part of it is the sweep's identity."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from forge_ray.config import canonical_json, to_mapping
+from forge_ray.errors import ConfigError
+from forge_ray.sweep.gate import GateConfig
+from forge_ray.sweep.halving import AshaConfig
+
+SAMPLERS = ("quasi_random", "grid", "tpe")
+
+
+@dataclass(kw_only=True)
+class SamplerConfig:
+    """How points are drawn from the space."""
+
+    kind: str = "quasi_random"
+    """`quasi_random` (Sobol) and `grid` fix the trials before they run; `tpe` (Optuna) learns."""
+    seed: int = 0
+    """Seed of the Sobol scrambling or of TPE."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in SAMPLERS:
+            raise ConfigError(
+                f"sampler.kind must be one of {', '.join(SAMPLERS)}, got {self.kind!r}. Pick one."
+            )
+
+
+@dataclass(kw_only=True)
+class ResourceConfig:
+    """What each stage of a trial asks of the cluster; training asks in `gr`, after the gate."""
+
+    trial_memory_mb: int = 512
+    """Memory of the trial's driver. It asks for no CPU: it waits, its stages work."""
+    sid_cpus: float = 0.5
+    """CPUs of the tokenizer and scoring task. Keep `max_concurrent` times this below the CPUs of
+    the cluster: Ray Data encodes items on what is left."""
+    sid_gpus: float = 0.0
+    """GPUs of the tokenizer task."""
+    evaluate_cpus: float = 0.5
+    """CPUs of the final evaluation."""
+    evaluate_gpus: float = 0.0
+    """GPUs of the final evaluation."""
+
+
+@dataclass(kw_only=True)
+class SweepConfig:
+    """A sweep file."""
+
+    name: str = ""
+    """Identity together with the part of this file that fixes a trial's meaning."""
+    data: str = ""
+    """Prepared dataset (path, name, key) or folder of raw files; empty uses `synthetic`."""
+    synthetic: dict[str, Any] = field(default_factory=dict)
+    """Settings of the synthetic catalogue, used where `data` is empty."""
+    space: dict[str, Any] = field(default_factory=dict)
+    """Searched parameters: see `forge_ray.sweep.space.parse_space`."""
+    points: list[dict[str, Any]] = field(default_factory=list)
+    """Fixed points, run first; the random control belongs here. They need not lie in the space."""
+    sid: dict[str, Any] = field(default_factory=dict)
+    """Settings all trials share, as in `forge-ray sid fit`."""
+    gr: dict[str, Any] = field(default_factory=dict)
+    """Settings all trials share, as in `forge-ray gr train`."""
+    score: dict[str, Any] = field(default_factory=dict)
+    """Settings of the proxies, as in `forge-ray sid score`."""
+    sampler: SamplerConfig = field(default_factory=SamplerConfig)
+    """How points are drawn."""
+    num_trials: int | None = 12
+    """Trials in all, fixed points included; null runs a whole grid."""
+    max_concurrent: int = 2
+    """Trials at a time."""
+    metric: str = "ItemNDCG@10"
+    """Validation metric that ranks trials; larger is better."""
+    gate: GateConfig = field(default_factory=GateConfig)
+    """Pruning before training."""
+    asha: AshaConfig = field(default_factory=AshaConfig)
+    """Pruning during training."""
+    resources: ResourceConfig = field(default_factory=ResourceConfig)
+    """What stages ask of the cluster."""
+    time_budget_s: float | None = None
+    """Wall-clock limit in seconds; unfinished trials resume with the next run."""
+    folder: str = ""
+    """Where ledger, Optuna storage, checkpoints and report go; empty means
+    `<store>/sweeps/<name>`, which needs a local store."""
+    storage: str = ""
+    """Optuna storage URL (sqlite:///…, postgresql://…) or the path of a `.journal` file; empty
+    keeps a SQLite file in the sweep's folder."""
+    finalize: bool = False
+    """Whether `sweep run` ends with the test split, the first time that it finishes."""
+
+    def __post_init__(self) -> None:
+        if not self.name or "/" in self.name:
+            raise ConfigError(
+                f"name must be a short word without '/', got {self.name!r}. Name the sweep."
+            )
+        if self.num_trials is not None and self.num_trials < 1:
+            raise ConfigError(f"num_trials must be >= 1 or null, got {self.num_trials}.")
+        if self.num_trials is None and self.sampler.kind != "grid":
+            raise ConfigError(
+                f"num_trials must be set for sampler {self.sampler.kind}, got null. "
+                "Set it, or use sampler.kind=grid."
+            )
+        if self.max_concurrent < 1:
+            raise ConfigError(f"max_concurrent must be >= 1, got {self.max_concurrent}.")
+        if not self.space and not self.points:
+            raise ConfigError("space must name a parameter, got none. Add one, or add points.")
+
+
+_FIXED = ("sid", "gr", "score", "sampler", "metric", "gate", "asha")
+
+
+def identity(config: SweepConfig, *, dataset_key: str) -> dict[str, Any]:
+    """The part of a sweep that may not change under its name: space, budget and resources may."""
+    mapping = to_mapping(config)
+    return {"dataset": dataset_key, **{name: mapping[name] for name in _FIXED}}
+
+
+def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Leaves that two nested mappings disagree on, one line each: `gr.lr: 0.001 -> 0.01`."""
+    first, second = _flat(old), _flat(new)
+    missing = object()
+    lines = []
+    for name in sorted({*first, *second}):
+        before, after = first.get(name, missing), second.get(name, missing)
+        if before is missing or after is missing or before != after:
+            shown = ["unset" if one is missing else str(one) for one in (before, after)]
+            lines.append(f"{name}: {shown[0]} -> {shown[1]}")
+    return lines
+
+
+def _flat(mapping: Mapping[str, Any], prefix: str = "") -> dict[str, str]:
+    leaves: dict[str, str] = {}
+    for name, value in mapping.items():
+        if isinstance(value, Mapping):
+            leaves.update(_flat(value, f"{prefix}{name}."))
+        else:
+            leaves[f"{prefix}{name}"] = canonical_json(value)
+    return leaves

@@ -1,0 +1,128 @@
+"""What happens to trials, written to the ledger and told to the person watching, one line each."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from ray.tune import Callback
+from ray.tune.experiment import Trial
+
+from forge_ray.sweep.ledger import Ledger
+from forge_ray.sweep.scheduler import Decision, GateScheduler
+from forge_ray.sweep.space import label_point
+
+logger = logging.getLogger(__name__)
+
+
+class SweepCallback(Callback):
+    """Tune callback: puts the scheduler's reason into the result, the result into the ledger.
+
+    Tune drops what a scheduler adds to a result, but keeps what a callback adds: this is how the
+    searcher learns why a trial was stopped.
+    """
+
+    def __init__(
+        self, *, ledger: Ledger, scheduler: GateScheduler, metric: str, num_trials: int
+    ) -> None:
+        self._ledger = ledger
+        self._scheduler = scheduler
+        self._metric = metric
+        self._num_trials = num_trials
+
+    def on_trial_start(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """Records the start."""
+        config = trial.config
+        point = json.loads(config["point"])
+        self._ledger.append(
+            "start",
+            number=config["number"],
+            key=config["key"],
+            point=point,
+            config=config["config"],
+        )
+        self._say(trial, f"started   {label_point(point)}")
+
+    def on_trial_result(
+        self,
+        iteration: int,
+        trials: list[Trial],
+        trial: Trial,
+        result: dict[str, Any],
+        **info: Any,
+    ) -> None:
+        """Records a row and the decision on it."""
+        key = trial.config["key"]
+        stage = result.get("stage")
+        if stage is None:
+            return
+        # The scheduler sees this row before the callback does.
+        decision = self._scheduler.decisions.pop(key, Decision())
+        result["decision"] = vars(decision).copy()
+        row = result.get("proxy") if stage == "proxy" else result.get("row")
+        metrics = {**(row or {}), "global_step": result["global_step"]}
+        optional = {name: result[name] for name in _OPTIONAL if name in result}
+        self._ledger.append(
+            "row",
+            key=key,
+            stage=stage,
+            metrics=metrics,
+            gate=decision.reason,
+            would_prune=decision.would_prune,
+            **optional,
+        )
+        self._say(trial, describe_row(stage, result, decision, metric=self._metric))
+
+    def on_trial_error(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """Records the error's text."""
+        text = _last_line(_error_text(trial))
+        self._ledger.append("error", key=trial.config["key"], text=text)
+        self._say(trial, f"failed    {text}")
+
+    def _say(self, trial: Trial, text: str) -> None:
+        number = int(trial.config["number"])
+        logger.info("trial %2d/%d %s", number + 1, self._num_trials, text)
+
+
+_OPTIONAL = ("seconds", "cpus", "artifacts", "cached")
+
+
+def describe_row(stage: str, result: Mapping[str, Any], decision: Decision, *, metric: str) -> str:
+    """One line about a result row."""
+    if stage == "proxy":
+        verb = "pruned   " if decision.pruned_by else "passed   "
+        return f"{verb} gate: {decision.reason}{_spent(result)}"
+    value = result.get(metric)
+    shown = f"{metric} {value:.4f}" if isinstance(value, float) else f"{metric} {value}"
+    if stage == "final":
+        return f"complete  validation {shown}{_spent(result)}"
+    verb = "pruned   " if decision.pruned_by else "training "
+    tail = f"; {decision.reason}" if decision.pruned_by else ""
+    return f"{verb} step {result['global_step']}: {shown}{tail}"
+
+
+def _spent(result: Mapping[str, Any]) -> str:
+    cached = result.get("cached") or ()
+    parts = [
+        f"{name} {value:.0f} s{' (cached)' if name in cached else ''}"
+        for name, value in (result.get("seconds") or {}).items()
+    ]
+    return f" [{', '.join(parts)}]" if parts else ""
+
+
+def _error_text(trial: Trial) -> str:
+    # Tune copies the file to the experiment's storage later; the local one is there already.
+    path = trial.error_file
+    return Path(path).read_text(encoding="utf-8") if path and Path(path).exists() else ""
+
+
+def _last_line(text: str) -> str:
+    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
+    return lines[-1] if lines else "unknown error"

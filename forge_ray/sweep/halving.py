@@ -1,0 +1,92 @@
+"""Asynchronous successive halving by training step, with state that survives a restart.
+
+Source: Li et al. 2018, "Massively parallel hyperparameter tuning" (ASHA), the stopping variant,
+with the cut-off of `ray.tune.schedulers.ASHAScheduler` (one bracket). Differs from it in keeping
+rungs by the trial's own key as JSON: a resumed trial is not counted twice, and a restored sweep
+remembers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from forge_ray.errors import ConfigError
+
+
+@dataclass(kw_only=True)
+class AshaConfig:
+    """When a trial is stopped during training."""
+
+    enabled: bool = True
+    """False trains every trial that passed the gate to the end."""
+    grace_steps: int = 100
+    """Optimizer steps of the first rung: nobody is stopped before."""
+    reduction_factor: float = 2.0
+    """One of this many trials passes a rung; rungs lie at grace · factor^k steps."""
+
+    def __post_init__(self) -> None:
+        if self.grace_steps < 1:
+            raise ConfigError(f"asha.grace_steps must be >= 1, got {self.grace_steps}.")
+        if self.reduction_factor <= 1:
+            raise ConfigError(
+                f"asha.reduction_factor must be > 1, got {self.reduction_factor}. Set 2, 3 or 4."
+            )
+
+    def milestones(self, max_steps: int) -> list[int]:
+        """Steps of the rungs below `max_steps`, ascending."""
+        steps = []
+        milestone = float(self.grace_steps)
+        while milestone < max_steps:
+            steps.append(int(milestone))
+            milestone *= self.reduction_factor
+        return steps
+
+
+@dataclass(kw_only=True)
+class AshaState:
+    """What the rungs remember; plain JSON data.
+
+    Attributes:
+        rungs: Metric of each trial at each rung: `{milestone: {trial key: value}}`.
+        stopped: Reasons by trial key: a stopped trial stays stopped.
+    """
+
+    rungs: dict[str, dict[str, float]] = field(default_factory=dict)
+    stopped: dict[str, str] = field(default_factory=dict)
+
+
+def stop_reason(
+    key: str, step: int, value: float, *, max_steps: int, state: AshaState, config: AshaConfig
+) -> str | None:
+    """Whether this result ends its trial: the reason, or None to go on.
+
+    Args:
+        key: Trial key.
+        step: Optimizer steps done.
+        value: Metric, larger is better.
+        max_steps: Steps of a full training; nothing is stopped there.
+        state: Updated in place.
+        config: Rungs.
+    """
+    if key in state.stopped:
+        return state.stopped[key]
+    reached = [one for one in config.milestones(max_steps) if one <= step]
+    if not config.enabled or not reached or step >= max_steps:
+        return None
+    rung = state.rungs.setdefault(str(reached[-1]), {})
+    if key in rung:
+        return None
+    earlier = list(rung.values())
+    rung[key] = value
+    if not earlier:
+        return None
+    cutoff = float(np.quantile(earlier, 1 - 1 / config.reduction_factor))
+    if value >= cutoff:
+        return None
+    reason = (
+        f"asha: {value:.4f} < {cutoff:.4f} at step {step} (rung {reached[-1]}, {len(rung)} trials)"
+    )
+    state.stopped[key] = reason
+    return reason

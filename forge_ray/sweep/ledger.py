@@ -1,0 +1,315 @@
+"""The sweep's memory: an append-only log of events, folded into one record per trial.
+
+`ledger.jsonl` is the truth: each line is written whole and synced, so a killed driver loses nothing
+it acted on, and at most the last line is cut. `trials/<number>-<key12>.json` repeats each finished
+record for people. One driver writes at a time (`SweepLock`); anyone may read.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import fcntl
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, Literal
+
+from forge_ray.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+State = Literal["running", "complete", "pruned", "failed"]
+FINISHED: tuple[State, ...] = ("complete", "pruned")
+"""States that are never run again. A failed trial is tried again by the next `sweep run`."""
+
+
+@dataclass(kw_only=True)
+class TrialRecord:
+    """All that is known of one trial.
+
+    Attributes:
+        number: Order of first start, from 0.
+        key: Hash of the resolved configuration and the dataset.
+        point: Searched values by dotted name.
+        config: Resolved configuration (`sid`, `gr`); re-runnable as it is.
+        state: `running` also stands for a trial whose driver was killed.
+        pruned_by: `gate` or `asha` for a pruned trial.
+        reason: Why it was pruned or failed, or why the gate let it pass.
+        would_prune: The gate's quantile verdict, also where the trial was let through.
+        proxies: Scores of the SID table.
+        history: One row per validation: `global_step`, `loss`, metrics.
+        final: Metrics of the final validation row.
+        value: Objective of a complete trial.
+        artifacts: References by stage.
+        cached: Stages answered from the store.
+        attempts: Seconds by stage, one mapping per start.
+        cpus: CPUs by stage, to turn seconds into CPU seconds.
+        started: Time of the first start, ISO 8601.
+        ended: Time of the end, ISO 8601.
+    """
+
+    number: int
+    key: str
+    point: dict[str, Any]
+    config: dict[str, Any]
+    state: State = "running"
+    pruned_by: str = ""
+    reason: str = ""
+    gate: str = ""
+    would_prune: bool = False
+    proxies: dict[str, Any] = field(default_factory=dict)
+    history: list[dict[str, Any]] = field(default_factory=list)
+    final: dict[str, Any] = field(default_factory=dict)
+    value: float | None = None
+    artifacts: dict[str, str] = field(default_factory=dict)
+    cached: list[str] = field(default_factory=list)
+    attempts: list[dict[str, float]] = field(default_factory=list)
+    cpus: dict[str, float] = field(default_factory=dict)
+    started: str = ""
+    ended: str = ""
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the trial needs no further work."""
+        return self.state in FINISHED
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by stage over all attempts."""
+        total: dict[str, float] = {}
+        for attempt in self.attempts:
+            for stage, value in attempt.items():
+                total[stage] = total.get(stage, 0.0) + value
+        return total
+
+    @property
+    def name(self) -> str:
+        """Short name for files and lines: `003-1f2e3d4c5b6a`."""
+        return f"{self.number:03d}-{self.key[:12]}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinalizeRecord:
+    """One use of the test split: the winner and the floors."""
+
+    time: str
+    key: str
+    number: int
+    winner: dict[str, Any]
+    floors: dict[str, dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepRecords:
+    """A ledger folded: trials by key in order of first start, finalizations, the latest plan."""
+
+    trials: dict[str, TrialRecord]
+    finalized: list[FinalizeRecord]
+    floors: dict[str, dict[str, Any]]
+    """Validation metrics of the floors."""
+    sessions: int
+
+    def finished(self) -> list[TrialRecord]:
+        """Trials that need no further work."""
+        return [one for one in self.trials.values() if one.is_finished]
+
+    def winner(self) -> TrialRecord | None:
+        """The complete trial with the best objective; the earlier one where two tie."""
+        complete = [one for one in self.trials.values() if one.value is not None]
+        done = [one for one in complete if one.state == "complete"]
+        return max(done, key=lambda one: (one.value or 0.0, -one.number), default=None)
+
+
+class Ledger:
+    """Appends events to `<folder>/ledger.jsonl` and folds them into records."""
+
+    folder: Path
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @property
+    def path(self) -> Path:
+        """The log file."""
+        return self.folder / "ledger.jsonl"
+
+    def append(self, event: str, **fields: Any) -> None:
+        """Writes one event; it is on disk when this returns."""
+        row = {"event": event, "time": now(), **fields}
+        line = json.dumps(json_ready(row), ensure_ascii=False, allow_nan=False) + "\n"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.path.open("ab") as stream:
+            # A cut last line (the writer was killed) must not swallow this one.
+            if stream.tell() and not _ends_line(self.path):
+                stream.write(b"\n")
+            stream.write(line.encode())
+            stream.flush()
+            os.fsync(stream.fileno())
+
+    def read(self) -> SweepRecords:
+        """All records so far; an empty ledger gives none."""
+        return fold(self._events())
+
+    def write_trial(self, record: TrialRecord) -> None:
+        """Writes one record for people, atomically."""
+        content = {**dataclasses.asdict(record), "seconds": record.seconds}
+        write_json(self.folder / "trials" / f"{record.name}.json", content)
+
+    def _events(self) -> Iterator[dict[str, Any]]:
+        if not self.path.exists():
+            return
+        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                yield json.loads(line)
+            except json.JSONDecodeError:
+                logger.warning(
+                    "%s:%d is cut and skipped (the writer was killed)", self.path, number
+                )
+
+
+def fold(events: Iterable[Mapping[str, Any]]) -> SweepRecords:
+    """Replays events into records; pure."""
+    trials: dict[str, TrialRecord] = {}
+    finalized: list[FinalizeRecord] = []
+    floors: dict[str, dict[str, Any]] = {}
+    sessions = 0
+    for event in events:
+        kind = event["event"]
+        if kind == "session":
+            sessions += 1
+        elif kind == "finalize":
+            finalized.append(_only(FinalizeRecord, event))
+        elif kind == "floors":
+            floors = dict(event["floors"])
+        elif kind == "start":
+            _fold_start(trials, event)
+        elif kind in _FOLDS and event["key"] in trials:
+            _FOLDS[kind](trials[event["key"]], event)
+    return SweepRecords(trials=trials, finalized=finalized, floors=floors, sessions=sessions)
+
+
+def _fold_start(trials: dict[str, TrialRecord], event: Mapping[str, Any]) -> None:
+    record = trials.setdefault(event["key"], _only(TrialRecord, event))
+    record.state, record.reason, record.ended = "running", "", ""
+    record.started = record.started or event["time"]
+    record.attempts.append({})
+
+
+def _fold_row(record: TrialRecord, event: Mapping[str, Any]) -> None:
+    stage, metrics = event["stage"], dict(event["metrics"])
+    if stage == "proxy":
+        record.proxies = metrics
+        record.gate = event.get("gate", "")
+        record.would_prune = bool(event.get("would_prune", False))
+    elif stage == "final":
+        record.final = metrics
+    else:
+        # A resumed training may report a step again: the later row stands.
+        kept = [row for row in record.history if row["global_step"] < metrics["global_step"]]
+        record.history = [*kept, metrics]
+    if record.attempts:
+        record.attempts[-1].update(event.get("seconds", {}))
+    record.cpus.update(event.get("cpus", {}))
+    record.artifacts.update(event.get("artifacts", {}))
+    if "cached" in event:
+        record.cached = list(event["cached"])
+
+
+def _fold_finish(record: TrialRecord, event: Mapping[str, Any]) -> None:
+    record.state = event["state"]
+    record.reason = event.get("reason", "")
+    record.pruned_by = event.get("pruned_by", "")
+    record.value = event.get("value")
+    record.ended = event["time"]
+
+
+def _fold_error(record: TrialRecord, event: Mapping[str, Any]) -> None:
+    record.reason = event["text"]
+
+
+_FOLDS = {"row": _fold_row, "finish": _fold_finish, "error": _fold_error}
+
+
+class SweepLock:
+    """Holds a sweep for one driver; the kernel frees it when the driver dies."""
+
+    path: Path
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "driver.lock"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Holds the lock for the block.
+
+        Raises:
+            ConfigError: Another driver holds it.
+        """
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with self.path.open("a+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError as error:
+                raise ConfigError(
+                    f"{self.path} must be free, got a driver that is running this sweep. "
+                    "Wait for it, or set another name."
+                ) from error
+            yield
+
+    def is_held(self) -> bool:
+        """Whether a driver is alive."""
+        if not self.path.exists():
+            return False
+        with self.path.open("a+") as stream:
+            try:
+                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return True
+            return False
+
+
+def now() -> str:
+    """The time, ISO 8601 with time zone."""
+    return datetime.now(timezone.utc).isoformat(timespec="milliseconds")
+
+
+def json_ready(value: Any) -> Any:
+    """A value with JSON types only: arrays and numpy scalars converted, NaN as null."""
+    if isinstance(value, Mapping):
+        return {str(key): json_ready(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [json_ready(item) for item in value]
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None
+    if hasattr(value, "tolist"):
+        return json_ready(value.tolist())
+    if value is None or isinstance(value, (bool, int, str)):
+        return value
+    return str(value)
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes a JSON file atomically."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    partial.write_text(json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n")
+    partial.replace(path)
+
+
+def _only(cls: type[Any], event: Mapping[str, Any]) -> Any:
+    names = {one.name for one in dataclasses.fields(cls)}
+    return cls(**{name: value for name, value in event.items() if name in names})
+
+
+def _ends_line(path: Path) -> bool:
+    with path.open("rb") as stream:
+        stream.seek(-1, os.SEEK_END)
+        return stream.read(1) == b"\n"

@@ -1,0 +1,252 @@
+"""Runs a sweep, from its file to its ledger, and continues it from whatever a dead driver left.
+
+Every session starts a fresh Tuner over the trials that are left. The long-lived memory is the
+ledger (outcomes), the plan, the scheduler's state, Optuna's storage and the artifact store; nothing
+is restored from Tune's own pickles.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray import tune
+
+from forge_ray.errors import ConfigError
+from forge_ray.sweep.config import SweepConfig, difference, identity
+from forge_ray.sweep.events import SweepCallback
+from forge_ray.sweep.ledger import Ledger, SweepRecords, write_json
+from forge_ray.sweep.plan import extend_plan, quasi_random_points
+from forge_ray.sweep.scheduler import GateScheduler
+from forge_ray.sweep.searcher import PrunedAwareOptunaSearch, Resolved, TrialSource
+from forge_ray.sweep.space import Point, Space, label_point, parse_space
+from forge_ray.sweep.study import (
+    close_unfinished,
+    copy_finished,
+    make_sampler,
+    open_storage,
+    study_name,
+)
+from forge_ray.sweep.trial import Stages, TrialRules, run_trial
+
+logger = logging.getLogger(__name__)
+
+# Read by Tune in this process. Proxy rows lack the metric on purpose; our callback is the log.
+_TUNE_ENV = {
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+}
+_CHECKED_DRAWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepJob:
+    """A sweep made concrete: what the generic machinery needs to know.
+
+    Attributes:
+        config: The sweep file.
+        folder: The sweep's memory; absolute.
+        dataset_key: Key of the dataset, part of the sweep's identity.
+        stages: The work of a trial.
+        resolve: Applies a point; raises ConfigError where the result is no valid configuration.
+        max_steps: Optimizer steps of a full training.
+    """
+
+    config: SweepConfig
+    folder: Path
+    dataset_key: str
+    stages: Stages
+    resolve: Callable[[Point], Resolved]
+    max_steps: int
+
+    @property
+    def ledger(self) -> Ledger:
+        """The event log."""
+        return Ledger(self.folder)
+
+
+def run_trials(job: SweepJob) -> SweepRecords:
+    """Runs what is left of a sweep; the caller holds its lock.
+
+    Raises:
+        ConfigError: The sweep changed under its name, or a point is no valid configuration.
+    """
+    config, ledger = job.config, job.ledger
+    space = parse_space(config.space)
+    claim_identity(job.folder, identity(config, dataset_key=job.dataset_key), name=config.name)
+    records = ledger.read()
+    planned = make_plan(config, space, job.folder)
+    is_drawing = config.sampler.kind == "tpe"
+    resolve = _naming_point(job.resolve)
+    if is_drawing:
+        for point in itertools.islice(quasi_random_points(space, seed=0), _CHECKED_DRAWS):
+            resolve(point)
+    source = TrialSource(
+        records=records.trials,
+        planned=planned,
+        num_trials=config.num_trials if is_drawing else None,
+        resolve=resolve,
+    )
+    _announce(job, records, source)
+    ledger.append("session", space=config.space, remaining=source.remaining)
+    storage = open_storage(config.storage, job.folder)
+    closed = close_unfinished(storage, config.name, records.trials)
+    if closed:
+        logger.info("closed %d Optuna trials that a dead driver left running", closed)
+    if source.remaining:
+        searcher = PrunedAwareOptunaSearch(
+            space=space,
+            source=source,
+            ledger=ledger,
+            metric=config.metric,
+            # Another seed each session, or TPE would propose its first points again.
+            sampler=make_sampler(
+                config.sampler.kind, seed=config.sampler.seed + 1000 * records.sessions
+            ),
+            study_name=study_name(config.name, config.space),
+            storage=storage,
+        )
+        copy_finished(searcher.study, space, records.finished(), metric=config.metric)
+        _fit(job, searcher, source, session=records.sessions)
+    after = ledger.read()
+    for record in after.trials.values():
+        ledger.write_trial(record)
+    return after
+
+
+def _fit(
+    job: SweepJob, searcher: PrunedAwareOptunaSearch, source: TrialSource, *, session: int
+) -> None:
+    config = job.config
+    os.environ.update(_TUNE_ENV)
+    # Failed trials have had their line; Tune's list of them says no more.
+    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
+    scheduler = GateScheduler(
+        gate=config.gate,
+        asha=config.asha,
+        metric=config.metric,
+        max_steps=job.max_steps,
+        path=job.folder / "scheduler.json",
+    )
+    callback = SweepCallback(
+        ledger=job.ledger, scheduler=scheduler, metric=config.metric, num_trials=source.total
+    )
+    rules = TrialRules(gate=config.gate, metric=config.metric)
+    trainable = tune.with_parameters(run_trial, stages=job.stages, rules=rules)
+    # The driver of a trial holds memory and no CPU: it waits while its stages work elsewhere.
+    memory = config.resources.trial_memory_mb * 1024**2
+    tuner = tune.Tuner(
+        tune.with_resources(trainable, tune.PlacementGroupFactory([{"CPU": 0, "memory": memory}])),
+        tune_config=tune.TuneConfig(
+            search_alg=searcher,
+            scheduler=scheduler,
+            num_samples=source.remaining,
+            max_concurrent_trials=config.max_concurrent,
+            time_budget_s=config.time_budget_s,
+            reuse_actors=False,
+            trial_name_creator=_trial_name,
+            trial_dirname_creator=_trial_name,
+        ),
+        run_config=tune.RunConfig(
+            name=f"session-{session:03d}",
+            storage_path=str(job.folder / "tune"),
+            callbacks=[callback],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
+
+
+def _trial_name(trial: Any) -> str:
+    return f"{trial.config['number']:03d}-{trial.config['key'][:12]}-{trial.trial_id}"
+
+
+def make_plan(config: SweepConfig, space: Space, folder: Path) -> list[Point]:
+    """The points to run before anything is drawn, in order; writes them to `plan.json`.
+
+    A plan only grows: see `extend_plan`.
+    """
+    path = folder / "plan.json"
+    previous, kept = _previous_plan(path, space)
+    limit = None if config.num_trials is None else max(0, config.num_trials - len(config.points))
+    points = extend_plan(
+        planned=kept,
+        previous=previous,
+        candidates=_candidates(config, space, previous),
+        limit=limit,
+    )
+    write_json(path, {"space": config.space, "points": points})
+    return [*config.points, *points]
+
+
+def _previous_plan(path: Path, space: Space) -> tuple[Space | None, list[Point]]:
+    if not path.exists():
+        return None, []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kept = [point for point in content["points"] if space.contains(point)]
+    return parse_space(content["space"]), kept
+
+
+def _candidates(config: SweepConfig, space: Space, previous: Space | None) -> Iterator[Point]:
+    sampler = config.sampler
+    if not space.parameters:
+        return iter(())
+    if sampler.kind == "grid":
+        return space.grid()
+    points = quasi_random_points(space, seed=sampler.seed)
+    if sampler.kind == "quasi_random":
+        return points
+    # TPE draws its points; only what the space gained is planned, so that it gets tried at all.
+    considered = itertools.islice(points, config.num_trials)
+    return (one for one in considered if previous is not None and not previous.contains(one))
+
+
+def claim_identity(folder: Path, content: Mapping[str, Any], *, name: str) -> None:
+    """Writes the sweep's identity the first time, and refuses another one later.
+
+    Raises:
+        ConfigError: Something other than space, points, trials or resources changed.
+    """
+    path = folder / "identity.json"
+    if not path.exists():
+        write_json(path, content)
+        return
+    old = json.loads(path.read_text(encoding="utf-8"))
+    changed = difference(old, json.loads(json.dumps(content)))
+    if changed:
+        raise ConfigError(
+            f"sweep {name!r} must keep its settings (only space, points, num_trials, resources may "
+            f"change), got {'; '.join(changed)}. Set another name: finished artifacts are reused."
+        )
+
+
+def _naming_point(resolve: Callable[[Point], Resolved]) -> Callable[[Point], Resolved]:
+    def named(point: Point) -> Resolved:
+        try:
+            return resolve(point)
+        except ConfigError as error:
+            raise ConfigError(f"point {{{label_point(point)}}}: {error}") from error
+
+    return named
+
+
+def _announce(job: SweepJob, records: SweepRecords, source: TrialSource) -> None:
+    done, left = len(records.finished()), source.remaining
+    logger.info(
+        "sweep %s: %d trials, %d finished, %d to run; everything is in %s",
+        job.config.name,
+        source.total,
+        done,
+        left,
+        job.folder,
+    )
+    if left:
+        logger.info("stop it with Ctrl-C; the same command continues where it ended")

@@ -1,0 +1,125 @@
+"""The gate and successive halving as one Tune scheduler.
+
+Decides only: `gate.decide` and `halving.stop_reason` hold the rules. Its state is one JSON file
+beside the ledger, written before a decision takes effect, because Tune does not restore schedulers.
+Why a trial was stopped is kept by trial key for the callback, since Tune drops what a scheduler
+adds to a result.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ray.tune.execution.tune_controller import TuneController
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import FIFOScheduler, TrialScheduler
+
+from forge_ray.sweep.gate import GateConfig, GateState, decide
+from forge_ray.sweep.halving import AshaConfig, AshaState, stop_reason
+from forge_ray.sweep.ledger import write_json
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """What the scheduler last decided on a trial.
+
+    Attributes:
+        pruned_by: `gate` or `asha`; empty while the trial goes on.
+        reason: In words.
+        would_prune: The gate's quantile verdict, also where it let the trial through.
+    """
+
+    pruned_by: str = ""
+    reason: str = ""
+    would_prune: bool = False
+
+
+class GateScheduler(FIFOScheduler):
+    """Answers proxy rows by the gate and training rows by successive halving."""
+
+    def __init__(
+        self,
+        *,
+        gate: GateConfig,
+        asha: AshaConfig,
+        metric: str,
+        max_steps: int,
+        path: Path,
+    ) -> None:
+        super().__init__()
+        self._gate, self._asha = gate, asha
+        self._objective = metric
+        self._max_steps = max_steps
+        self._path = path
+        self._gate_state, self._asha_state = _load(path)
+        self.decisions: dict[str, Decision] = {}
+
+    def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
+        """Accepts any: metric and direction come from the sweep file."""
+        return True
+
+    def on_trial_result(
+        self, tune_controller: TuneController, trial: Trial, result: dict[str, Any]
+    ) -> str:
+        """Stops or continues; see the module docstring."""
+        decision = self.judge(str(trial.config["key"]), result)
+        return TrialScheduler.STOP if decision.pruned_by else TrialScheduler.CONTINUE
+
+    def judge(self, key: str, result: Mapping[str, Any]) -> Decision:
+        """Decides on one flattened result row and saves the state."""
+        stage = result.get("stage")
+        if stage == "proxy":
+            decision = self._judge_proxies(key, _below(result, "proxy/"))
+        elif stage == "gr":
+            decision = self._judge_step(key, result)
+        else:
+            return Decision()
+        self.decisions[key] = decision
+        self._save()
+        return decision
+
+    def debug_string(self) -> str:
+        """One line for Tune's status."""
+        return (
+            f"gate: {len(self._gate_state.decisions)} judged, {len(self._asha_state.rungs)} rungs"
+        )
+
+    def _judge_proxies(self, key: str, proxies: Mapping[str, Any]) -> Decision:
+        answer = decide(key, proxies, state=self._gate_state, config=self._gate)
+        return Decision(
+            pruned_by="" if answer.go else "gate",
+            reason=answer.reason,
+            would_prune=answer.would_prune,
+        )
+
+    def _judge_step(self, key: str, result: Mapping[str, Any]) -> Decision:
+        reason = stop_reason(
+            key,
+            int(result["global_step"]),
+            float(result[self._objective]),
+            max_steps=self._max_steps,
+            state=self._asha_state,
+            config=self._asha,
+        )
+        return Decision(pruned_by="asha", reason=reason) if reason else Decision()
+
+    def _save(self) -> None:
+        gate, asha = dataclasses.asdict(self._gate_state), dataclasses.asdict(self._asha_state)
+        write_json(self._path, {"gate": gate, "asha": asha})
+
+
+def _load(path: Path) -> tuple[GateState, AshaState]:
+    if not path.exists():
+        return GateState(), AshaState()
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return GateState(**content["gate"]), AshaState(**content["asha"])
+
+
+def _below(result: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    start = len(prefix)
+    return {name[start:]: value for name, value in result.items() if name.startswith(prefix)}

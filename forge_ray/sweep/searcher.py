@@ -1,0 +1,298 @@
+"""Hands trials to Tune and their outcomes to Optuna and the ledger.
+
+`TrialSource` knows which trials are left: those a killed driver left behind, the planned ones, or
+what TPE proposes. `PrunedAwareOptunaSearch` is Ray's `OptunaSearch` with the outcomes told as they
+are: PRUNED with intermediate values, FAIL on errors and NaN. The bare class reports stopped trials
+as complete. Uses its private `_ot_trials`, `_ot_study` and `_completed_trials`; a test pins them.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import optuna
+from optuna.samplers import BaseSampler
+from optuna.storages import BaseStorage
+from optuna.trial import Trial, TrialState
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+
+from forge_ray.config import canonical_json
+from forge_ray.errors import ConfigError
+from forge_ray.sweep.ledger import Ledger, TrialRecord
+from forge_ray.sweep.space import Point, Space, optuna_values
+from forge_ray.sweep.study import KEY
+
+logger = logging.getLogger(__name__)
+
+_MAX_REDRAWS = 64
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialSpec:
+    """One trial to run.
+
+    Attributes:
+        number: Its place in the sweep.
+        key: Hash of what it computes.
+        point: Searched values.
+        config: Resolved configuration, JSON types.
+    """
+
+    number: int
+    key: str
+    point: Point
+    config: dict[str, Any]
+
+    def params(self) -> dict[str, Any]:
+        """What Tune passes to the trial function."""
+        return {**vars(self), "point": json.dumps(self.point)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resolved:
+    """A point applied to the sweep's settings."""
+
+    key: str
+    config: dict[str, Any]
+
+
+Resolve = Callable[[Point], Resolved]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """How a trial ended.
+
+    Attributes:
+        state: `interrupted` means neither: it resumes with the next run.
+        reason: In words.
+        pruned_by: `gate` or `asha`.
+        value: Objective of a complete trial.
+    """
+
+    state: Literal["complete", "pruned", "failed", "interrupted"]
+    reason: str = ""
+    pruned_by: str = ""
+    value: float | None = None
+
+
+def outcome_of(result: Mapping[str, Any] | None, *, metric: str, error: bool) -> Outcome:
+    """Reads the outcome from a trial's last flattened result; pure."""
+    result = result or {}
+    pruned_by = str(result.get("decision/pruned_by") or "")
+    if pruned_by:
+        reason = str(result.get("decision/reason", ""))
+        return Outcome(state="pruned", reason=reason, pruned_by=pruned_by)
+    if error:
+        return Outcome(state="failed", reason="error")
+    if result.get("stage") != "final":
+        return Outcome(state="interrupted", reason="stopped before its end")
+    value = result.get(metric)
+    if not isinstance(value, (int, float)) or not math.isfinite(value):
+        return Outcome(state="failed", reason=f"{metric} is {value}")
+    return Outcome(state="complete", value=float(value))
+
+
+class TrialSource:
+    """The trials that are left to run, each handed out once.
+
+    Args:
+        records: Trials of earlier sessions by key.
+        planned: Points to run in order, before anything is drawn.
+        num_trials: Trials in all, when further points may be drawn; None draws none.
+        resolve: Turns a point into a configuration and its key.
+    """
+
+    def __init__(
+        self,
+        *,
+        records: Mapping[str, TrialRecord],
+        planned: Iterable[Point],
+        num_trials: int | None,
+        resolve: Resolve,
+    ) -> None:
+        self._resolve = resolve
+        self._known = {key: one.number for key, one in records.items()}
+        self._next_number = 1 + max(self._known.values(), default=-1)
+        self._num_trials = num_trials
+        # A sampler that draws does not propose the same point again: what a killed driver left
+        # behind is run before anything new. A plan holds those points anyway.
+        left = [one.point for one in records.values() if not one.is_finished]
+        self.queue: deque[TrialSpec] = deque()
+        queued: set[str] = {key for key, one in records.items() if one.is_finished}
+        for point in (*planned, *(left if num_trials is not None else ())):
+            resolved = resolve(point)
+            if resolved.key not in queued:
+                queued.add(resolved.key)
+                self.queue.append(self._spec(point, resolved))
+
+    @property
+    def remaining(self) -> int:
+        """How many trials are left, at most."""
+        drawn = 0 if self._num_trials is None else max(0, self._num_trials - len(self._known))
+        return len(self.queue) + drawn
+
+    @property
+    def total(self) -> int:
+        """Trials of the whole sweep, finished ones included, at most."""
+        return max(len(self._known), self._num_trials or 0)
+
+    @property
+    def may_draw(self) -> bool:
+        """Whether the sampler may propose one more trial."""
+        return self._num_trials is not None and len(self._known) < self._num_trials
+
+    def admit(self, point: Point) -> TrialSpec | None:
+        """A drawn point as a trial, or None where it is a repeat.
+
+        Raises:
+            ConfigError: The point is not a valid configuration.
+        """
+        resolved = self._resolve(point)
+        return None if resolved.key in self._known else self._spec(point, resolved)
+
+    def _spec(self, point: Point, resolved: Resolved) -> TrialSpec:
+        if resolved.key not in self._known:
+            self._known[resolved.key] = self._next_number
+            self._next_number += 1
+        number = self._known[resolved.key]
+        return TrialSpec(number=number, key=resolved.key, point=point, config=resolved.config)
+
+
+class PrunedAwareOptunaSearch(OptunaSearch):
+    """`OptunaSearch` over a `Space`; see the module docstring."""
+
+    def __init__(
+        self,
+        *,
+        space: Space,
+        source: TrialSource,
+        ledger: Ledger,
+        metric: str,
+        sampler: BaseSampler,
+        study_name: str,
+        storage: BaseStorage,
+    ) -> None:
+        super().__init__(
+            space=space.suggest,
+            metric=metric,
+            mode="max",
+            sampler=sampler,
+            study_name=study_name,
+            storage=storage,
+        )
+        self._parameters = space
+        self._source = source
+        self._ledger = ledger
+        self._specs: dict[str, TrialSpec] = {}
+
+    @property
+    def study(self) -> optuna.Study:
+        """The Optuna study."""
+        return self._ot_study
+
+    def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
+        """The next trial's parameters, or `FINISHED`."""
+        spec = self._ask_planned(trial_id) if self._source.queue else self._ask_drawn(trial_id)
+        if spec is None:
+            return str(Searcher.FINISHED)
+        self._specs[trial_id] = spec
+        trial = self._ot_trials[trial_id]
+        trial.set_user_attr(KEY, spec.key)
+        trial.set_user_attr("ray_trial_id", trial_id)
+        trial.set_user_attr("number", spec.number)
+        trial.set_user_attr("point", spec.point)
+        trial.set_user_attr("config", canonical_json(spec.config))
+        return spec.params()
+
+    def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
+        """Gives Optuna the metric at its optimizer step; other rows carry none."""
+        value = result.get(self.metric)
+        is_open = trial_id in self._ot_trials and trial_id not in self._completed_trials
+        if result.get("stage") == "gr" and is_open and value is not None and math.isfinite(value):
+            self._ot_trials[trial_id].report(float(value), step=int(result["global_step"]))
+
+    def on_trial_complete(
+        self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
+    ) -> None:
+        """Records the outcome in the ledger, then in Optuna."""
+        trial = self._ot_trials.get(trial_id)
+        if trial is None or trial_id in self._completed_trials:
+            return
+        self._completed_trials.add(trial_id)
+        outcome = outcome_of(result, metric=str(self.metric), error=error)
+        # Ledger first: a driver killed in between finds the outcome there and tells Optuna later.
+        if outcome.state != "interrupted":
+            self._ledger.append("finish", key=self._specs[trial_id].key, **vars(outcome))
+        if outcome.state == "pruned" and result is not None:
+            # Tune skips `on_trial_result` for the row that stops a trial.
+            self.on_last_row(trial, result)
+        self._tell(trial, outcome, dict(result or {}))
+
+    def on_last_row(self, trial: Trial, result: Mapping[str, Any]) -> None:
+        """Gives Optuna the intermediate value of the row that stopped a trial."""
+        value = result.get(str(self.metric))
+        if result.get("stage") == "gr" and value is not None and math.isfinite(value):
+            trial.report(float(value), step=int(result["global_step"]))
+
+    def save(self, checkpoint_path: str) -> None:
+        """Writes nothing of value: ledger and Optuna storage are the state, not pickles."""
+        Path(checkpoint_path).write_text(json.dumps({"study": self._study_name}))
+
+    def restore(self, checkpoint_path: str) -> None:
+        """Refuses: a sweep continues by running the same command."""
+        raise NotImplementedError("run the same `forge-ray sweep run` again; it continues")
+
+    def _ask_planned(self, trial_id: str) -> TrialSpec:
+        spec = self._source.queue.popleft()
+        if self._parameters.contains(spec.point):
+            self._ot_study.enqueue_trial(optuna_values(spec.point))
+            self._ot_trials[trial_id] = self._ot_study.ask()
+            self._parameters.suggest(self._ot_trials[trial_id])
+        else:  # a fixed point outside the space: no parameters that a sampler could learn from
+            self._ot_trials[trial_id] = self._ot_study.ask()
+        return spec
+
+    def _ask_drawn(self, trial_id: str) -> TrialSpec | None:
+        for _ in range(_MAX_REDRAWS):
+            if not self._source.may_draw:
+                return None
+            trial = self._ot_study.ask()
+            point = self._parameters.suggest(trial)
+            try:
+                spec = self._source.admit(point)
+            except ConfigError as error:
+                logger.warning("skipped %s: %s", point, error)
+                trial.set_user_attr("reason", str(error))
+                spec = None
+            if spec is not None:
+                self._ot_trials[trial_id] = trial
+                return spec
+            self._ot_study.tell(trial, state=TrialState.FAIL)
+        logger.warning("the sampler repeats itself: %d draws gave no new trial", _MAX_REDRAWS)
+        return None
+
+    def _tell(self, trial: Trial, outcome: Outcome, result: Mapping[str, Any]) -> None:
+        if outcome.reason:
+            trial.set_user_attr("reason", outcome.reason)
+        if outcome.pruned_by:
+            trial.set_user_attr("pruned_by", outcome.pruned_by)
+        seconds = {
+            name.split("/", 1)[1]: value
+            for name, value in result.items()
+            if name.startswith("seconds/")
+        }
+        trial.set_user_attr("seconds", seconds)
+        if outcome.state == "complete":
+            self._ot_study.tell(trial, outcome.value)
+        else:
+            is_pruned = outcome.state == "pruned"
+            self._ot_study.tell(trial, state=TrialState.PRUNED if is_pruned else TrialState.FAIL)

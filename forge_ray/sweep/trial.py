@@ -1,0 +1,146 @@
+"""One trial: tokenizer and proxies, the gate's answer, then training and the final evaluation.
+
+The trial function reports and waits; its stages do the work in Ray tasks and in a nested Ray Train
+run. It may be started again at any time: every stage is answered from the artifact store or resumes
+by its name. What a stage computes is behind the `Stages` protocol.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import ray.train
+from ray import tune
+
+from forge_ray.errors import ConfigError
+from forge_ray.sweep.bridge import relay
+from forge_ray.sweep.gate import GateConfig, missing_proxies
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageReport:
+    """What a stage tells the ledger.
+
+    Attributes:
+        metrics: Proxies or ranking metrics.
+        seconds: Wall-clock seconds by step.
+        artifacts: References by kind.
+        cached: Steps answered from the store.
+        cpus: CPUs held, by step.
+    """
+
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seconds: dict[str, float] = field(default_factory=dict)
+    artifacts: dict[str, str] = field(default_factory=dict)
+    cached: tuple[str, ...] = ()
+    cpus: dict[str, float] = field(default_factory=dict)
+
+
+class Stages(Protocol):
+    """The work of a trial; picklable."""
+
+    def infeasible(self, config: Mapping[str, Any]) -> str | None:
+        """Why this design cannot work, before any work; None when it can."""
+
+    def tokenize(self, config: Mapping[str, Any]) -> StageReport:
+        """Fits SIDs (artifact `sids`) and scores them."""
+
+    def train(
+        self,
+        config: Mapping[str, Any],
+        sids: str,
+        *,
+        name: str,
+        callbacks: Sequence[ray.train.UserCallback],
+    ) -> StageReport:
+        """Trains a generator on the SIDs (artifact `model`); resumes by name."""
+
+    def evaluate(self, config: Mapping[str, Any], *, sids: str, model: str) -> StageReport:
+        """Metrics of the trained generator on the whole validation split."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrialRules:
+    """What the trial checks before it reports: names that pruning depends on."""
+
+    gate: GateConfig
+    metric: str
+
+
+def run_trial(params: Mapping[str, Any], *, stages: Stages, rules: TrialRules) -> None:
+    """The Tune trainable: see the module docstring.
+
+    Args:
+        params: `TrialSpec.params()`.
+        stages: The work.
+        rules: Checks on what is reported.
+
+    Raises:
+        ConfigError: The gate needs a proxy that scoring does not give.
+    """
+    config = params["config"]
+    reason = stages.infeasible(config) if rules.gate.enabled else None
+    tokenized = (
+        stages.tokenize(config)
+        if reason is None
+        else StageReport(metrics={"infeasible": reason}, seconds={"fit": 0.0})
+    )
+    missing = missing_proxies(tokenized.metrics, rules.gate)
+    if missing:
+        raise ConfigError(
+            f"gate must use proxies that scoring gives, got {', '.join(missing)} missing. "
+            "Set the limit to null or score them."
+        )
+    seconds = dict(tokenized.seconds)
+    # Blocks until the gate answered; a pruned trial ends here.
+    tune.report(_row("proxy", 0, tokenized, seconds, proxy=tokenized.metrics))
+    trained = _train(params, tokenized, seconds, stages=stages, rules=rules)
+    model = trained.artifacts["model"]
+    final = stages.evaluate(config, sids=tokenized.artifacts["sids"], model=model)
+    seconds |= final.seconds
+    row = {rules.metric: final.metrics.get(rules.metric), "row": final.metrics}
+    tune.report(_row("final", int(trained.metrics["global_step"]), final, seconds, **row))
+
+
+def _train(
+    params: Mapping[str, Any],
+    tokenized: StageReport,
+    seconds: dict[str, float],
+    *,
+    stages: Stages,
+    rules: TrialRules,
+) -> StageReport:
+    start = time.perf_counter()
+    sids = tokenized.artifacts["sids"]
+    name = f"trial-{params['key'][:16]}"
+
+    def report(row: dict[str, Any]) -> None:
+        seconds["train"] = time.perf_counter() - start
+        step = {rules.metric: row[rules.metric], "row": row}
+        tune.report(_row("gr", int(row["global_step"]), None, seconds, **step))
+
+    trained = relay(
+        lambda callbacks: stages.train(params["config"], sids, name=name, callbacks=callbacks),
+        report,
+        required=("global_step", rules.metric),
+    )
+    seconds["train"] = time.perf_counter() - start
+    return trained
+
+
+def _row(
+    stage: str,
+    step: int,
+    report: StageReport | None,
+    seconds: Mapping[str, float],
+    **metrics: Any,
+) -> dict[str, Any]:
+    row: dict[str, Any] = {"stage": stage, "global_step": step, **metrics}
+    row["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
+    if report is not None:
+        row |= {"artifacts": dict(report.artifacts), "cached": list(report.cached)}
+        row["cpus"] = dict(report.cpus)
+    return row

@@ -1,0 +1,77 @@
+"""Stand-ins for the stages of a trial: seconds become milliseconds, everything else is real."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from forge_ray.errors import ConfigError
+from forge_ray.sweep.searcher import Resolved
+from forge_ray.sweep.trial import StageReport
+
+
+@dataclass(frozen=True)
+class StubStages:
+    """A design is `kind`, `quality` (0..1) and more; `folder` logs every stage that ran."""
+
+    folder: str
+    max_steps: int = 30
+    step_s: float = 0.0
+
+    def infeasible(self, config: Mapping[str, Any]) -> str | None:
+        return "capacity too small; not fitted" if config.get("levels") == 1 else None
+
+    def tokenize(self, config: Mapping[str, Any]) -> StageReport:
+        self.note("tokenize", config)
+        if config.get("kind") == "broken":
+            raise ConfigError("kind must work, got broken. Use another.")
+        is_random = config["kind"] == "random"
+        quality = float(config.get("quality", 0.5))
+        metrics = {
+            "uniqueness": 1.0,
+            "min_usage": 1.0,
+            "backoff_bits": 12.0 - quality,
+            "backoff_gain": 0.0 if is_random else quality + 0.1,
+        }
+        return StageReport(
+            metrics=metrics, seconds={"fit": 0.01}, artifacts={"sids": "sids/x"}, cpus={"fit": 1.0}
+        )
+
+    def train(
+        self, config: Mapping[str, Any], sids: str, *, name: str, callbacks: Sequence[Any]
+    ) -> StageReport:
+        self.note("train", config)
+        for step in range(10, self.max_steps + 1, 10):
+            time.sleep(self.step_s)
+            value = float(config.get("quality", 0.5)) * step / self.max_steps
+            for callback in callbacks:
+                row = {"global_step": step, "ItemNDCG@10": value, "loss": 1.0}
+                callback.after_report(None, [row], None)
+        return StageReport(metrics={"global_step": self.max_steps}, artifacts={"model": "model/x"})
+
+    def evaluate(self, config: Mapping[str, Any], *, sids: str, model: str) -> StageReport:
+        self.note("evaluate", config)
+        value = float("nan") if config["kind"] == "nan" else float(config.get("quality", 0.5))
+        return StageReport(metrics={"ItemNDCG@10": value, "ItemHit@10": 2 * value})
+
+    def note(self, stage: str, config: Mapping[str, Any]) -> None:
+        with Path(self.folder, "stages.log").open("a") as stream:
+            stream.write(json.dumps({"stage": stage, "config": dict(config)}) + "\n")
+
+
+def stub_resolve(point: Mapping[str, Any]) -> Resolved:
+    config = dict(point)
+    if config.get("kind") == "invalid":
+        raise ConfigError("kind must be valid, got invalid. Use another.")
+    digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
+    return Resolved(key=digest, config=config)
+
+
+def stages_run(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "stages.log"
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []

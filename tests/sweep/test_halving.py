@@ -1,0 +1,72 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+from ray.tune.schedulers import ASHAScheduler
+
+from forge_ray.errors import ConfigError
+from forge_ray.sweep.halving import AshaConfig, AshaState, stop_reason
+
+CONFIG = AshaConfig(grace_steps=10, reduction_factor=2)
+
+
+def ask(key: str, step: int, value: float, state: AshaState) -> str | None:
+    return stop_reason(key, step, value, max_steps=80, state=state, config=CONFIG)
+
+
+def test_milestones_end_before_the_last_step() -> None:
+    assert CONFIG.milestones(80) == [10, 20, 40]
+    assert CONFIG.milestones(10) == []
+
+
+def test_first_passes_worse_stops_better_passes() -> None:
+    state = AshaState()
+    assert ask("a", 10, 0.2, state) is None
+    assert "0.1000 < 0.2000 at step 10" in (ask("b", 10, 0.1, state) or "")
+    assert ask("c", 10, 0.3, state) is None
+
+
+def test_agrees_with_rays_scheduler() -> None:
+    reference = ASHAScheduler(
+        time_attr="t", metric="m", mode="max", max_t=80, grace_period=10, reduction_factor=2
+    )
+    state = AshaState()
+    values = {"a": 0.5, "b": 0.4, "c": 0.6, "d": 0.55, "e": 0.7, "f": 0.1}
+    trials = {name: SimpleNamespace(trial_id=name) for name in values}
+    alive = set(values)
+    for trial in trials.values():
+        reference.on_trial_add(None, trial)
+    for step in (10, 20, 30, 40, 50):
+        for name in sorted(alive):
+            row = {"t": step, "m": values[name] + step / 1000}
+            stopped = reference.on_trial_result(None, trials[name], row) == "STOP"
+            assert (ask(name, step, row["m"], state) is not None) == stopped, (name, step)
+            if stopped:
+                alive.discard(name)
+
+
+def test_restart_keeps_rungs_and_verdicts() -> None:
+    state = AshaState()
+    ask("a", 10, 0.2, state)
+    verdict = ask("b", 10, 0.1, state)
+    restored = AshaState(**json.loads(json.dumps(dataclasses.asdict(state))))
+    assert ask("b", 20, 0.9, restored) == verdict
+    # The survivor repeats its rung after a resume and is not counted again.
+    assert ask("a", 10, 0.05, restored) is None
+    assert len(restored.rungs["10"]) == 2
+
+
+def test_off_and_at_the_end_nothing_stops() -> None:
+    state = AshaState(rungs={"10": {"a": 1.0}})
+    off = AshaConfig(enabled=False)
+    assert stop_reason("b", 100, 0.0, max_steps=800, state=state, config=off) is None
+    assert ask("b", 80, 0.0, AshaState(rungs={"40": {"a": 1.0}})) is None
+
+
+@pytest.mark.parametrize("change", [{"grace_steps": 0}, {"reduction_factor": 1.0}])
+def test_bad_settings_are_refused(change) -> None:
+    with pytest.raises(ConfigError):
+        AshaConfig(**change)
