@@ -298,7 +298,7 @@ class SequenceStream:
             yield from _unpack(table)
 
 
-def prefetched(batches: Iterator[StreamBatch], depth: int) -> Iterator[StreamBatch]:
+def prefetched(batches: Iterator[StreamBatch], depth: int) -> Generator[StreamBatch, None, None]:
     """The same batches, read ahead in a thread; errors of the thread are raised here.
 
     Args:

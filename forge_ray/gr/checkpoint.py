@@ -1,0 +1,199 @@
+"""What a training checkpoint and a published model hold, and the checks before either is used.
+
+A checkpoint is the merged folder of all workers: DeepSpeed's shards below `engine/`, and from rank
+0 the manifest and the consolidated weights. A model artifact is the weights, its configuration in
+the manifest, and the key of the SID table it speaks: codes of another table would mean other items,
+so loading against one is refused.
+
+Knows files and keys. Knows nothing about Ray or DeepSpeed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from forge_ray.artifacts import Artifact
+from forge_ray.config import canonical_json, from_mapping
+from forge_ray.data.stream import Cursor
+from forge_ray.errors import ArtifactError
+from forge_ray.gr.config import GrConfig
+from forge_ray.gr.models.base import Generator, GeneratorConfig
+from forge_ray.gr.vocab import Vocab
+from forge_ray.sid.table import SidTable
+
+MODEL_KIND = "model"
+WEIGHTS_FILE = "model.safetensors"
+HISTORY_FILE = "history.json"
+MANIFEST_FILE = "checkpoint.json"
+
+
+@dataclass(frozen=True)
+class RunIdentity:
+    """What a checkpoint must agree on with the run that loads it.
+
+    Attributes:
+        config_hash: of everything that decides the weights.
+        table_key: of the SID table.
+        dataset_key: of the training data.
+        zero_stage: how state is sharded.
+        precision: of the weights.
+        world_size: workers that wrote the shards.
+    """
+
+    config_hash: str
+    table_key: str
+    dataset_key: str
+    zero_stage: int
+    precision: str
+    world_size: int
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where a run stands; independent of the world size.
+
+    Attributes:
+        step: optimiser steps done.
+        cursor: next batch of the stream.
+        tokens: target tokens trained on.
+        history: one row of metrics per validation so far.
+    """
+
+    step: int = 0
+    cursor: Cursor = field(default_factory=Cursor)
+    tokens: int = 0
+    history: tuple[dict[str, Any], ...] = ()
+
+
+@dataclass(frozen=True)
+class CheckpointManifest:
+    """Description of a checkpoint; `shards` are paths relative to its folder."""
+
+    identity: RunIdentity
+    progress: Progress
+    shards: tuple[str, ...]
+
+
+def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
+    """Writes the manifest into a checkpoint folder."""
+    text = json.dumps(dataclasses.asdict(manifest), indent=1)
+    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+
+
+def read_manifest(folder: Path, expected: RunIdentity) -> CheckpointManifest:
+    """Reads a checkpoint's manifest after checking that this run may continue from it.
+
+    Raises:
+        ArtifactError: The manifest or a shard is missing, or the checkpoint belongs to another
+            configuration, SID table, dataset or sharding.
+    """
+    path = folder / MANIFEST_FILE
+    if not path.is_file():
+        raise ArtifactError(
+            f"{path} must describe the checkpoint, got no such file. Remove the run's folder and "
+            "train again."
+        )
+    raw = json.loads(path.read_text(encoding="utf-8"))
+    found = RunIdentity(**raw["identity"])
+    _check_identity(path, found, expected)
+    missing = [shard for shard in raw["shards"] if not (folder / shard).is_file()]
+    if missing:
+        raise ArtifactError(
+            f"{folder} must hold {len(raw['shards'])} shards of {found.world_size} workers, got "
+            f"none of {', '.join(missing)}. Remove this checkpoint; an older one will be used."
+        )
+    progress = raw["progress"]
+    return CheckpointManifest(
+        found,
+        Progress(
+            progress["step"],
+            Cursor(**progress["cursor"]),
+            progress["tokens"],
+            tuple(progress["history"]),
+        ),
+        tuple(raw["shards"]),
+    )
+
+
+def _check_identity(path: Path, found: RunIdentity, expected: RunIdentity) -> None:
+    for name, value in dataclasses.asdict(found).items():
+        wanted = getattr(expected, name)
+        is_stage_0_resize = name == "world_size" and found.zero_stage == expected.zero_stage == 0
+        if value == wanted or is_stage_0_resize:
+            continue
+        advice = {
+            "world_size": "Resume with that number of workers, or train with engine.zero_stage=0.",
+            "table_key": "Models do not move between SID tables; train under another name.",
+        }.get(name, "Train under another name, or restore the old configuration.")
+        raise ArtifactError(
+            f"{path}: {name} must be {_short(wanted)}, got {_short(value)}. {advice}"
+        )
+
+
+def _short(value: object) -> str:
+    return value[:12] if isinstance(value, str) else str(value)
+
+
+def config_hash(identity: Mapping[str, Any]) -> str:
+    """SHA-256 of a configuration, 64 hex digits."""
+    return hashlib.sha256(canonical_json(identity).encode()).hexdigest()
+
+
+def table_key(table: SidTable) -> str:
+    """The table's artifact key; a table without one gets the hash of its codes."""
+    if table.key:
+        return table.key
+    digest = hashlib.sha256(json.dumps(table.codebook_sizes).encode())
+    digest.update(np.ascontiguousarray(table.codes).data)
+    return digest.hexdigest()
+
+
+def save_weights(path: Path, weights: Mapping[str, Tensor]) -> None:
+    """Writes consolidated weights."""
+    save_file({name: value.contiguous() for name, value in weights.items()}, str(path))
+
+
+def build_generator(config: GeneratorConfig, table: SidTable) -> Generator:
+    """A generator with fresh weights for a table's vocabulary."""
+    return config.build(Vocab(table.codebook_sizes))
+
+
+def model_config(artifact: Artifact) -> GrConfig:
+    """The configuration that a published model was trained with."""
+    return from_mapping(GrConfig, artifact.manifest.config["gr"])
+
+
+def load_generator(artifact: Artifact, table: SidTable) -> Generator:
+    """A published model, ready to decode (evaluation mode, CPU, float32).
+
+    Args:
+        artifact: of kind `model`.
+        table: the SID table it was trained with.
+
+    Raises:
+        ArtifactError: The artifact is no model, or was trained with another table.
+    """
+    manifest = artifact.manifest
+    if manifest.kind != MODEL_KIND:
+        raise ArtifactError(
+            f"{artifact.uri} must be of kind {MODEL_KIND!r}, got {manifest.kind!r}. Give a model."
+        )
+    trained_with = manifest.config["table_key"]
+    if trained_with != table_key(table):
+        raise ArtifactError(
+            f"{artifact.uri} must be used with SID table {_short(trained_with)}, got "
+            f"{_short(table_key(table))}. Give the table that the model was trained with."
+        )
+    generator = build_generator(model_config(artifact).model, table)
+    generator.load_state_dict(load_file(str(artifact.local(WEIGHTS_FILE))))
+    return generator.eval()

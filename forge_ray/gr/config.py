@@ -1,0 +1,100 @@
+"""Configuration of a generator training: what decides the model, and what only runs it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from forge_ray.config import to_mapping
+from forge_ray.data.stream import BatchPlan, StreamConfig
+from forge_ray.errors import ConfigError
+from forge_ray.gr.engine import EngineConfig
+from forge_ray.gr.models.base import GeneratorConfig
+from forge_ray.gr.models.decoder import DecoderConfig
+from forge_ray.gr.models.t5 import T5Config
+
+ARCHITECTURES = (DecoderConfig, T5Config)
+"""Imported here so that every kind is registered wherever a configuration is read."""
+
+
+@dataclass(kw_only=True)
+class ValidationConfig:
+    """Decoding of validation users during training."""
+
+    every: int = 250
+    """Steps between validations; each one writes a checkpoint."""
+    users: int = 1000
+    """Validation users decoded, the same ones every time."""
+    ks: list[int] = field(default_factory=lambda: [5, 10, 20])
+    """Cut-offs of ItemHit@k and ItemNDCG@k; must hold 10, which picks the best checkpoint."""
+    widths: list[int] = field(default_factory=list)
+    """Beams kept after each level; empty takes 50 and 100 at the last level."""
+    batch_users: int = 32
+    """Users per search."""
+
+
+@dataclass(kw_only=True)
+class GrConfig:
+    """A training run. `identity` tells which fields decide the model."""
+
+    model: GeneratorConfig = field(default_factory=DecoderConfig)
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    data: StreamConfig = field(default_factory=StreamConfig)
+    validation: ValidationConfig = field(default_factory=ValidationConfig)
+    max_steps: int = 1000
+    """Optimiser steps."""
+    max_history: int = 20
+    """Newest items of a history that the model reads."""
+    seed: int = 0
+    """Of weights, dropout and the order of batches."""
+    num_workers: int = 1
+    """Ray Train workers; the global batch stays the same."""
+    cpus_per_worker: float = 1.0
+    """CPUs of each worker, and its thread count; may be a fraction."""
+    use_gpu: bool = False
+    """One GPU per worker, and NCCL instead of gloo."""
+    max_failures: int = 2
+    """Restarts from the last checkpoint after a worker died."""
+    keep_checkpoints: int = 2
+    """Checkpoints kept beside the latest, best ItemNDCG@10 first."""
+
+    def __post_init__(self) -> None:
+        """Checks the rules across fields."""
+        for name in ("max_steps", "max_history", "num_workers"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}. Raise it.")
+        if self.cpus_per_worker <= 0:
+            raise ConfigError(
+                f"cpus_per_worker must be > 0, got {self.cpus_per_worker}. Use e.g. 0.5."
+            )
+        if self.validation.every < 1 or 10 not in self.validation.ks:
+            raise ConfigError(
+                "validation.every must be >= 1 and validation.ks must contain 10, got "
+                f"{self.validation.every} and {self.validation.ks}. The best checkpoint is the one "
+                "with the highest ItemNDCG@10."
+            )
+        self.engine.accumulation(self.num_workers)
+
+    @property
+    def plan(self) -> BatchPlan:
+        """How the stream forms batches: a context of `max_history` items, then its target."""
+        return BatchPlan(
+            batch_rows=self.engine.global_batch,
+            max_items=self.max_history + 1,
+            mode=self.model.examples,
+            window_batches=self.data.window_batches,
+            seed=self.seed,
+        )
+
+    def identity(self) -> dict[str, Any]:
+        """The fields that decide the model; the others may change when a run resumes."""
+        mapping = to_mapping(self)
+        for name in _RUNNING:
+            del mapping[name]
+        for name in _RUNNING_DATA:
+            del mapping["data"][name]
+        return mapping
+
+
+_RUNNING = ("num_workers", "cpus_per_worker", "use_gpu", "max_failures", "keep_checkpoints")
+_RUNNING_DATA = ("segments_per_execution", "prefetch_batches", "read_cpus")

@@ -1,0 +1,264 @@
+"""DeepSpeed behind one small class: the only module that imports it.
+
+The global batch is constant: a worker's share shrinks as workers are added, and gradients are
+scaled by the target tokens of the *whole* global batch, so the update does not depend on how rows
+were spread over workers and micro-batches. The learning rate is a function of the step alone and
+random draws are seeded by step and rank, so a checkpoint needs no generator state to resume
+exactly.
+
+Knows generators and token batches. Knows nothing about Ray, files of sequences or items.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+import warnings
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, distributed
+
+from forge_ray.errors import ArtifactError, ConfigError
+from forge_ray.gr.models.base import Generator, TokenBatch
+
+TAG = "engine"
+"""Folder of DeepSpeed's files inside a checkpoint."""
+
+
+@dataclass(kw_only=True)
+class EngineConfig:
+    """Optimiser, precision and sharding."""
+
+    zero_stage: int = 1
+    """What ZeRO shards over workers: 0 nothing, 1 optimiser state, 2 + gradients, 3 + weights."""
+    precision: Literal["fp32", "bf16"] = "fp32"
+    """bf16 pays on GPUs; on CPUs a small model was measured slower than in fp32."""
+    global_batch: int = 64
+    """Rows of one optimiser step over all workers, constant at any world size."""
+    micro_batch: int = 0
+    """Rows per worker and forward pass; the rest accumulates. 0 takes the whole share at once."""
+    learning_rate: float = 2e-3
+    """Peak learning rate of AdamW."""
+    warmup_steps: int = 50
+    """Steps of linear warm-up from 0."""
+    schedule: Literal["constant", "linear", "cosine"] = "cosine"
+    """Course of the learning rate after the warm-up; the last two end at 0."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay of AdamW."""
+    beta2: float = 0.99
+    """AdamW's decay of squared gradients; short runs profit from less than 0.999."""
+    clip_norm: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        if not 0 <= self.zero_stage <= 3:
+            raise ConfigError(f"engine.zero_stage must be 0..3, got {self.zero_stage}. Use e.g. 1.")
+        if self.global_batch < 1:
+            raise ConfigError(
+                f"engine.global_batch must be >= 1, got {self.global_batch}. Use e.g. 64."
+            )
+        if self.learning_rate <= 0:
+            raise ConfigError(
+                f"engine.learning_rate must be > 0, got {self.learning_rate}. Use e.g. 1e-3."
+            )
+
+    def accumulation(self, world_size: int) -> int:
+        """Forward passes of one worker per optimiser step.
+
+        Raises:
+            ConfigError: the global batch does not divide evenly.
+        """
+        rows = self.micro_batch * world_size
+        if self.global_batch % (rows or world_size):
+            raise ConfigError(
+                f"engine.global_batch must be a multiple of workers x micro batch = "
+                f"{rows or world_size}, got {self.global_batch}. Change engine.micro_batch or the "
+                "number of workers."
+            )
+        return self.global_batch // rows if rows else 1
+
+    def learning_rate_at(self, step: int, max_steps: int) -> float:
+        """Learning rate of the update that ends step `step`, counted from 1."""
+        if step <= self.warmup_steps:
+            return self.learning_rate * step / max(1, self.warmup_steps)
+        done = (step - self.warmup_steps) / max(1, max_steps - self.warmup_steps)
+        if self.schedule == "linear":
+            return self.learning_rate * max(0.0, 1.0 - done)
+        if self.schedule == "cosine":
+            return self.learning_rate * 0.5 * (1.0 + math.cos(math.pi * min(1.0, done)))
+        return self.learning_rate
+
+
+def zero_config(config: EngineConfig, *, world_size: int, num_parameters: int) -> dict[str, Any]:
+    """DeepSpeed's configuration of one run.
+
+    Args:
+        config: ours.
+        world_size: number of workers.
+        num_parameters: of the model; bounds the communication buffers, whose default is 2 GB.
+    """
+    accumulation = config.accumulation(world_size)
+    bucket = max(1_000_000, min(num_parameters, 500_000_000))
+    return {
+        "train_micro_batch_size_per_gpu": config.global_batch // (world_size * accumulation),
+        "gradient_accumulation_steps": accumulation,
+        "gradient_clipping": config.clip_norm,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {
+            "stage": config.zero_stage,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+            "stage3_prefetch_bucket_size": bucket,
+            "stage3_max_live_parameters": 10 * bucket,
+            "stage3_param_persistence_threshold": 1_000,
+        },
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+    }
+
+
+class Engine:
+    """A generator under training, sharded over the workers of the current process group."""
+
+    config: EngineConfig
+    world_size: int
+    rank: int
+    device: torch.device
+    module: Generator
+
+    def __init__(
+        self, generator: Generator, config: EngineConfig, *, max_steps: int, seed: int
+    ) -> None:
+        """Wraps a generator; every worker of the process group does so with the same arguments."""
+        deepspeed = _import_deepspeed()
+        self.config = config
+        self.world_size = distributed.get_world_size()
+        self.rank = distributed.get_rank()
+        self.module = generator
+        self._max_steps = max_steps
+        self._seed = seed
+        has_gpu = torch.cuda.is_available()
+        self.device = (
+            torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+        )
+        optimizer = torch.optim.AdamW(
+            generator.parameters(),
+            lr=config.learning_rate,
+            betas=(0.9, config.beta2),
+            weight_decay=config.weight_decay,
+            fused=True,
+        )
+        size = sum(parameter.numel() for parameter in generator.parameters())
+        self._engine, *_ = deepspeed.initialize(
+            model=generator,
+            optimizer=optimizer,
+            config=zero_config(config, world_size=self.world_size, num_parameters=size),
+            dist_init_required=False,
+        )
+
+    @property
+    def accumulation(self) -> int:
+        """Forward passes of this worker per step."""
+        return self.config.accumulation(self.world_size)
+
+    def step(self, micro_batches: Sequence[TokenBatch], *, num_targets: int, step: int) -> Tensor:
+        """One optimiser step.
+
+        Args:
+            micro_batches: this worker's share, exactly `accumulation` parts (empty ones allowed).
+            num_targets: target tokens of the global batch, over all workers.
+            step: number of this step, from 1.
+
+        Returns:
+            Loss of this worker's share, detached; summed over workers it is the mean per token.
+        """
+        # Dropout is a function of (seed, step, rank): a resumed run draws what it would have drawn.
+        torch.manual_seed((self._seed * 1_000_003 + step) * 4_096 + self.rank)
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = self.config.learning_rate_at(step, self._max_steps)
+        self._engine.train()
+        total = torch.zeros((), device=self.device)
+        for batch in micro_batches:
+            loss = self._engine(batch.to(self.device)) / num_targets
+            # DeepSpeed averages gradients over workers; the sum of shares is what is meant.
+            self._engine.backward(loss * self.world_size, scale_wrt_gas=False)
+            self._engine.step()
+            total += loss.detach()
+        return total
+
+    def sum_over_workers(self, values: Sequence[float]) -> list[float]:
+        """Element-wise sums over all workers; every worker calls it equally often."""
+        tensor = torch.tensor(list(values), dtype=torch.float64, device=self.device)
+        distributed.all_reduce(tensor)
+        return [float(value) for value in tensor]
+
+    def full_state(self) -> dict[str, Tensor]:
+        """Consolidated float32 weights on the CPU; every worker calls it and gets all of them."""
+        if self.config.zero_stage < 3:
+            return _to_cpu(self.module.state_dict())
+        deepspeed = _import_deepspeed()
+        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
+            return _to_cpu(self.module.state_dict())
+
+    def save(self, folder: Path) -> None:
+        """Writes this worker's shard; every worker calls it, each with its own folder."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self._engine.save_checkpoint(str(folder), tag=TAG)
+
+    def load(self, folder: Path) -> None:
+        """Restores weights and optimiser; the folder holds all workers' shards.
+
+        Raises:
+            ArtifactError: DeepSpeed finds nothing to load.
+        """
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise ArtifactError(
+                f"{folder}/{TAG} must hold a DeepSpeed checkpoint, got none. Remove the run's "
+                "folder and train again."
+            )
+
+
+def expected_shards(zero_stage: int, world_size: int, precision: str) -> list[str]:
+    """Files that the workers of a run write into `engine/`, for the checkpoint's manifest."""
+    if zero_stage == 0:
+        return ["mp_rank_00_model_states.pt"]
+    prefix = "bf16_" if precision == "bf16" else ""
+    ranks = range(world_size)
+    optimizers = [f"{prefix}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt" for rank in ranks]
+    if zero_stage < 3:
+        return ["mp_rank_00_model_states.pt", *optimizers]
+    return [*(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks), *optimizers]
+
+
+def _to_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    # Cloned: under ZeRO the tensors are views that the next step overwrites or frees.
+    return {name: value.detach().float().cpu().clone() for name, value in state.items()}
+
+
+def _import_deepspeed() -> Any:
+    """DeepSpeed, quiet, and without compiling anything on machines without a GPU."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # Its import runs before anyone can set the level, and it warns about absent compilers.
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    # DeepSpeed calls collectives by names that torch has renamed; nothing a user can change.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    import deepspeed
+    import deepspeed.ops
+
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    if not torch.cuda.is_available():
+        # The first CPU start would compile this op for minutes, and use it only where LOCAL_SIZE
+        # is set, which Ray does not do. Private name: DeepSpeed fills it lazily, by probing
+        # compilers; a filled one is left as it is.
+        vars(deepspeed.ops).setdefault("__compatible_ops__", defaultdict(bool))
+    return deepspeed
