@@ -1,0 +1,56 @@
+"""prepare end to end on small files and on real data."""
+
+from __future__ import annotations
+
+import csv
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.data.prepare import open_or_prepare
+from forge_ray.data.schema import Dataset
+
+pytestmark = pytest.mark.ray
+
+
+def histories(dataset: Dataset, split: str) -> dict[str, list[str]]:
+    """User id → item ids of history and targets, read back through the handle."""
+    ids = dataset.item_ids()
+    users = dataset._table(dataset.artifact.files("users"), None)
+    names = dict(zip(users["user_index"].to_pylist(), users["user_id"].to_pylist(), strict=True))
+    found = {}
+    for batch in dataset.sequence_batches(split):
+        for row, user in enumerate(batch.user_index.tolist()):
+            targets = [] if batch.targets is None else batch.targets.row(row)
+            items = np.concatenate([batch.items.row(row), targets]).astype(int)
+            found[names[user]] = ids[items].tolist()
+    return found
+
+
+def test_beauty(ray_local: None, shared_data: Path, store: ArtifactStore) -> None:
+    folder = shared_data / "amazon-beauty"
+    dataset = open_or_prepare(folder, store)
+    assert (dataset.num_items, dataset.num_users) == (12_101, 22_363)
+    assert dataset.rows["interactions"] == 198_502
+    assert dataset.item_ids().tolist() == sorted(dataset.item_ids().tolist())
+    truth = defaultdict(list)
+    with (folder / "interactions.csv").open() as handle:
+        for row in csv.DictReader(handle):
+            truth[row["user_id"]].append(row["item_id"])
+    assert histories(dataset, "train") == {u: s[:-2] for u, s in truth.items()}
+    assert histories(dataset, "validation") == {u: s[:-1] for u, s in truth.items()}
+    assert histories(dataset, "test") == truth
+    archive = np.load(folder / "item_embeddings_minilm384.npz")
+    order = np.argsort(archive["item_id"])
+    np.testing.assert_array_equal(
+        dataset.vectors(), archive["embedding"][order].astype(np.float32)
+    )
+    counts = np.bincount(
+        np.concatenate([batch.items.values for batch in dataset.sequence_batches("train")]),
+        minlength=dataset.num_items,
+    )
+    np.testing.assert_array_equal(dataset.train_counts(), counts)
+    assert open_or_prepare(folder, store).key == dataset.key
