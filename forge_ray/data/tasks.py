@@ -17,14 +17,16 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 import ray.data
-from ray.exceptions import RayError, RayTaskError
+from ray.exceptions import RayError
 
-from forge_ray.errors import ArtifactError, ConfigError, DataError
+from forge_ray.errors import ArtifactError, ConfigError, DataError, TrainingError
 
 TaskFunction = Callable[..., Iterable[pa.Table]]
 
-_OURS = {cls.__name__: cls for cls in (DataError, ConfigError, ArtifactError)}
-_RAISED = re.compile(r"forge_ray\.errors\.(DataError|ConfigError|ArtifactError): ([^\n]+)")
+_OURS = {cls.__name__: cls for cls in (DataError, ConfigError, ArtifactError, TrainingError)}
+_RAISED = re.compile(
+    r"forge_ray\.errors\.(DataError|ConfigError|ArtifactError|TrainingError): ([^\n]+)"
+)
 LEDGER_FIELDS = (pa.field("cause", pa.string()), pa.field("count", pa.int64()))
 
 
@@ -116,8 +118,8 @@ def _each(batch: pa.Table, *, fn: TaskFunction, arguments: Mapping[str, Any]) ->
 def _unwrapped(error: RayError) -> Exception:
     # Ray drops the original exception object (its cause is a UserCodeException without one), but
     # keeps its traceback text; our messages are one line each.
-    text = error.traceback_str if isinstance(error, RayTaskError) else str(error)
-    found = _RAISED.findall(text or "")
+    # Its text and not `traceback_str`: Ray's dual exception classes do not forward that one.
+    found = _RAISED.findall(str(error))
     if not found:
         return error
     name, message = found[-1]

@@ -1,0 +1,416 @@
+"""Item lists for every user of a split: Ray Data actors decode parts of the sequence shards.
+
+A *part* is a range of rows of one shard. An actor loads the model once, then reads, decodes and
+writes one part after another; no process holds more users than a part. A part's Parquet file
+appears under its name only when complete, so a killed run continues with the parts that are
+missing. Knows nothing about how models are trained.
+
+Lists are in beam order; items that share a SID follow each other by train count (descending), then
+item index.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import uuid
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as pads
+import pyarrow.parquet as pq
+import ray
+import ray.data
+from pyarrow.fs import FileSelector, FileSystem
+
+from forge_ray.artifacts import open_filesystem
+from forge_ray.config import to_mapping
+from forge_ray.data import tasks
+from forge_ray.data.ragged import Ragged
+from forge_ray.data.schema import SPLITS, Dataset, SequenceBatch, sequence_batch
+from forge_ray.errors import ConfigError
+from forge_ray.gr.beam import StepwiseGenerator, default_widths
+from forge_ray.gr.buckets import ItemBuckets, RankedItems
+from forge_ray.gr.decoding import DecodedUsers, SidDecoder
+from forge_ray.sid.table import SidTable
+from forge_ray.threads import set_threads
+
+logger = logging.getLogger(__name__)
+
+REQUEST_FILE = "request.json"
+SUMMARY_FILE = "summary.json"
+_PARTS_FOLDER = "lists"
+_STATS_KEY = b"forge_ray"
+
+
+@dataclass(kw_only=True)
+class RecommendConfig:
+    """Who gets lists, how long, and how hard the search tries."""
+
+    split: str = "test"
+    """Whose histories to read: `train`, `validation` or `test`."""
+    append_targets: bool = False
+    """Whether the held-out items of the split count as known history too."""
+    top_k: int = 100
+    """Items of a list."""
+    widths: list[int] | None = None
+    """Beams to keep after each level; by default wide enough for `top_k`."""
+    exclude_seen: bool = True
+    """Whether items of the history are kept out of the list."""
+    batch_users: int = 32
+    """Users per search; raise it on a GPU."""
+    rows_per_part: int = 8192
+    """Users of one output file, the unit that a killed run repeats."""
+    num_actors: int | None = None
+    """Decoding processes; by default as many as the cluster's CPUs (or GPUs) allow."""
+    cpus_per_actor: float = 1.0
+    """CPUs, and so threads, of one process."""
+    use_gpu: bool = False
+    """Whether each process gets a GPU."""
+
+    def __post_init__(self) -> None:
+        """Check the values."""
+        if self.split not in SPLITS:
+            raise ConfigError(
+                f"split must be one of {list(SPLITS)}, got {self.split!r}. Name an existing split."
+            )
+        for name in ("top_k", "batch_users", "rows_per_part"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}. Raise it.")
+        if self.append_targets and self.split == "train":
+            raise ConfigError(
+                "append_targets must be false for split=train, got true. "
+                "The train split has no targets: use validation or test."
+            )
+
+
+@dataclass(frozen=True)
+class LoadedGenerator:
+    """A model ready to decode, with the SIDs that it was trained on."""
+
+    generator: StepwiseGenerator
+    table: SidTable
+    max_history: int
+
+
+class GeneratorSource(Protocol):
+    """Where actors get the model from; picklable."""
+
+    @property
+    def key(self) -> str:
+        """Identity of the model; lists of another model are never mixed in."""
+
+    def load(self, device: str) -> LoadedGenerator:
+        """Open the model on a device."""
+
+
+@dataclass(frozen=True)
+class RecommendReport:
+    """What a run wrote.
+
+    Attributes:
+        out: folder of the Parquet files and of `summary.json`.
+        users: users with a list, all parts together.
+        parts: files.
+        parts_resumed: files that an earlier run had finished.
+        users_per_s: users of this run by its wall time, start of the actors included.
+        decode_users_per_s: users of all parts by the sum of their decoding times, per process.
+        invalid_rate: share of emitted SIDs that no item owns; 0 with a prefix index.
+        short_rate: share of users with fewer than top_k items.
+    """
+
+    out: str
+    users: int
+    parts: int
+    parts_resumed: int
+    users_per_s: float
+    decode_users_per_s: float
+    invalid_rate: float
+    short_rate: float
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows ``start .. start + rows`` of a sequence shard, and the file that they become."""
+
+    name: str
+    shard: str
+    start: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What an actor needs; sent once."""
+
+    config: RecommendConfig
+    source: GeneratorSource
+    dataset: Dataset
+    out: str
+
+
+def recommend(
+    source: GeneratorSource, dataset: Dataset, config: RecommendConfig, *, out: str
+) -> RecommendReport:
+    """Write a list of items for every user of a split; needs a running Ray.
+
+    Args:
+        source: the model.
+        dataset: the dataset that the model's SID table belongs to.
+        config: what to write.
+        out: folder or URI for ``lists/*.parquet`` (`user_index`, `user_id`, `items`, `item_ids`,
+            `scores`), with `request.json` and, at the end, `summary.json`. The same call continues
+            a run that was killed.
+
+    Raises:
+        ConfigError: ``out`` holds the lists of another request.
+    """
+    started = perf_counter()
+    if "://" not in out:
+        out = str(Path(out).resolve())  # actors may run in another directory
+    filesystem, root = open_filesystem(out)
+    _claim(filesystem, root, _request(source, dataset, config))
+    parts = list(_plan(dataset, config))
+    finished = _finished(filesystem, root)
+    pending = [part for part in parts if part.name not in finished]
+    logger.info(
+        "recommend: %d parts, %d finished before; writing to %s", len(parts), len(finished), out
+    )
+    _run(_Job(config, source, dataset, out), pending)
+    stats = [_stats(filesystem, root, part) for part in parts]
+    written = sum(part.rows for part in pending)
+    report = _report(
+        stats,
+        out=out,
+        parts_resumed=len(parts) - len(pending),
+        users_per_s=written / (perf_counter() - started),
+    )
+    _write_json(filesystem, f"{root}/{SUMMARY_FILE}", asdict(report))
+    return report
+
+
+def _request(source: GeneratorSource, dataset: Dataset, config: RecommendConfig) -> dict[str, Any]:
+    """What decides the bytes of the lists (resources do not)."""
+    given = to_mapping(config)
+    resources = ("num_actors", "cpus_per_actor", "use_gpu", "batch_users")
+    kept = {name: value for name, value in given.items() if name not in resources}
+    return {"model": source.key, "dataset": dataset.key, "config": kept}
+
+
+def _claim(filesystem: FileSystem, root: str, request: dict[str, Any]) -> None:
+    path = f"{root}/{REQUEST_FILE}"
+    filesystem.create_dir(f"{root}/{_PARTS_FOLDER}", recursive=True)
+    if not filesystem.get_file_info(path).is_file:
+        _write_json(filesystem, path, request)
+        return
+    with filesystem.open_input_stream(path) as stream:
+        found = json.loads(stream.read())
+    if found != request:
+        differs = [name for name in request if found.get(name) != request[name]]
+        raise ConfigError(
+            f"{path} must describe this request, got another {', '.join(differs)}. "
+            "Choose another --out, or remove that folder."
+        )
+
+
+def _plan(dataset: Dataset, config: RecommendConfig) -> Iterator[_Part]:
+    """Cut every shard into parts; reads the footers only."""
+    split: Any = config.split
+    for number, shard in enumerate(dataset.sequence_files(split)):
+        rows = pq.read_metadata(shard, filesystem=dataset.filesystem).num_rows
+        for start in range(0, rows, config.rows_per_part):
+            name = f"part-{number:05d}-{start:010d}.parquet"
+            yield _Part(name, shard, start, min(config.rows_per_part, rows - start))
+
+
+def _finished(filesystem: FileSystem, root: str) -> set[str]:
+    """Names of complete parts; what a killed writer left half is removed."""
+    finished = set()
+    for entry in filesystem.get_file_info(FileSelector(f"{root}/{_PARTS_FOLDER}")):
+        if entry.base_name.startswith("part-"):
+            finished.add(entry.base_name)
+        else:
+            filesystem.delete_file(entry.path)
+    return finished
+
+
+def _run(job: _Job, parts: list[_Part]) -> None:
+    if not parts:
+        return
+    config = job.config
+    rows = [asdict(part) for part in parts]
+    written = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+        _PartWriter,
+        fn_constructor_args=(job,),
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=min(len(rows), _num_actors(config))
+        ),
+        num_cpus=config.cpus_per_actor,
+        num_gpus=1 if config.use_gpu else 0,
+    )
+    done = 0
+    for table in tasks.tables(written):
+        done += table.num_rows
+        logger.info("recommend: %d of %d parts", done, len(rows))
+
+
+def _num_actors(config: RecommendConfig) -> int:
+    if config.num_actors is not None:
+        return config.num_actors
+    resources = ray.cluster_resources()
+    by_cpu = resources.get("CPU", 1.0) / max(config.cpus_per_actor, 1e-3)
+    by_gpu = resources.get("GPU", 0.0) if config.use_gpu else by_cpu
+    return max(1, int(min(by_cpu, by_gpu)))
+
+
+class _PartWriter:
+    """A Ray Data actor: holds the model, turns parts into files."""
+
+    def __init__(self, job: _Job) -> None:
+        set_threads(job.config.cpus_per_actor)
+        self._job = job
+        device = "cuda" if job.config.use_gpu else "cpu"
+        loaded = job.source.load(device)
+        levels = loaded.table.num_levels
+        self._decoder = SidDecoder(
+            loaded.generator,
+            loaded.table,
+            widths=job.config.widths or default_widths(levels, max_k=job.config.top_k),
+            max_history=loaded.max_history,
+            batch_users=job.config.batch_users,
+            device=device,
+        )
+        self._buckets = ItemBuckets.build(
+            self._decoder.item_rank(),
+            num_sids=self._decoder.index.num_sids,
+            train_counts=job.dataset.train_counts(),
+        )
+        items = job.dataset.items(["item_id"])
+        self._item_ids = items["item_id"].combine_chunks()
+        self._filesystem, self._root = open_filesystem(job.out)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        parts = [_Part(**row) for row in batch.to_pylist()]
+        for part in parts:
+            self._write(part)
+        return pa.table({"name": [part.name for part in parts]})
+
+    def _write(self, part: _Part) -> None:
+        users = _read(self._job.dataset, part)
+        histories = _known(users, append_targets=self._job.config.append_targets)
+        decoded = self._decoder.decode(histories)
+        lists = self._buckets.expand(
+            decoded.sid_rank,
+            decoded.scores,
+            k=self._job.config.top_k,
+            seen=histories if self._job.config.exclude_seen else None,
+        )
+        table = _table(users, lists, self._item_ids, _user_ids(self._job.dataset, users))
+        stats = json.dumps(_part_stats(decoded, lists)).encode()
+        table = table.replace_schema_metadata({_STATS_KEY: stats})
+        folder = f"{self._root}/{_PARTS_FOLDER}"
+        # Written under another name and moved: a part that has its name is complete.
+        partial = f"{folder}/.{part.name}.{uuid.uuid4().hex}"
+        pq.write_table(table, partial, filesystem=self._filesystem, compression="zstd")
+        self._filesystem.move(partial, f"{folder}/{part.name}")
+
+
+def _read(dataset: Dataset, part: _Part) -> SequenceBatch:
+    """The users of a part, reading only the row groups that hold them."""
+    stop = part.start + part.rows
+    with dataset.filesystem.open_input_file(part.shard) as handle:
+        file = pq.ParquetFile(handle)
+        counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        ends = np.cumsum(counts)
+        starts = ends - counts
+        groups = np.flatnonzero((starts < stop) & (ends > part.start))
+        columns = [name for name in file.schema_arrow.names if name != "timestamps"]
+        table = file.read_row_groups(groups.tolist(), columns=columns)
+    first = part.start - int(starts[groups[0]])
+    return sequence_batch(table.slice(first, part.rows).combine_chunks())
+
+
+def _known(users: SequenceBatch, *, append_targets: bool) -> Ragged:
+    """Histories, with the held-out items behind them when those are known too."""
+    if not append_targets or users.targets is None:
+        return users.items
+    rows = np.concatenate([users.items.row_ids, users.targets.row_ids])
+    values = np.concatenate([users.items.values, users.targets.values])
+    order = np.argsort(rows, kind="stable")
+    return Ragged.from_lengths(values[order], users.items.lengths + users.targets.lengths)
+
+
+def _user_ids(dataset: Dataset, users: SequenceBatch) -> pa.Array:
+    """The users' own ids, in row order; the range filter lets Parquet skip foreign shards."""
+    index = users.user_index
+    column = pc.field("user_index")
+    found = pads.dataset(
+        dataset.artifact.files("users/"), filesystem=dataset.filesystem, format="parquet"
+    ).to_table(filter=(column >= int(index.min())) & (column <= int(index.max())))
+    order = np.argsort(found["user_index"].to_numpy())
+    slots = np.searchsorted(found["user_index"].to_numpy()[order], index)
+    return found["user_id"].combine_chunks().take(pa.array(order[slots]))
+
+
+def _table(
+    users: SequenceBatch, lists: RankedItems, item_ids: pa.Array, user_ids: pa.Array
+) -> pa.Table:
+    is_item = lists.items >= 0
+    items = Ragged.from_lengths(lists.items[is_item].astype(np.int32), lists.lengths)
+    offsets = pa.array(items.offsets.astype(np.int32))
+    return pa.table(
+        {
+            "user_index": pa.array(users.user_index),
+            "user_id": user_ids,
+            "items": items.to_arrow(),
+            "item_ids": pa.ListArray.from_arrays(offsets, item_ids.take(pa.array(items.values))),
+            "scores": Ragged(lists.scores[is_item], items.offsets).to_arrow(),
+        }
+    )
+
+
+def _part_stats(decoded: DecodedUsers, lists: RankedItems) -> dict[str, float]:
+    return {
+        "users": len(lists.items),
+        "short": int((lists.items[:, -1] < 0).sum()),
+        "emitted": decoded.num_emitted,
+        "invalid": decoded.num_invalid,
+        "seconds": decoded.seconds,
+    }
+
+
+def _stats(filesystem: FileSystem, root: str, part: _Part) -> dict[str, float]:
+    schema = pq.read_schema(f"{root}/{_PARTS_FOLDER}/{part.name}", filesystem=filesystem)
+    return dict(json.loads(schema.metadata[_STATS_KEY]))
+
+
+def _report(
+    stats: list[dict[str, float]], *, out: str, parts_resumed: int, users_per_s: float
+) -> RecommendReport:
+    total = {
+        name: sum(one[name] for one in stats)
+        for name in ("users", "short", "emitted", "invalid", "seconds")
+    }
+    return RecommendReport(
+        out=out,
+        users=int(total["users"]),
+        parts=len(stats),
+        parts_resumed=parts_resumed,
+        users_per_s=users_per_s,
+        decode_users_per_s=total["users"] / max(total["seconds"], 1e-9),
+        invalid_rate=total["invalid"] / max(1.0, total["emitted"]),
+        short_rate=total["short"] / max(1.0, total["users"]),
+    )
+
+
+def _write_json(filesystem: FileSystem, path: str, content: Mapping[str, Any]) -> None:
+    with filesystem.open_output_stream(path) as stream:
+        stream.write((json.dumps(content, indent=2) + "\n").encode())

@@ -1,0 +1,162 @@
+"""Recommendation lists: content, identity and resuming."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as pads
+import pytest
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.data.ragged import Ragged
+from forge_ray.data.schema import Dataset
+from forge_ray.errors import ConfigError, TrainingError
+from forge_ray.gr import recommend as module
+from forge_ray.gr.buckets import ItemBuckets
+from forge_ray.gr.decoding import SidDecoder
+from forge_ray.gr.recommend import RecommendConfig, recommend
+from tests.gr.datasets import tiny_dataset
+from tests.gr.sources import HashSource
+
+
+@pytest.fixture
+def dataset(store: ArtifactStore) -> Dataset:
+    return tiny_dataset(store)
+
+
+def config_of(**changes) -> RecommendConfig:
+    return RecommendConfig(**{"top_k": 7, "rows_per_part": 20, "num_actors": 2, **changes})
+
+
+def read(out: Path) -> list[dict]:
+    table = pads.dataset(out / "lists", format="parquet").to_table()
+    return sorted(table.to_pylist(), key=lambda row: row["user_index"])
+
+
+def expected_lists(dataset: Dataset, histories: Ragged, k: int) -> list[list[int]]:
+    """The same lists without parts, Ray or files."""
+    loaded = HashSource().load("cpu")
+    decoder = SidDecoder(loaded.generator, loaded.table, widths=(50, 50, 100), max_history=5)
+    buckets = ItemBuckets.build(
+        decoder.item_rank(), num_sids=decoder.index.num_sids, train_counts=dataset.train_counts()
+    )
+    decoded = decoder.decode(histories)
+    lists = buckets.expand(decoded.sid_rank, decoded.scores, k=k, seen=histories)
+    return [row[row >= 0].tolist() for row in lists.items]
+
+
+def all_users(dataset: Dataset) -> tuple[Ragged, Ragged]:
+    batches = list(dataset.sequence_batches("test"))
+    histories = Ragged.concatenate([batch.items for batch in batches])
+    return histories, Ragged.concatenate([batch.targets for batch in batches])
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_lists_of_all_users_with_their_own_ids(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    report = recommend(HashSource(), dataset, config_of(), out=str(out))
+    rows = read(out)
+    histories, _ = all_users(dataset)
+    assert [row["items"] for row in rows] == expected_lists(dataset, histories, 7)
+    for row, history in zip(rows, histories, strict=True):
+        assert row["user_id"] == f"user-{row['user_index']}"
+        assert row["item_ids"] == [f"item-{item}" for item in row["items"]]
+        assert row["scores"] == sorted(row["scores"], reverse=True)
+        assert not set(row["items"]) & set(history.tolist())
+    assert (report.users, report.parts, report.parts_resumed) == (90, 6, 0)
+    assert report.invalid_rate == report.short_rate == 0
+    assert report.users_per_s > 0
+    assert json.loads((out / "summary.json").read_text())["users"] == 90
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_killed_run_continues_with_the_missing_parts(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recommend(HashSource(), dataset, config_of(), out=str(out))
+    before = read(out)
+    files = sorted((out / "lists").iterdir())
+    (out / "summary.json").unlink()
+    for lost in files[::2]:
+        lost.unlink()
+    (out / "lists" / f".{files[0].name}.partial").write_bytes(b"half a file")
+    kept = {path.name: path.stat().st_mtime_ns for path in files[1::2]}
+    report = recommend(HashSource(), dataset, config_of(num_actors=1), out=str(out))
+    assert report.parts_resumed == 3
+    assert report.users == 90
+    assert read(out) == before
+    assert {name: (out / "lists" / name).stat().st_mtime_ns for name in kept} == kept
+    assert sorted((out / "lists").iterdir()) == files
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_a_finished_run_repeats_nothing(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = str(tmp_path / "out")
+    first = recommend(HashSource(), dataset, config_of(), out=out)
+    monkeypatch.setattr(module, "_PartWriter", None)
+    second = recommend(HashSource(), dataset, config_of(), out=out)
+    assert second == replace(first, parts_resumed=6, users_per_s=0.0)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_appended_targets_are_known_history(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    recommend(HashSource(), dataset, config_of(append_targets=True), out=str(out))
+    histories, targets = all_users(dataset)
+    longer = Ragged.from_lists(
+        [np.concatenate([h, t]) for h, t in zip(histories, targets, strict=True)], np.int64
+    )
+    assert [row["items"] for row in read(out)] == expected_lists(dataset, longer, 7)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_an_actors_error_arrives_as_itself(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="logits of level 1 must be finite"):
+        recommend(HashSource(is_broken=True), dataset, config_of(), out=str(tmp_path / "out"))
+
+
+def test_lists_of_another_model_are_not_mixed_in(dataset: Dataset, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "request.json").write_text(json.dumps({"model": "other", "dataset": dataset.key}))
+    with pytest.raises(ConfigError, match=r"request.json must describe this request, got another"):
+        recommend(HashSource(), dataset, config_of(), out=str(out))
+
+
+def test_parts_read_exactly_their_rows(dataset: Dataset) -> None:
+    parts = list(module._plan(dataset, config_of(rows_per_part=11)))
+    users = [module._read(dataset, part).user_index.tolist() for part in parts]
+    assert [len(one) for one in users] == [11, 11, 8] * 3
+    assert [user for one in users for user in one] == list(range(90))
+
+
+def test_user_ids_are_found_whatever_the_order(dataset: Dataset) -> None:
+    batch = next(dataset.sequence_batches("test"))
+    shuffled = replace(batch, user_index=batch.user_index[::-1].copy())
+    assert module._user_ids(dataset, shuffled).to_pylist() == [
+        f"user-{user}" for user in shuffled.user_index
+    ]
+    assert isinstance(module._user_ids(dataset, batch), pa.StringArray)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "tests"}, "split must be one of"),
+        ({"top_k": 0}, "top_k must be >= 1, got 0"),
+        ({"split": "train", "append_targets": True}, "append_targets must be false"),
+    ],
+)
+def test_bad_requests_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        config_of(**changes)
