@@ -1,0 +1,143 @@
+"""The whole machinery on stub stages: Tune, gate, halving, bridge, Optuna, ledger, continuation."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+import optuna
+import pytest
+import ray
+import stubs
+from optuna.trial import TrialState
+from stubs import StubStages, stages_run, stub_resolve
+
+from forge_ray.errors import ConfigError
+from forge_ray.sweep.config import SamplerConfig, SweepConfig
+from forge_ray.sweep.gate import GateConfig
+from forge_ray.sweep.halving import AshaConfig
+from forge_ray.sweep.ledger import SweepRecords
+from forge_ray.sweep.runner import SweepJob, claim_identity, run_trials
+from forge_ray.sweep.study import open_storage
+
+ray.cloudpickle.register_pickle_by_value(stubs)
+
+QUALITIES = [0.9, 0.5, 0.2]
+CONFIG = SweepConfig(
+    name="stub",
+    space={"kind": {"choice": ["a"]}, "quality": {"choice": QUALITIES}},
+    points=[{"kind": "random"}],
+    sampler=SamplerConfig(kind="grid"),
+    num_trials=None,
+    max_concurrent=1,
+    gate=GateConfig(warmup=2, random_share=0.0, keep_quantile=0.6),
+    asha=AshaConfig(grace_steps=10),
+)
+
+
+def run(folder: Path, config: SweepConfig = CONFIG, *, dataset_key: str = "d") -> SweepRecords:
+    job = SweepJob(
+        config=config,
+        folder=folder,
+        dataset_key=dataset_key,
+        stages=StubStages(str(folder)),
+        resolve=stub_resolve,
+        max_steps=30,
+    )
+    return run_trials(job)
+
+
+def states(records: SweepRecords) -> list[tuple[str, str]]:
+    return [(one.state, one.pruned_by) for one in records.trials.values()]
+
+
+@pytest.mark.ray
+def test_sweep_prunes_continues_and_grows(ray_local, tmp_path: Path) -> None:
+    first = run(tmp_path)
+    assert states(first) == [
+        ("pruned", "gate"),  # random codes: no gain
+        ("complete", ""),
+        ("pruned", "asha"),  # warm-up let it through
+        ("pruned", "gate"),  # quantile
+    ]
+    records = list(first.trials.values())
+    assert records[0].reason == "backoff_gain 0 < 0.05"
+    assert records[1].value == 0.9
+    assert records[1].final["ItemHit@10"] == 1.8
+    assert [row["global_step"] for row in records[1].history] == [10, 20, 30]
+    assert records[2].would_prune
+    assert records[2].reason.startswith("asha: ")
+    assert set(records[1].seconds) >= {"fit", "train"}
+    assert stages_of(tmp_path, "train") == [0.9, 0.5]
+
+    # The same command again has nothing to do.
+    before = len(stages_run(tmp_path))
+    again = run(tmp_path)
+    assert states(again) == states(first)
+    assert len(stages_run(tmp_path)) == before
+
+    # One new value in the space: only that runs.
+    space = {**CONFIG.space, "quality": {"choice": [*QUALITIES, 0.95]}}
+    grown = run(tmp_path, dataclasses.replace(CONFIG, space=space))
+    new = stages_run(tmp_path)[before:]
+    assert {line["config"]["quality"] for line in new} == {0.95}
+    assert grown.winner() is not None
+    assert grown.winner().value == 0.95  # type: ignore[union-attr]
+    assert len(grown.trials) == 5
+
+    # Optuna: nothing runs, outcomes are as they were, old trials moved into the new study.
+    storage = open_storage("", tmp_path)
+    told = [
+        [trial.state for trial in optuna.load_study(study_name=name, storage=storage).trials]
+        for name in optuna.get_all_study_names(storage)
+    ]
+    assert all(TrialState.RUNNING not in study for study in told)
+    assert sorted(len(study) for study in told) == [4, 4]
+
+    # Another meaning under the same name is refused, with the difference.
+    with pytest.raises(ConfigError, match=r"asha.grace_steps: 10 -> 20"):
+        run(tmp_path, dataclasses.replace(CONFIG, asha=AshaConfig(grace_steps=20)))
+    with pytest.raises(ConfigError, match="dataset"):
+        run(tmp_path, dataset_key="other")
+
+
+def stages_of(folder: Path, stage: str) -> list[float]:
+    return [line["config"].get("quality") for line in stages_run(folder) if line["stage"] == stage]
+
+
+@pytest.mark.ray
+def test_failures_and_nan_are_recorded_and_tried_again(ray_local, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        space={"kind": {"choice": ["broken", "nan", "a"]}},
+        points=[],
+        gate=GateConfig(enabled=False),
+    )
+    records = list(run(tmp_path, config).trials.values())
+    assert [one.state for one in records] == ["failed", "failed", "complete"]
+    assert "kind must work, got broken" in records[0].reason
+    assert "nan" in records[1].reason
+    run(tmp_path, config)
+    kinds = [x["config"]["kind"] for x in stages_run(tmp_path) if x["stage"] == "tokenize"]
+    assert kinds == ["broken", "nan", "a", "broken", "nan"]
+
+
+@pytest.mark.ray
+def test_nothing_stays_reserved(ray_local, tmp_path: Path) -> None:
+    run(tmp_path)
+    groups = ray.util.placement_group_table().values()
+    assert {group["state"] for group in groups} <= {"REMOVED"}
+
+
+def test_bad_points_fail_before_any_work(tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, points=[{"kind": "invalid"}])
+    with pytest.raises(ConfigError, match=r"point \{kind=invalid\}"):
+        run(tmp_path, config)
+    assert not stages_run(tmp_path)
+
+
+def test_identity_is_written_once(tmp_path: Path) -> None:
+    claim_identity(tmp_path, {"a": {"b": 1}}, name="x")
+    claim_identity(tmp_path, {"a": {"b": 1}}, name="x")
+    assert json.loads((tmp_path / "identity.json").read_text()) == {"a": {"b": 1}}

@@ -1,0 +1,239 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import optuna
+import pytest
+from optuna.trial import TrialState
+from ray.tune.search import Searcher
+from ray.tune.search.optuna import OptunaSearch
+from stubs import stub_resolve
+
+from forge_ray.errors import ConfigError
+from forge_ray.sweep.ledger import Ledger, TrialRecord
+from forge_ray.sweep.searcher import (
+    PrunedAwareOptunaSearch,
+    TrialSource,
+    outcome_of,
+)
+from forge_ray.sweep.space import parse_space
+from forge_ray.sweep.study import (
+    KEY,
+    close_unfinished,
+    copy_finished,
+    make_sampler,
+    open_storage,
+    study_name,
+)
+
+METRIC = "ItemNDCG@10"
+DEFINITION = {"kind": {"choice": ["a", "b"]}, "quality": {"float": [0, 1]}}
+SPACE = parse_space(DEFINITION)
+
+
+def make(folder: Path, *, planned=(), records=None, num_trials=None) -> PrunedAwareOptunaSearch:
+    source = TrialSource(
+        records=records or {}, planned=planned, num_trials=num_trials, resolve=stub_resolve
+    )
+    return PrunedAwareOptunaSearch(
+        space=SPACE,
+        source=source,
+        ledger=Ledger(folder),
+        metric=METRIC,
+        sampler=make_sampler("tpe", seed=0),
+        study_name=study_name("s", DEFINITION),
+        storage=open_storage("", folder),
+    )
+
+
+def record_of(point, *, state: str = "complete", number: int = 0, **fields) -> TrialRecord:
+    resolved = stub_resolve(point)
+    return TrialRecord(
+        number=number,
+        key=resolved.key,
+        point=point,
+        config=resolved.config,
+        state=state,  # type: ignore[arg-type]
+        **fields,
+    )
+
+
+def test_private_names_of_the_base_class_exist() -> None:
+    search = OptunaSearch(space=lambda trial: {}, metric="m", mode="max")
+    assert {"_ot_trials", "_ot_study", "_completed_trials", "_study_name"} <= set(vars(search))
+
+
+def test_planned_points_come_in_order_with_their_parameters(tmp_path: Path) -> None:
+    points = [{"kind": "random"}, {"kind": "a", "quality": 0.25}, {"kind": "b", "quality": 0.5}]
+    search = make(tmp_path, planned=points)
+    suggested = [search.suggest(f"t{index}") for index in range(3)]
+    assert [one["config"] for one in suggested] == points
+    assert [one["number"] for one in suggested] == [0, 1, 2]
+    assert search.suggest("t3") == Searcher.FINISHED
+    trials = search.study.get_trials()
+    # The control lies outside the space: no parameter that TPE could learn from.
+    assert [trial.params for trial in trials] == [{}, points[1], points[2]]
+    assert trials[0].user_attrs["point"] == {"kind": "random"}
+    assert trials[1].user_attrs["ray_trial_id"] == "t1"
+
+
+def test_outcomes_reach_optuna_as_they_are(tmp_path: Path) -> None:
+    points = [{"kind": "a", "quality": index / 8} for index in range(6)]
+    search = make(tmp_path, planned=points)
+    for index in range(6):
+        search.suggest(f"t{index}")
+    row = {"stage": "gr", "global_step": 10, METRIC: 0.1}
+    search.on_trial_complete(
+        "t0", {"stage": "proxy", "decision/pruned_by": "gate", "decision/reason": "dead codes"}
+    )
+    search.on_trial_complete("t1", {**row, "decision/pruned_by": "asha", "decision/reason": "low"})
+    search.on_trial_result("t2", row)
+    search.on_trial_complete("t2", {"stage": "final", "global_step": 20, METRIC: 0.3})
+    search.on_trial_complete("t3", {"stage": "final", "global_step": 20, METRIC: float("nan")})
+    search.on_trial_complete("t4", error=True)
+    search.on_trial_complete("t5", row)  # stopped by a time budget
+    trials = search.study.get_trials()
+    assert [trial.state for trial in trials] == [
+        TrialState.PRUNED,
+        TrialState.PRUNED,
+        TrialState.COMPLETE,
+        TrialState.FAIL,
+        TrialState.FAIL,
+        TrialState.FAIL,
+    ]
+    assert trials[0].user_attrs["pruned_by"] == "gate"
+    assert trials[0].user_attrs["reason"] == "dead codes"
+    assert trials[1].intermediate_values == {10: 0.1}
+    assert trials[2].intermediate_values == {10: 0.1}
+    assert trials[2].value == 0.3
+    Ledger(tmp_path).append("start", key="x", number=9, point={}, config={})
+    finished = [
+        event["state"] for event in Ledger(tmp_path)._events() if event["event"] == "finish"
+    ]
+    # The interrupted one has no end: the next run continues it.
+    assert finished == ["pruned", "pruned", "complete", "failed", "failed"]
+
+
+def test_late_results_are_ignored(tmp_path: Path) -> None:
+    search = make(tmp_path, planned=[{"kind": "a", "quality": 0.5}])
+    search.suggest("t0")
+    final = {"stage": "final", "global_step": 20, METRIC: 0.3}
+    search.on_trial_complete("t0", final)
+    search.on_trial_result("t0", {"stage": "gr", "global_step": 30, METRIC: 0.9})
+    search.on_trial_complete("t0", error=True)
+    search.on_trial_complete("unknown", error=True)
+    assert search.study.get_trials()[0].state == TrialState.COMPLETE
+
+
+@pytest.mark.parametrize(
+    ("result", "error", "state"),
+    [
+        (None, False, "interrupted"),
+        (None, True, "failed"),
+        ({"stage": "final", METRIC: None}, False, "failed"),
+        ({"stage": "final", METRIC: 0.5}, False, "complete"),
+        ({"stage": "gr", METRIC: 0.5}, False, "interrupted"),
+        ({"stage": "gr", METRIC: 0.5, "decision/pruned_by": "asha"}, False, "pruned"),
+    ],
+)
+def test_outcome_rules(result, error: bool, state: str) -> None:
+    assert outcome_of(result, metric=METRIC, error=error).state == state
+
+
+def test_finished_trials_are_never_handed_out_again(tmp_path: Path) -> None:
+    points = [{"kind": "a", "quality": 0.1}, {"kind": "b", "quality": 0.2}]
+    done = record_of(points[0])
+    search = make(tmp_path, planned=points, records={done.key: done})
+    suggested = search.suggest("t0")
+    assert suggested["config"] == points[1]
+    assert suggested["number"] == 1
+    assert search.suggest("t1") == Searcher.FINISHED
+
+
+def test_failed_and_interrupted_trials_are_tried_again(tmp_path: Path) -> None:
+    points = [{"kind": "a", "quality": 0.1}, {"kind": "b", "quality": 0.2}]
+    records = {
+        one.key: one
+        for one in (
+            record_of(points[0], state="failed"),
+            record_of(points[1], state="running", number=1),
+        )
+    }
+    search = make(tmp_path, records=records, num_trials=2)
+    assert [search.suggest(f"t{i}")["config"] for i in range(2)] == points
+    assert search.suggest("t2") == Searcher.FINISHED
+
+
+def test_tpe_draws_distinct_trials_up_to_the_budget(tmp_path: Path) -> None:
+    search = make(tmp_path, num_trials=5)
+    keys = {search.suggest(f"t{index}")["key"] for index in range(5)}
+    assert len(keys) == 5
+    assert search.suggest("t5") == Searcher.FINISHED
+
+
+def test_zombies_are_closed_with_what_the_ledger_knows(tmp_path: Path) -> None:
+    points = [{"kind": "a", "quality": 0.1 * index} for index in range(3)]
+    search = make(tmp_path, planned=points)
+    for index in range(3):
+        search.suggest(f"t{index}")
+    search.study.enqueue_trial({"kind": "a", "quality": 0.9})
+    records = [
+        record_of(points[0], value=0.7),
+        record_of(points[1], state="pruned", reason="low", number=1),
+        record_of(points[2], state="running", number=2),
+    ]
+    storage = open_storage("", tmp_path)
+    assert close_unfinished(storage, "s", {one.key: one for one in records}) == 4
+    assert close_unfinished(storage, "s", {}) == 0
+    study = optuna.load_study(study_name=study_name("s", DEFINITION), storage=storage)
+    assert [trial.state for trial in study.get_trials()] == [
+        TrialState.COMPLETE,
+        TrialState.PRUNED,
+        TrialState.FAIL,
+        TrialState.FAIL,
+    ]
+    assert study.best_value == 0.7
+
+
+def test_other_sweeps_in_a_shared_storage_are_left_alone(tmp_path: Path) -> None:
+    make(tmp_path, planned=[{"kind": "a", "quality": 0.1}]).suggest("t0")
+    storage = open_storage("", tmp_path)
+    other = optuna.create_study(study_name="s-two-00000000", storage=storage)
+    other.ask()
+    close_unfinished(storage, "s", {})
+    assert other.get_trials()[0].state == TrialState.RUNNING
+
+
+def test_finished_trials_move_to_the_study_of_a_grown_space(tmp_path: Path) -> None:
+    grown = {"kind": {"choice": ["a", "b", "c"]}, "quality": {"float": [0, 1]}}
+    history = [{"global_step": 10, METRIC: 0.1}]
+    records = [
+        record_of({"kind": "a", "quality": 0.1}, value=0.7, history=history),
+        record_of({"kind": "b", "quality": 0.2}, state="pruned", number=1, history=history),
+        record_of({"kind": "random"}, state="pruned", number=2),
+        record_of({"kind": "b", "quality": 0.3}, state="failed", number=3),
+    ]
+    study = optuna.create_study(
+        study_name=study_name("s", grown), storage=open_storage("", tmp_path), direction="maximize"
+    )
+    assert copy_finished(study, parse_space(grown), records, metric=METRIC) == 2
+    assert copy_finished(study, parse_space(grown), records, metric=METRIC) == 0
+    first, second = study.get_trials()
+    assert (first.value, first.params) == (0.7, {"kind": "a", "quality": 0.1})
+    assert (second.state, second.intermediate_values) == (TrialState.PRUNED, {10: 0.1})
+    assert first.user_attrs[KEY] == records[0].key
+
+
+def test_journal_storage_and_bad_urls(tmp_path: Path) -> None:
+    storage = open_storage(str(tmp_path / "study.journal"), tmp_path)
+    optuna.create_study(storage=storage, study_name="x").ask()
+    with pytest.raises(ConfigError, match="database URL"):
+        open_storage("somewhere", tmp_path)
+
+
+def test_no_pickles_are_kept_or_read(tmp_path: Path) -> None:
+    search = make(tmp_path, planned=[{"kind": "a", "quality": 0.1}])
+    search.save(str(tmp_path / "state.json"))
+    assert (tmp_path / "state.json").read_text().startswith("{")
+    with pytest.raises(NotImplementedError):
+        search.restore(str(tmp_path / "state.json"))
