@@ -45,12 +45,14 @@ class StreamConfig:
     """Segments, over epochs, that one Ray Data execution covers; starting one costs about 1 s."""
     prefetch_batches: int = 32
     """Batches kept ready for the training loop (item indices only, a few kB each)."""
+    read_tasks: int = 1
+    """Segments that each worker reads at a time."""
     read_cpus: float = 0.0
     """CPUs that Ray reserves per reading task. 0 never waits for a free CPU on a small machine."""
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        for name in ("segment_files", "window_batches", "segments_per_execution"):
+        for name in ("segment_files", "window_batches", "segments_per_execution", "read_tasks"):
             if getattr(self, name) < 1:
                 raise ConfigError(
                     f"data.{name} must be >= 1, got {getattr(self, name)}. "
@@ -288,6 +290,8 @@ class SequenceStream:
             batch_format="pyarrow",
             zero_copy_batch=True,
             num_cpus=self.config.read_cpus,
+            # Without a bound, tasks of 0 CPUs would all start at once, each in a new process.
+            concurrency=self.config.read_tasks,
         )
         context = segments.context
         context.execution_options.preserve_order = True

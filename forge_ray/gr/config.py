@@ -97,4 +97,4 @@ class GrConfig:
 
 
 _RUNNING = ("num_workers", "cpus_per_worker", "use_gpu", "max_failures", "keep_checkpoints")
-_RUNNING_DATA = ("segments_per_execution", "prefetch_batches", "read_cpus")
+_RUNNING_DATA = ("segments_per_execution", "prefetch_batches", "read_tasks", "read_cpus")
