@@ -45,9 +45,7 @@ def test_beauty(ray_local: None, shared_data: Path, store: ArtifactStore) -> Non
     assert histories(dataset, "test") == truth
     archive = np.load(folder / "item_embeddings_minilm384.npz")
     order = np.argsort(archive["item_id"])
-    np.testing.assert_array_equal(
-        dataset.vectors(), archive["embedding"][order].astype(np.float32)
-    )
+    np.testing.assert_array_equal(dataset.vectors(), archive["embedding"][order].astype(np.float32))
     counts = np.bincount(
         np.concatenate([batch.items.values for batch in dataset.sequence_batches("train")]),
         minlength=dataset.num_items,
