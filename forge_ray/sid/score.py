@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
@@ -20,7 +20,7 @@ import numpy.typing as npt
 from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter, timed
 from forge_ray.config import to_mapping
 from forge_ray.data.ragged import Ragged
-from forge_ray.data.schema import Dataset, SequenceBatch, VectorBatch
+from forge_ray.data.schema import DEFAULT_SPACE, Dataset, SequenceBatch, VectorBatch
 from forge_ray.errors import ConfigError
 from forge_ray.sid.backoff import (
     BackoffBits,
@@ -64,8 +64,9 @@ _TABLE_FIGURES = (
 class ScoreConfig:
     """How much is read and how the behavioural metrics are computed."""
 
-    space: str = "default"
-    """Vector space of the dataset for embedding hitrate."""
+    space: str | None = None
+    """Vector space of the dataset for embedding hitrate; by default the one the SIDs were fitted
+    on, and `default` for tables made elsewhere."""
     max_users: int = 50_000
     """Held-out users read for the probe; their standard error is about 0.01 bits at 20,000."""
     max_train_users: int = 1_000_000
@@ -228,6 +229,8 @@ def score_sids(
         As `score_table`, with `seconds`, the time that computing them took.
     """
     config = ScoreConfig() if config is None else config
+    if config.space is None:
+        config = replace(config, space=sids.config.vectors.space)
 
     def produce(_: ArtifactWriter) -> ArtifactInfo:
         scores: Scores = {}
@@ -329,11 +332,12 @@ def _first_half(users: SequenceBatch, config: ScoreConfig) -> npt.NDArray[np.boo
 def _hitrate_rows(
     dataset: Dataset, users: SequenceBatch, config: ScoreConfig
 ) -> HitrateRows | None:
-    if config.space not in dataset.spaces:
+    space = config.space or DEFAULT_SPACE
+    if space not in dataset.spaces:
         logger.warning(
             "dataset %s has no vector space %r: embedding hitrate is not computed",
             dataset.name,
-            config.space,
+            space,
         )
         return None
     users = _first_users(users, config.hitrate_users)
@@ -343,9 +347,7 @@ def _hitrate_rows(
         histories=users.items.tail(config.hitrate_history).take(targets.row_ids),
         targets=targets.values.astype(np.int64),
         row_weight=1.0 / np.repeat(targets.lengths, targets.lengths),
-        gallery=dataset.sample_vectors(
-            config.hitrate_gallery, seed=config.seed, space=config.space
-        ),
+        gallery=dataset.sample_vectors(config.hitrate_gallery, seed=config.seed, space=space),
     )
 
 

@@ -14,6 +14,7 @@ from forge_ray.artifacts import ArtifactStore
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.sid import score
+from forge_ray.sid.fit import SidConfig
 from forge_ray.sid.rq_kmeans import RqKmeansConfig
 from forge_ray.sid.score import ScoreConfig, load_inputs, score_sids, score_table
 from forge_ray.sid.table import SidTable
@@ -184,7 +185,13 @@ def test_scores_of_an_artifact_are_computed_once(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     artifact = store.build("sids", "toy", {}, produce=lambda _: None)
-    sids: Any = SimpleNamespace(table=table, raw=table, artifact=artifact, quantizer_artifact=None)
+    sids: Any = SimpleNamespace(
+        table=table,
+        raw=table,
+        artifact=artifact,
+        quantizer_artifact=None,
+        config=SidConfig(),
+    )
     monkeypatch.setattr(score, "_quantizer", lambda _: quantizer)
     first = score_sids(sids, dataset, store)
     assert first["embedding_hitrate_variant"] == "decoded"
