@@ -18,7 +18,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,10 +35,10 @@ from forge_ray.data import tasks
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import SPLITS, Dataset, SequenceBatch, sequence_batch
 from forge_ray.errors import ConfigError
-from forge_ray.gr.beam import StepwiseGenerator, default_widths
+from forge_ray.gr.beam import default_widths
 from forge_ray.gr.buckets import ItemBuckets, RankedItems
 from forge_ray.gr.decoding import DecodedUsers, SidDecoder
-from forge_ray.sid.table import SidTable
+from forge_ray.gr.source import GeneratorSource
 from forge_ray.threads import set_threads
 
 logger = logging.getLogger(__name__)
@@ -88,26 +88,6 @@ class RecommendConfig:
                 "append_targets must be false for split=train, got true. "
                 "The train split has no targets: use validation or test."
             )
-
-
-@dataclass(frozen=True)
-class LoadedGenerator:
-    """A model ready to decode, with the SIDs that it was trained on."""
-
-    generator: StepwiseGenerator
-    table: SidTable
-    max_history: int
-
-
-class GeneratorSource(Protocol):
-    """Where actors get the model from; picklable."""
-
-    @property
-    def key(self) -> str:
-        """Identity of the model; lists of another model are never mixed in."""
-
-    def load(self, device: str) -> LoadedGenerator:
-        """Open the model on a device."""
 
 
 @dataclass(frozen=True)

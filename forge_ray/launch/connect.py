@@ -82,12 +82,14 @@ def disconnect() -> None:
 def connected(
     *, address: str | None = None, num_cpus: int | None = None, verbose: bool = False
 ) -> Iterator[None]:
-    """`connect` for the length of a block."""
+    """`connect` for the length of a block; leaves a Ray alone that was there before."""
+    was_connected = ray.is_initialized()
     connect(address=address, num_cpus=num_cpus, verbose=verbose)
     try:
         yield
     finally:
-        disconnect()
+        if not was_connected:
+            disconnect()
 
 
 def quiet_logs(*, verbose: bool) -> None:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
-from forge_ray.gr.recommend import LoadedGenerator
+from forge_ray.gr.source import LoadedGenerator
 from forge_ray.sid.table import SidTable
 from tests.gr.generators import HashGenerator, random_codes
 

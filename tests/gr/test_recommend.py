@@ -29,7 +29,7 @@ def dataset(store: ArtifactStore) -> Dataset:
 
 
 def config_of(**changes) -> RecommendConfig:
-    return RecommendConfig(**{"top_k": 7, "rows_per_part": 20, "num_actors": 2, **changes})
+    return RecommendConfig(**{"top_k": 7, "rows_per_part": 20, "num_actors": 1, **changes})
 
 
 def read(out: Path) -> list[dict]:
@@ -86,7 +86,7 @@ def test_a_killed_run_continues_with_the_missing_parts(dataset: Dataset, tmp_pat
         lost.unlink()
     (out / "lists" / f".{files[0].name}.partial").write_bytes(b"half a file")
     kept = {path.name: path.stat().st_mtime_ns for path in files[1::2]}
-    report = recommend(HashSource(), dataset, config_of(num_actors=1), out=str(out))
+    report = recommend(HashSource(), dataset, config_of(num_actors=2), out=str(out))
     assert report.parts_resumed == 3
     assert report.users == 90
     assert read(out) == before

@@ -1,0 +1,95 @@
+"""A published model with everything decoding needs: its SID table, its dataset, its history length.
+
+Knows artifacts and their keys; knows nothing about search, metrics or Ray. A source is a small
+picklable handle, and weights are read where `load` is called.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from forge_ray.artifacts import Artifact, ArtifactStore
+from forge_ray.data.schema import Dataset
+from forge_ray.errors import ArtifactError
+from forge_ray.gr.beam import StepwiseGenerator
+from forge_ray.gr.checkpoint import MODEL_KIND, load_generator, model_config
+from forge_ray.sid.table import SidTable
+
+
+@dataclass(frozen=True)
+class LoadedGenerator:
+    """A model ready to decode, with the SIDs that it was trained on."""
+
+    generator: StepwiseGenerator
+    table: SidTable
+    max_history: int
+
+
+class GeneratorSource(Protocol):
+    """Where a process gets a model from; picklable."""
+
+    @property
+    def key(self) -> str:
+        """Identity of the model; results of another model are never mixed in."""
+
+    def load(self, device: str) -> LoadedGenerator:
+        """Open the model on a device."""
+
+
+@dataclass(frozen=True)
+class ModelSource:
+    """A model artifact and the SID table that it speaks.
+
+    Attributes:
+        artifact: of kind `model`.
+        table: a SID table artifact, or the `.npz` file of a foreign table.
+        dataset: what the model was trained on.
+    """
+
+    artifact: Artifact
+    table: Artifact | Path
+    dataset: Dataset
+
+    @classmethod
+    def open(cls, store: ArtifactStore, ref: str, *, sids: str | None = None) -> ModelSource:
+        """Find a model and, by the keys in its manifest, what it was made from.
+
+        Args:
+            store: holds the model, its SID table and its dataset.
+            ref: the model, as a path, `model/name-key`, key prefix or name.
+            sids: the SID table, where the store does not hold it: an artifact or an `.npz` file.
+
+        Raises:
+            ArtifactError: ``ref`` is no model, or its table or dataset is not in the store.
+        """
+        artifact = store.open(ref)
+        manifest = artifact.manifest
+        if manifest.kind != MODEL_KIND:
+            raise ArtifactError(
+                f"{ref} must be an artifact of kind {MODEL_KIND!r}, got {manifest.kind!r}. "
+                "List models with `forge-ray artifacts ls model`."
+            )
+        dataset_key, table_key = manifest.parents[:2]
+        table = Path(sids) if sids and sids.endswith(".npz") else store.open(sids or table_key)
+        return cls(artifact, table, Dataset.open(store, dataset_key))
+
+    @property
+    def key(self) -> str:
+        """The model's content key; the SID table's key is part of it."""
+        return self.artifact.key
+
+    @property
+    def name(self) -> str:
+        """The model's name and short key."""
+        return self.artifact.manifest.ref.split("/", 1)[1]
+
+    def load(self, device: str = "cpu") -> LoadedGenerator:
+        """Read weights and codes; a table other than the model's own is refused."""
+        if isinstance(self.table, Path):
+            table = SidTable.from_npz(self.table, self.dataset.item_ids())
+        else:
+            table = SidTable.open(self.table)
+        generator = load_generator(self.artifact, table).to(device)
+        return LoadedGenerator(generator, table, model_config(self.artifact).max_history)

@@ -1,0 +1,179 @@
+"""Published models: found with their table and dataset, scored once, printed beside the floors."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import ray
+import torch
+import typer
+from typer.testing import CliRunner
+
+from forge_ray.artifacts import Artifact, ArtifactStore, ArtifactWriter
+from forge_ray.cli.gr_decode import evaluate, recommend
+from forge_ray.data.ragged import Ragged
+from forge_ray.data.schema import Dataset
+from forge_ray.errors import ArtifactError, ConfigError
+from forge_ray.gr import scoring
+from forge_ray.gr.checkpoint import MODEL_KIND, WEIGHTS_FILE, build_generator, save_weights
+from forge_ray.gr.config import GrConfig
+from forge_ray.gr.evaluation import evaluate_generator
+from forge_ray.gr.models.decoder import DecoderConfig
+from forge_ray.gr.scoring import EvaluationConfig, evaluate_model
+from forge_ray.gr.source import ModelSource
+from forge_ray.launch.connect import connected
+from forge_ray.sid.table import SidTable
+from tests.gr.datasets import tiny_dataset
+from tests.gr.generators import random_codes
+
+SIZES = (8, 8, 4)
+NUM_ITEMS = 200
+
+
+def publish_table(store: ArtifactStore, *, seed: int = 0) -> Artifact:
+    table = SidTable.from_codes(random_codes(NUM_ITEMS, SIZES, seed=seed), SIZES)
+    return store.build("sids", "random", {"seed": seed}, produce=table.save)
+
+
+def publish_model(store: ArtifactStore, dataset: Dataset, table: Artifact) -> Artifact:
+    """An untrained decoder in the form that training publishes."""
+    size = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
+    config = GrConfig(model=DecoderConfig(**size), max_history=4)
+
+    def produce(writer: ArtifactWriter) -> None:
+        torch.manual_seed(0)
+        generator = build_generator(config.model, SidTable.open(table))
+        with writer.local_path(WEIGHTS_FILE) as path:
+            save_weights(path, generator.state_dict())
+
+    content = {"gr": config.identity(), "table_key": table.key}
+    parents = [dataset.key, table.key]
+    return store.build(MODEL_KIND, "tiny", content, parents=parents, produce=produce)
+
+
+@pytest.fixture
+def model(store: ArtifactStore) -> Artifact:
+    return publish_model(store, tiny_dataset(store), publish_table(store))
+
+
+def test_a_model_is_opened_with_what_it_was_made_from(
+    store: ArtifactStore, model: Artifact
+) -> None:
+    source = ModelSource.open(store, "tiny-" + model.key[:12])
+    loaded = source.load()
+    assert source.key == model.key
+    assert source.dataset.key == model.manifest.parents[0]
+    assert loaded.table.key == model.manifest.parents[1]
+    assert loaded.max_history == 4
+
+
+def test_another_table_is_refused(store: ArtifactStore, model: Artifact) -> None:
+    other = publish_table(store, seed=1)
+    source = ModelSource.open(store, model.key, sids=other.key)
+    with pytest.raises(ArtifactError, match="must be used with SID table"):
+        source.load()
+
+
+def test_a_foreign_table_file_is_refused_for_a_model_of_another(
+    store: ArtifactStore, model: Artifact, tmp_path: Path
+) -> None:
+    path = tmp_path / "foreign.npz"
+    ids = np.array([f"item-{i}" for i in range(NUM_ITEMS)])
+    np.savez(path, codes=random_codes(NUM_ITEMS, SIZES, seed=1), item_id=ids)
+    with pytest.raises(ArtifactError, match="must be used with SID table"):
+        ModelSource.open(store, model.key, sids=str(path)).load()
+
+
+def test_only_models_are_opened(store: ArtifactStore, model: Artifact) -> None:
+    with pytest.raises(ArtifactError, match="must be an artifact of kind 'model', got 'sids'"):
+        ModelSource.open(store, model.manifest.parents[1])
+
+
+def test_scores_equal_those_of_arrays_and_are_computed_once(
+    store: ArtifactStore, model: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = ModelSource.open(store, model.key)
+    config = EvaluationConfig(split="test", ks=[5, 10])
+    monkeypatch.setattr(scoring, "_STREAM_ROWS", 40)
+    found = evaluate_model(source, source.dataset, config, store=store)
+    loaded = source.load()
+    batches = list(source.dataset.sequence_batches("test"))
+    expected = evaluate_generator(
+        loaded.generator,
+        loaded.table,
+        Ragged.concatenate([batch.items for batch in batches]),
+        Ragged.concatenate([batch.targets for batch in batches]),
+        train_counts=source.dataset.train_counts(),
+        max_history=4,
+        ks=(5, 10),
+    )
+    assert found.keys() == expected.keys()
+    for name in found.keys() - {"users_per_s"}:
+        assert found[name] == pytest.approx(expected[name], nan_ok=True), name
+    monkeypatch.setattr(scoring, "measure", None)
+    config = EvaluationConfig(split="test", ks=[5, 10], batch_users=64)
+    assert evaluate_model(source, source.dataset, config, store=store) == found
+
+
+def test_a_sample_of_users(store: ArtifactStore, model: Artifact) -> None:
+    source = ModelSource.open(store, model.key)
+    found = scoring.measure(source, source.dataset, EvaluationConfig(users=17, ks=[5]))
+    assert found["users"] == 17
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"split": "train"}, "split must be validation or test, got 'train'"),
+        ({"ks": []}, "ks must be cut-offs >= 1"),
+        ({"users": 0}, "users must be >= 1, got 0"),
+    ],
+)
+def test_bad_settings_are_refused(changes: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EvaluationConfig(**changes)
+
+
+@pytest.fixture
+def app() -> typer.Typer:
+    app = typer.Typer()
+    app.command("eval")(evaluate)
+    app.command("recommend")(recommend)
+    return app
+
+
+def test_eval_prints_the_model_beside_both_floors(
+    app: typer.Typer, store: ArtifactStore, model: Artifact
+) -> None:
+    arguments = ["eval", model.key[:12], "--split", "test", "ks=[5,10]", "--store", store.uri]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    rows = json.loads(result.stdout)
+    assert [row["model"] for row in rows] == [model.manifest.ref[6:], "popularity", "item_knn"]
+    assert {row["users"] for row in rows} == {90}
+    assert all(0 <= row["ItemHit@10"] <= 1 for row in rows)
+    assert rows[0]["invalid_rate"] == 0
+    table = CliRunner().invoke(app, arguments, env={"COLUMNS": "120"}).stdout
+    for word in ("ItemNDCG@10", "SidHit@5", "popularity", "item_knn", "invalid_rate"):
+        assert word in table
+
+
+@pytest.mark.ray
+def test_recommend_writes_lists_and_reports(
+    app: typer.Typer, store: ArtifactStore, model: Artifact, tmp_path: Path, ray_local: None
+) -> None:
+    out = tmp_path / "lists"
+    arguments = ["recommend", model.key, "top_k=3", "--out", str(out), "--store", store.uri]
+    result = CliRunner().invoke(app, [*arguments, "--json"])
+    report = json.loads(result.stdout)
+    assert (report["users"], report["invalid_rate"]) == (90, 0)
+    assert len(list((out / "lists").iterdir())) == report["parts"]
+
+
+@pytest.mark.ray
+def test_commands_leave_a_ray_alone_that_was_there_before(ray_local: None) -> None:
+    with connected():
+        pass
+    assert ray.is_initialized()
