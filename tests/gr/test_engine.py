@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import distributed
+
+from forge_ray.errors import ArtifactError, ConfigError
+from forge_ray.gr.engine import TAG, Engine, EngineConfig, expected_shards, zero_config
+from forge_ray.gr.models.base import TokenBatch
+from forge_ray.gr.models.decoder import DecoderConfig
+from forge_ray.gr.vocab import Vocab
+
+VOCAB = Vocab((8, 8))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A gloo group of this process alone; under Ray the trainer makes it."""
+    previous = os.environ.get("LOCAL_RANK")
+    os.environ["LOCAL_RANK"] = "0"
+    store = tmp_path_factory.mktemp("gloo") / "store"
+    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+    distributed.destroy_process_group()
+    if previous is None:
+        del os.environ["LOCAL_RANK"]
+
+
+def make(**changes: object) -> Engine:
+    torch.manual_seed(0)
+    model = DecoderConfig(hidden_size=32, num_layers=2, num_heads=2, intermediate_size=32)
+    settings = {"global_batch": 8, "warmup_steps": 2, "learning_rate": 1e-2, **changes}
+    return Engine(model.build(VOCAB), EngineConfig(**settings), max_steps=20, seed=0)
+
+
+def batches(count: int) -> list[TokenBatch]:
+    draw = torch.Generator().manual_seed(3)
+    return [
+        TokenBatch(
+            torch.randint(8, (8, 5, 2), generator=draw), torch.randint(1, 6, (8,), generator=draw)
+        )
+        for _ in range(count)
+    ]
+
+
+def train(engine: Engine, work: list[TokenBatch], first: int = 1) -> list[float]:
+    losses = []
+    for number, batch in enumerate(work):
+        targets = engine.module.num_targets(batch.lengths)
+        size = len(batch.lengths) // engine.accumulation
+        parts = [
+            TokenBatch(batch.codes[at : at + size], batch.lengths[at : at + size])
+            for at in range(0, len(batch.lengths), size)
+        ]
+        losses.append(engine.step(parts, num_targets=targets, step=first + number).item())
+    return losses
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_every_zero_stage_trains_saves_and_resumes_exactly(stage, precision, tmp_path):
+    """Also with dropout: draws depend on the step, so a resumed run repeats them."""
+    work = batches(6)
+    engine = make(zero_stage=stage, precision=precision)
+    train(engine, work[:3])
+    engine.save(tmp_path)
+    weights = engine.full_state()
+    rest = train(engine, work[3:], first=4)
+    written = sorted(path.name for path in (tmp_path / TAG).iterdir())
+    assert set(expected_shards(stage, 1, precision)) <= set(written)
+    resumed = make(zero_stage=stage, precision=precision)
+    resumed.load(tmp_path)
+    assert all(torch.equal(value, weights[name]) for name, value in resumed.full_state().items())
+    assert train(resumed, work[3:], first=4) == rest
+
+
+def test_zero_stages_give_the_same_curve():
+    curves = [train(make(zero_stage=stage), batches(6)) for stage in (0, 1, 2, 3)]
+    for curve in curves[1:]:
+        assert curve == pytest.approx(curves[0], rel=1e-5)
+
+
+def test_accumulation_changes_nothing():
+    """Rows per forward are a memory setting: without dropout the updates agree."""
+
+    def curve(micro_batch: int) -> list[float]:
+        engine = make(micro_batch=micro_batch)
+        for module in engine.module.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+        return train(engine, batches(6))
+
+    assert curve(2) == pytest.approx(curve(0), rel=1e-4)
+
+
+def test_golden_curve():
+    """20 steps on the debug model; regenerate only for an intended numerical change."""
+    repeated = train(make(), batches(4) * 5)
+    again = train(make(), batches(4) * 5)
+    assert repeated == again
+    assert repeated[:3] == pytest.approx([2.08709, 2.0486, 2.07224], abs=1e-4)  # ln 8 = 2.0794
+    assert repeated[-3:] == pytest.approx([1.68316, 1.76604, 1.89012], abs=1e-3)
+
+
+def test_loading_nothing_is_an_error(tmp_path):
+    with pytest.raises(ArtifactError, match="must hold a DeepSpeed checkpoint"):
+        make().load(tmp_path)
+
+
+def test_learning_rate_schedules():
+    def at(step: int, schedule: str) -> float:
+        config = EngineConfig(learning_rate=1.0, warmup_steps=10, schedule=schedule)
+        return config.learning_rate_at(step, 110)
+
+    assert at(5, "cosine") == 0.5
+    assert at(10, "linear") == 1.0
+    assert at(60, "linear") == pytest.approx(0.5)
+    assert at(60, "cosine") == pytest.approx(0.5)
+    assert at(110, "cosine") == pytest.approx(0.0)
+    assert at(110, "constant") == 1.0
+
+
+def test_global_batch_is_constant_over_world_sizes():
+    config = EngineConfig(global_batch=64, micro_batch=8)
+    for world_size in (1, 2, 8):
+        made = zero_config(config, world_size=world_size, num_parameters=10)
+        rows = made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"]
+        assert rows * world_size == 64
+
+
+def test_uneven_global_batch_is_refused():
+    with pytest.raises(ConfigError, match=r"engine\.global_batch must be a multiple of .* = 24"):
+        EngineConfig(global_batch=64, micro_batch=8).accumulation(3)
+
+
+def test_unknown_stage_is_refused():
+    with pytest.raises(ConfigError, match=r"engine\.zero_stage must be 0\.\.3, got 4"):
+        EngineConfig(zero_stage=4)

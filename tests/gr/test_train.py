@@ -1,0 +1,249 @@
+"""Training under Ray: one worker, two workers, crashes, and the artifact that comes out.
+
+Each training starts processes for seconds, so the tests share runs.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.config import load_config
+from forge_ray.data.ragged import Ragged
+from forge_ray.errors import ConfigError, TrainingError
+from forge_ray.gr.checkpoint import load_generator, model_config
+from forge_ray.gr.config import GrConfig
+from forge_ray.gr.train import TrainResult, micro_batches, train_generator
+from tests.gr.chains import chain_dataset, grid_table
+
+SMALL = [
+    "model.hidden_size=32",
+    "model.num_layers=2",
+    "model.num_heads=2",
+    "model.intermediate_size=32",
+    "model.dropout=0",
+    "engine.global_batch=32",
+    "engine.learning_rate=0.01",
+    "engine.warmup_steps=5",
+    "data.segment_files=2",
+    "max_steps=60",
+    "validation.every=20",
+    "validation.users=60",
+    "validation.ks=[10]",
+    "validation.widths=[10,20]",
+]
+"""60 steps are about three epochs of 38 batches over two segments."""
+
+
+def small(*overrides: str) -> GrConfig:
+    return load_config(GrConfig, overrides=[*SMALL, *overrides])
+
+
+def run(folder: Path, name: str, *overrides: str, store: str = "store") -> TrainResult:
+    where = ArtifactStore(folder / store)
+    return train_generator(
+        small(*overrides),
+        chain_dataset(where),
+        grid_table(),
+        store=where,
+        run_dir=str(folder / "runs"),
+        name=name,
+    )
+
+
+def curve(result: TrainResult) -> list[float]:
+    return [row["loss"] for row in result.history]
+
+
+def worker_pids() -> list[int]:
+    """Ray Train workers below this process; other runs on the machine are not ours to touch."""
+    parents, names = {}, {}
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                stat = (entry / "stat").read_text().rpartition(")")[2].split()
+                names[int(entry.name)] = (entry / "cmdline").read_text()
+            except OSError:
+                continue  # the process has ended meanwhile
+            parents[int(entry.name)] = int(stat[1])
+
+    def is_ours(pid: int) -> bool:
+        while pid in parents:
+            if pid == os.getpid():
+                return True
+            pid = parents[pid]
+        return False
+
+    return [pid for pid, name in names.items() if "RayTrainWorker" in name and is_ours(pid)]
+
+
+def wait_for(path: Path, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.05)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("train")
+
+
+@pytest.fixture(scope="module")
+def reference(ray_local: None, folder: Path) -> TrainResult:
+    """One worker, never interrupted."""
+    return run(folder, "reference")
+
+
+@pytest.mark.ray
+class TestOneWorker:
+    def test_it_learns_and_reports(self, reference):
+        rows = reference.history
+        assert [row["global_step"] for row in rows] == [20, 40, 60]
+        assert rows[-1]["loss"] < rows[0]["loss"]
+        assert rows[-1]["stage"] == "gr"
+        assert rows[-1]["ItemNDCG@10"] > 0.05  # a random list scores about 0.04
+        assert reference.metrics["ItemNDCG@10"] == max(row["ItemNDCG@10"] for row in rows)
+        assert 0 <= rows[-1]["input_wait_share"] <= 1
+        assert rows[-1]["tokens_per_s"] > 0
+
+    def test_worker_threads_equal_its_cpus(self, reference):
+        """Oversubscribed threads were measured to slow a step 15 to 30 times."""
+        assert {row["num_threads"] for row in reference.history} == {1}
+
+    def test_the_model_loads_and_keeps_its_configuration(self, reference):
+        generator = load_generator(reference.artifact, grid_table())
+        tokens, mask = generator.vocab.history_tokens(
+            Ragged.from_lists([[1, 2]], dtype=np.int64), grid_table().codes, 20
+        )
+        logits, _ = generator.prefill(tokens, mask)
+        assert logits.shape == (1, 10)
+        assert model_config(reference.artifact).identity() == small().identity()
+
+    def test_the_same_content_is_not_trained_twice(self, reference, folder):
+        began = time.monotonic()
+        again = run(folder, "another-name", "cpus_per_worker=0.5", "max_failures=0")
+        assert again.artifact.key == reference.artifact.key
+        assert again.history == reference.history
+        assert time.monotonic() - began < 5
+
+    def test_a_changed_configuration_under_the_same_name_is_refused(self, reference, folder):
+        with pytest.raises(ConfigError, match=r"must belong to this configuration .*another name"):
+            run(folder, "reference", "seed=1")
+
+
+@pytest.mark.ray
+class TestWorkers:
+    def test_two_zero_1_workers_give_the_curve_of_one(self, reference, folder):
+        """Same global batches, summed in another order."""
+        two = run(
+            folder, "two", "num_workers=2", "cpus_per_worker=0.5", "seed=0", store="store-two"
+        )
+        assert curve(two) == pytest.approx(curve(reference), rel=0.01)
+        assert two.history[-1]["train_tokens"] == reference.history[-1]["train_tokens"]
+
+    def test_a_killed_worker_resumes_to_the_same_curve(self, reference, folder):
+        outcome: list[TrainResult] = []
+        name = "killed"
+        thread = threading.Thread(
+            target=lambda: outcome.append(run(folder, name, store="store-killed"))
+        )
+        thread.start()
+        wait_for(folder / "runs" / name / "step_00000020")
+        victims = worker_pids()
+        for pid in victims:
+            os.kill(pid, signal.SIGKILL)
+        thread.join(timeout=180)
+        assert victims
+        assert outcome, "the run did not finish"
+        assert curve(outcome[0]) == curve(reference)
+
+
+@pytest.mark.ray
+@pytest.mark.slow
+class TestSlow:
+    @pytest.mark.parametrize("stage", [0, 2, 3])
+    def test_two_workers_at_every_stage(self, reference, folder, stage):
+        two = run(
+            folder,
+            f"stage-{stage}",
+            "num_workers=2",
+            "cpus_per_worker=0.5",
+            f"engine.zero_stage={stage}",
+            store=f"store-stage-{stage}",
+        )
+        assert curve(two) == pytest.approx(curve(reference), rel=0.01)
+
+    @pytest.mark.parametrize("stage", [1, 3])
+    def test_two_killed_workers_resume(self, reference, folder, stage):
+        outcome: list[TrainResult] = []
+        name = f"two-killed-{stage}"
+        overrides = ["num_workers=2", "cpus_per_worker=0.5", f"engine.zero_stage={stage}"]
+        thread = threading.Thread(
+            target=lambda: outcome.append(run(folder, name, *overrides, store=f"store-{name}"))
+        )
+        thread.start()
+        wait_for(folder / "runs" / name / "step_00000020")
+        os.kill(worker_pids()[0], signal.SIGKILL)
+        thread.join(timeout=300)
+        assert outcome, "the run did not finish"
+        assert curve(outcome[0]) == pytest.approx(curve(reference), rel=0.01)
+
+    def test_t5_trains(self, ray_local, folder):
+        result = run(folder, "t5", "model.kind=t5", store="store-t5")
+        assert result.history[-1]["loss"] < result.history[0]["loss"]
+
+    def test_divergence_is_a_training_error(self, ray_local, folder):
+        with pytest.raises(TrainingError, match=r"finite.*Lower engine\.learning_rate"):
+            run(
+                folder,
+                "diverged",
+                "engine.learning_rate=1e30",
+                "engine.clip_norm=0",
+                store="store-diverged",
+            )
+
+    def test_a_killed_driver_resumes_with_the_same_command(self, reference, folder):
+        """The whole Ray of the driver dies with it; the second call continues from step 20."""
+        script = (
+            "from pathlib import Path\n"
+            "from forge_ray.launch.connect import connected\n"
+            "from tests.gr.test_train import run\n"
+            "with connected(address='local', num_cpus=2):\n"
+            f"    result = run(Path({str(folder)!r}), 'driver', store='store-driver')\n"
+            "    print([row['loss'] for row in result.history])\n"
+        )
+        root = Path(__file__).resolve().parents[2]
+        command = [sys.executable, "-c", script]
+        first = subprocess.Popen(command, cwd=root)
+        wait_for(folder / "runs" / "driver" / "step_00000020")
+        first.kill()
+        first.wait()
+        second = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
+        losses = second.stdout.strip().splitlines()[-1]
+        assert losses == str(curve(reference))
+
+
+def test_micro_batches_cover_all_rows_and_may_be_empty():
+    codes = np.arange(20).reshape(10, 2)
+    rows = Ragged.from_lists([[1], [2, 3]], dtype=np.int64)
+    parts = micro_batches(rows, codes, 3)
+    assert [part.lengths.tolist() for part in parts] == [[1], [2], [0]]
+    assert torch.equal(parts[1].codes, torch.tensor([[[4, 5], [6, 7]]]))
+
+
+def test_config_rules():
+    with pytest.raises(ConfigError, match=r"validation\.ks must contain 10"):
+        load_config(GrConfig, overrides=["validation.ks=[5]"])
+    with pytest.raises(ConfigError, match="cpus_per_worker must be > 0"):
+        load_config(GrConfig, overrides=["cpus_per_worker=0"])
