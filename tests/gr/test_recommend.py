@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -160,3 +163,42 @@ def test_user_ids_are_found_whatever_the_order(dataset: Dataset) -> None:
 def test_bad_requests_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         config_of(**changes)
+
+
+_RUN = """
+import sys
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.data.schema import Dataset
+from forge_ray.gr.recommend import RecommendConfig, recommend
+from forge_ray.launch.connect import connect
+from tests.gr.sources import HashSource
+
+connect(address="local", num_cpus=1, dashboard=False)
+dataset = Dataset.open(ArtifactStore(sys.argv[1]), sys.argv[2])
+config = RecommendConfig(top_k=7, rows_per_part=1, num_actors=1)
+recommend(HashSource(), dataset, config, out=sys.argv[3])
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_kill_dash_nine_and_the_same_call(
+    dataset: Dataset, tmp_path: Path, ray_local: None
+) -> None:
+    out = tmp_path / "out"
+    store = dataset.artifact.root.rsplit("/", 2)[0]
+    driver = subprocess.Popen([sys.executable, "-c", _RUN, store, dataset.key, str(out)])
+    while len(list((out / "lists").glob("part-*"))) < 5:
+        assert driver.poll() is None
+        time.sleep(0.02)
+    driver.kill()
+    driver.wait()
+    time.sleep(5)  # its Ray notices, and the actor ends
+    kept = {path.name: path.stat().st_mtime_ns for path in (out / "lists").glob("part-*")}
+    assert 5 <= len(kept) < 90
+    config = config_of(rows_per_part=1)
+    report = recommend(HashSource(), dataset, config, out=str(out))
+    assert report.parts_resumed == len(kept)
+    assert {name: (out / "lists" / name).stat().st_mtime_ns for name in kept} == kept
+    histories, _ = all_users(dataset)
+    assert [row["items"] for row in read(out)] == expected_lists(dataset, histories, 7)
