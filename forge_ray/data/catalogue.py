@@ -6,7 +6,6 @@ per item; titles and vectors stream through workers, one output shard per chunk 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,12 +65,12 @@ class Catalogue:
     Attributes:
         index: ids to dense indices.
         duplicates: row numbers of repeated items to pass over, by file ordinal.
-        counts: rows left out so far, by cause.
+        ledger: rows left out so far.
     """
 
     index: ItemIndex
     duplicates: dict[int, NDArray[np.int64]] = field(default_factory=dict)
-    counts: Counter[str] = field(default_factory=Counter)
+    ledger: tasks.Ledger = field(default_factory=tasks.Ledger)
 
 
 def index_items(config: SourcesConfig, inputs: Inputs) -> Catalogue:
@@ -82,7 +81,7 @@ def index_items(config: SourcesConfig, inputs: Inputs) -> Catalogue:
     """
     section = config.items if inputs.items else config.interactions
     files = inputs.items or inputs.interactions
-    counts: Counter[str] = Counter()
+    ledger = tasks.Ledger()
     dataset = tasks.for_each(
         range(len(files)),
         _read_ids,
@@ -91,13 +90,12 @@ def index_items(config: SourcesConfig, inputs: Inputs) -> Catalogue:
         section="items" if inputs.items else "interactions",
         skip=frozenset(config.skip),
     )
-    table = tasks.split_ledger(tasks.results(dataset), counts)
+    table = tasks.split_ledger(tasks.results(dataset), ledger)
     if not table.num_rows:
         raise DataError(f"{files[0].uri} must list at least one item, got none. Add rows to it.")
-    if not inputs.items:
-        counts.clear()  # the pass over the interactions counts their rows
     catalogue = _index(table, files, is_catalogue=bool(inputs.items), skip=config.skip)
-    catalogue.counts.update(counts)
+    if inputs.items:  # the rows of interactions are counted when they are read as such
+        catalogue.ledger.update(ledger)
     return _drop_without_vector(catalogue, config, inputs)
 
 
@@ -119,7 +117,7 @@ def _read_ids(
             rows = rows[: len(kept)]
         file = np.full(len(kept), number, dtype=np.int32)
         yield tasks.data_rows(_IDS, {"id": kept, "file": file, "row": rows})
-        yield tasks.ledger(_IDS, screen.counts)
+        yield tasks.ledger_rows(_IDS, screen.ledger)
 
 
 def _index(
@@ -134,18 +132,20 @@ def _index(
     is_repeat = np.ones(len(order), dtype=bool)
     is_repeat[first] = False
     repeats = order[is_repeat]
+    again = repeats[0]
+    name = table["id"][int(again)].as_py()
+    other = order[first[np.searchsorted(ids, name.encode())]]
+    broken = (
+        f"{files[file[again]].uri} row {row[again]}: item_id must be unique, got {name!r}, "
+        f"which row {row[other]} of {files[file[other]].uri} holds already"
+    )
     if "duplicate_item" not in skip:
-        again = repeats[0]
-        name = table["id"][int(again)].as_py()
-        other = order[first[np.searchsorted(ids, name.encode())]]
         raise DataError(
-            f"{files[file[again]].uri} row {row[again]}: item_id must be unique, got {name!r}, "
-            f"which row {row[other]} of {files[file[other]].uri} holds already "
-            f"({len(repeats)} repeated ids). Remove the repeats, or add duplicate_item to `skip` "
-            "to keep the first of each."
+            f"{broken} ({len(repeats)} repeated ids). Remove the repeats, or add duplicate_item "
+            "to `skip` to keep the first of each."
         )
     catalogue.duplicates = {int(f): row[repeats][file[repeats] == f] for f in set(file[repeats])}
-    catalogue.counts["duplicate_item"] = len(repeats)
+    catalogue.ledger.add("duplicate_item", len(repeats), broken)
     return catalogue
 
 
@@ -161,8 +161,10 @@ def _drop_without_vector(catalogue: Catalogue, config: SourcesConfig, inputs: In
         if "null_vector" in config.skip:
             drop |= (found.seen == 0) & (found.nulls > 0)
     ids = catalogue.index.ids
+    if drop.any():
+        example = f"item_id must have a usable vector, got none of {ids[drop][0].decode()!r}"
+        catalogue.ledger.add("items_without_vector", int(drop.sum()), example)
     catalogue.index = ItemIndex(ids[~drop], ids[drop])
-    catalogue.counts["items_without_vector"] = int(drop.sum())
     return catalogue
 
 
@@ -189,21 +191,9 @@ def write_items(
         extra=extra,
         index=ray.put(index),
         duplicates=catalogue.duplicates,
-        output=_Output(writer.filesystem, _folder(writer, "items")),
+        output=tasks.Output.below(writer, "items"),
     )
     tasks.results(dataset)
-
-
-@dataclass(frozen=True, slots=True)
-class _Output:
-    """A folder to write shards to."""
-
-    filesystem: Any
-    folder: str
-
-    def write(self, table: pa.Table, *numbers: int) -> None:
-        name = "-".join(["part", *(f"{number:05d}" for number in numbers)])
-        tasks.write_shard(table, f"{self.folder}/{name}.parquet", self.filesystem)
 
 
 def _write_items_of(
@@ -214,7 +204,7 @@ def _write_items_of(
     extra: pa.Schema,
     index: ray.ObjectRef[ItemIndex],
     duplicates: Mapping[int, NDArray[np.int64]],
-    output: _Output,
+    output: tasks.Output,
 ) -> Iterator[pa.Table]:
     items = ray.get(index)
     chunks = read_chunks(files[number], wanted, field="items", extra=extra)
@@ -241,7 +231,7 @@ class _Seen:
 
     seen: NDArray[np.int64]
     nulls: NDArray[np.int64]
-    counts: Counter[str]
+    ledger: tasks.Ledger
 
 
 def write_vectors(
@@ -258,9 +248,9 @@ def write_vectors(
     """
     dims = {}
     for space, files in inputs.vectors.items():
-        output = _Output(writer.filesystem, _folder(writer, "vectors", space))
+        output = tasks.Output.below(writer, "vectors", space)
         found = _vector_pass(space, config, files, catalogue, output=output)
-        catalogue.counts.update(found.counts)
+        catalogue.ledger.update(found.ledger)
         _require_vectors(space, files, catalogue.index, found.seen)
         dims[space] = _dim(files[0], config.vectors[space], space)
     return dims
@@ -272,7 +262,7 @@ def _vector_pass(
     files: Sequence[RawFile],
     catalogue: Catalogue,
     *,
-    output: _Output | None,
+    output: tasks.Output | None,
 ) -> _Seen:
     """Check one space, write it if asked to, and count the vectors of every item."""
     source = config.vectors[space]
@@ -289,9 +279,9 @@ def _vector_pass(
         output=output,
     )
     items = len(catalogue.index)
-    found = _Seen(np.zeros(items, dtype=np.int64), np.zeros(items, dtype=np.int64), Counter())
+    found = _Seen(np.zeros(items, dtype=np.int64), np.zeros(items, dtype=np.int64), tasks.Ledger())
     for table in tasks.tables(dataset):
-        rows = tasks.split_ledger(table, found.counts)
+        rows = tasks.split_ledger(table, found.ledger)
         if rows.num_rows:
             index, usable = rows["index"].to_numpy(), rows["is_usable"].to_numpy()
             np.add.at(found.seen, index[usable], 1)
@@ -309,7 +299,7 @@ def _vectors_of(
     skip: frozenset[str],
     index: ray.ObjectRef[ItemIndex],
     chunk_rows: int,
-    output: _Output | None,
+    output: tasks.Output | None,
 ) -> Iterator[pa.Table]:
     items = ray.get(index)
     chunks = read_chunks(files[number], wanted, field=section, chunk_rows=chunk_rows)
@@ -330,7 +320,7 @@ def _vectors_of(
         usable = np.arange(len(kept) + len(nulls)) < len(kept)
         index_column = np.concatenate([kept, nulls])
         yield tasks.data_rows(_WRITTEN, {"index": index_column, "is_usable": usable})
-        yield tasks.ledger(_WRITTEN, screen.counts)
+        yield tasks.ledger_rows(_WRITTEN, screen.ledger)
 
 
 def _vector_table(places: NDArray[np.int32], matrix: NDArray[Any]) -> pa.Table:
@@ -369,7 +359,3 @@ def _require_vectors(
                 f"{where} (vectors.{space}) must {rule}, got {int(seen[np.argmax(bad)])} of item "
                 f"{first!r} ({int(bad.sum())} such items of {len(seen)}). {remedy}"
             )
-
-
-def _folder(writer: ArtifactWriter, *parts: str) -> str:
-    return writer.path(*parts, "part").removesuffix("/part")

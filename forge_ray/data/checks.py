@@ -7,7 +7,6 @@ Ray or of files beyond their names.
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,6 +16,7 @@ import pyarrow.compute as pc
 from numpy.typing import NDArray
 
 from forge_ray.data.importers import Chunk
+from forge_ray.data.tasks import Ledger
 from forge_ray.errors import ConfigError, DataError
 
 SKIPPABLE = {
@@ -55,13 +55,13 @@ class Screen:
         chunk: the rows under test.
         skip: causes to leave out and count, rather than fail on.
         keep: ``[n]`` rows that passed so far.
-        counts: rows left out, by cause.
+        ledger: rows left out.
     """
 
     chunk: Chunk
     skip: frozenset[str]
     keep: NDArray[np.bool_] = field(init=False)
-    counts: Counter[str] = field(default_factory=Counter)
+    ledger: Ledger = field(default_factory=Ledger)
 
     def __post_init__(self) -> None:
         self.keep = np.ones(self.chunk.table.num_rows, dtype=bool)
@@ -82,15 +82,18 @@ class Screen:
         count = int(bad.sum())
         if not count:
             return
+        row = int(np.argmax(bad))
+        value = short(self.chunk.table[column][row].as_py())
+        broken = (
+            f"{self.chunk.file.uri} row {self.chunk.first_row + row}: {column} must {rule}, "
+            f"got {value}"
+        )
         if cause not in self.skip:
-            row = int(np.argmax(bad))
-            value = short(self.chunk.table[column][row].as_py())
             raise DataError(
-                f"{self.chunk.file.uri} row {self.chunk.first_row + row}: {column} must {rule}, "
-                f"got {value} ({count} such rows within {len(bad)}). Correct the file, or add "
+                f"{broken} ({count} such rows within {len(bad)}). Correct the file, or add "
                 f"{cause} to `skip` to leave such rows out and count them."
             )
-        self.counts[cause] += count
+        self.ledger.add(cause, count, broken)
         self.keep &= ~bad
 
     @property

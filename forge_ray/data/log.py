@@ -8,7 +8,6 @@ holds the item ids.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -33,6 +32,7 @@ from forge_ray.data.checks import (
     hash_ids,
     is_empty,
     to_bytes,
+    to_strings,
 )
 from forge_ray.data.importers import RawFile, fingerprint, list_files, read_chunks, require_columns
 from forge_ray.data.ragged import Ragged
@@ -40,6 +40,7 @@ from forge_ray.data.sources import SourcesConfig
 from forge_ray.errors import DataError
 
 KIND = "log"
+UNSORTED = "unsorted_timestamp"
 SHARD_BYTES = 32 * 2**20
 MIN_SHARDS = 8
 MAX_SHARDS = 4096
@@ -153,22 +154,25 @@ def _write_log(
     catalogue = index_items(config, inputs)
     write_items(config, inputs, catalogue, writer)
     dims = write_vectors(config, inputs, catalogue, writer)
-    stats = _write_shards(config, inputs, catalogue.index, shards, writer)
-    counts: Counter[str] = Counter(catalogue.counts)
-    rows = tasks.split_ledger(stats, counts)
+    output = tasks.Output.below(writer, "log")
+    stats = order_events(config, inputs, catalogue.index, shards=shards, output=output)
+    ledger = catalogue.ledger
+    rows = tasks.split_ledger(stats, ledger)
     if not rows.num_rows:
         raise DataError(
             f"{config.interactions.path} must hold at least one usable interaction, got none "
-            f"(left out: {dict(counts)}). Check the file, or shorten `skip`."
+            f"(left out: {dict(ledger.counts)}). Check the file, or shorten `skip`."
         )
     users = np.zeros(shards, dtype=np.int64)
     users[rows["shard"].to_numpy()] = rows["users"].to_numpy()
-    skipped = {f"skipped_{cause}": count for cause, count in sorted(counts.items()) if count}
+    reordered = ledger.counts.pop(UNSORTED, 0)
+    skipped = {f"skipped_{cause}": count for cause, count in sorted(ledger.counts.items())}
     return ArtifactInfo(
         rows={
             "items": len(catalogue.index),
             "users": int(users.sum()),
             "interactions": int(rows["events"].to_numpy().sum()),
+            "reordered_interactions": reordered,
             **skipped,
         },
         metrics={
@@ -181,14 +185,26 @@ def _write_log(
     )
 
 
-def _write_shards(
+def order_events(
     config: SourcesConfig,
     inputs: Inputs,
     index: ItemIndex,
+    *,
     shards: int,
-    writer: ArtifactWriter,
+    output: tasks.Output | None,
 ) -> pa.Table:
-    """Read, check, exchange by user and write the shards; one pass of Ray Data."""
+    """Read, check, exchange by user and order all interactions; one pass of Ray Data.
+
+    Args:
+        config: with every path resolved.
+        inputs: the files.
+        index: the catalogue.
+        shards: number of shards to make.
+        output: where to write them; None only checks.
+
+    Returns:
+        A row of statistics per shard with users, and ledger rows.
+    """
     events = tasks.for_each(
         range(len(inputs.interactions)),
         _events_of,
@@ -204,8 +220,7 @@ def _write_shards(
         fn_kwargs={
             "files": inputs.interactions,
             "must_be_sorted": config.interactions.unsorted == "error",
-            "folder": writer.path("log", "part").removesuffix("/part"),
-            "filesystem": writer.filesystem,
+            "output": output,
         },
     )
     return tasks.results(grouped)
@@ -232,7 +247,7 @@ def _events_of(
             "unknown_item", places == UNKNOWN, column="item_id", rule="be in the catalogue"
         )
         is_dropped = screen.keep & (places == DROPPED)
-        screen.counts["interactions_of_skipped_items"] += int(is_dropped.sum())
+        screen.ledger.add("interaction_of_skipped_item", int(is_dropped.sum()), "")
         keep = screen.keep & ~is_dropped
         users = users.filter(pa.array(keep))
         columns = {
@@ -244,12 +259,12 @@ def _events_of(
             "row": np.flatnonzero(keep) + chunk.first_row,
         }
         yield tasks.data_rows(_EVENTS, columns)
-        yield _shard_ledger(screen.counts)
+        yield _shard_ledger(screen.ledger)
 
 
-def _shard_ledger(counts: Counter[str]) -> pa.Table:
+def _shard_ledger(ledger: tasks.Ledger) -> pa.Table:
     """Ledger rows that the exchange brings together as shard -1."""
-    table = tasks.ledger(_EVENTS, {cause: n for cause, n in counts.items() if n})
+    table = tasks.ledger_rows(_EVENTS, ledger)
     return table.set_column(0, "shard", pa.array(np.full(len(table), -1, dtype=np.int32)))
 
 
@@ -265,32 +280,35 @@ def _write_shard_of(
     *,
     files: Sequence[RawFile],
     must_be_sorted: bool,
-    folder: str,
-    filesystem: Any,
+    output: tasks.Output | None,
 ) -> pa.Table:
     """Order the events of one shard and write it; one row of statistics comes back."""
     shard = table["shard"][0].as_py()
     if shard < 0:
-        counts: Counter[str] = Counter()
-        tasks.split_ledger(table, counts)
-        return tasks.ledger(_SHARD_STATS, counts)
+        ledger = tasks.Ledger()
+        tasks.split_ledger(table, ledger)
+        return tasks.ledger_rows(_SHARD_STATS, ledger)
     encoded = table["user_id"].combine_chunks().dictionary_encode()
     ids, rank = np.unique(to_bytes(encoded.dictionary), return_inverse=True)
     user = rank[encoded.indices.to_numpy()]
     time = table["timestamp"].to_numpy()
     file, row = table["file"].to_numpy(), table["row"].to_numpy()
-    if must_be_sorted:
-        _require_sorted(table, np.lexsort((row, file, user)), user, files)
+    found = _unsorted(table, np.lexsort((row, file, user)), user, files)
+    if must_be_sorted and found.counts:
+        raise DataError(
+            f"{found.examples[UNSORTED]} ({found.counts[UNSORTED]} such rows in this shard). Sort "
+            "the log, or set interactions.unsorted=sort to order it here."
+        )
     # Ties in time keep the order of the files: many logs have day resolution.
     order = np.lexsort((row, file, time, user))
     lengths = np.bincount(user, minlength=len(ids))
-    columns = [
-        pa.array(ids.tolist(), pa.binary()).cast(pa.string()),
-        Ragged.from_lengths(table["item"].to_numpy()[order], lengths).to_arrow(),
-        Ragged.from_lengths(time[order], lengths).to_arrow(),
-    ]
-    path = f"{folder}/part-{shard:05d}.parquet"
-    tasks.write_shard(pa.table(columns, schema=LOG_SCHEMA), path, filesystem)
+    if output is not None:
+        columns = [
+            to_strings(ids),
+            Ragged.from_lengths(table["item"].to_numpy()[order], lengths).to_arrow(),
+            Ragged.from_lengths(time[order], lengths).to_arrow(),
+        ]
+        output.write(pa.table(columns, schema=LOG_SCHEMA), shard)
     stats = {
         "shard": pa.array([shard], pa.int32()),
         "users": [len(ids)],
@@ -298,23 +316,24 @@ def _write_shard_of(
         "first": [int(time.min())],
         "last": [int(time.max())],
     }
-    return tasks.data_rows(_SHARD_STATS, stats)
+    ours = tasks.data_rows(_SHARD_STATS, stats)
+    return pa.concat_tables([ours, tasks.ledger_rows(_SHARD_STATS, found)])
 
 
-def _require_sorted(
+def _unsorted(
     table: pa.Table, order: NDArray[np.int64], user: NDArray[np.int64], files: Sequence[RawFile]
-) -> None:
-    """Check that each user's times never fall in file order."""
-    ordered = table.select(["user_id", "timestamp", "file", "row"]).take(order)
-    time = ordered["timestamp"].to_numpy()
+) -> tasks.Ledger:
+    """Count the rows whose time is before that of the row before, by user in file order."""
+    found = tasks.Ledger()
+    time = table["timestamp"].to_numpy()[order]
     falls = (np.diff(time) < 0) & (np.diff(user[order]) == 0)
     if not falls.any():
-        return
+        return found
     after = int(np.argmax(falls)) + 1
-    event = {name: ordered[name][after].as_py() for name in ordered.column_names}
-    raise DataError(
+    event = table.slice(int(order[after]), 1).to_pylist()[0]
+    message = (
         f"{files[event['file']].uri} row {event['row']}: timestamp must not fall within a user's "
-        f"rows, got {event['timestamp']} after {time[after - 1]} for user {event['user_id']!r} "
-        f"({int(falls.sum())} such rows in this shard). Sort the log, or set "
-        "interactions.unsorted=sort to order it here."
+        f"rows, got {event['timestamp']} after {time[after - 1]} for user {event['user_id']!r}"
     )
+    found.add(UNSORTED, int(falls.sum()), message)
+    return found

@@ -2,7 +2,7 @@
 
 Every distributed step here is a list of small inputs (file numbers, shard numbers), a function that
 turns one input into Arrow tables, and results that are small again. Rows left out on request travel
-in the same tables as *ledger rows*: `cause` and `count` set, every other column null.
+in the same tables as *ledger rows*: `cause`, `count` and an `example` set, other columns null.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
@@ -19,6 +20,7 @@ import ray
 import ray.data
 from ray.exceptions import RayError
 
+from forge_ray.artifacts import ArtifactWriter
 from forge_ray.errors import ArtifactError, ConfigError, DataError, TrainingError
 
 TaskFunction = Callable[..., Iterable[pa.Table]]
@@ -27,7 +29,35 @@ _OURS = {cls.__name__: cls for cls in (DataError, ConfigError, ArtifactError, Tr
 _RAISED = re.compile(
     r"forge_ray\.errors\.(DataError|ConfigError|ArtifactError|TrainingError): ([^\n]+)"
 )
-LEDGER_FIELDS = (pa.field("cause", pa.string()), pa.field("count", pa.int64()))
+LEDGER_FIELDS = (
+    pa.field("cause", pa.string()),
+    pa.field("count", pa.int64()),
+    pa.field("example", pa.string()),
+)
+
+
+@dataclass(slots=True)
+class Ledger:
+    """Rows that broke a rule and were passed over.
+
+    Attributes:
+        counts: rows by cause.
+        examples: what an error would have said of the first such row, by cause.
+    """
+
+    counts: Counter[str] = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)
+
+    def add(self, cause: str, count: int, example: str) -> None:
+        """Count rows; the first example of a cause stays."""
+        if count:
+            self.counts[cause] += count
+            self.examples.setdefault(cause, example)
+
+    def update(self, other: Ledger) -> None:
+        """Add another ledger."""
+        for cause, count in other.counts.items():
+            self.add(cause, count, other.examples[cause])
 
 
 def for_each(numbers: Sequence[int], fn: TaskFunction, **arguments: Any) -> ray.data.Dataset:
@@ -73,13 +103,13 @@ def results(dataset: ray.data.Dataset) -> pa.Table:
     return pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({})
 
 
-def ledger(schema: pa.Schema, counts: Mapping[str, int]) -> pa.Table:
+def ledger_rows(schema: pa.Schema, ledger: Ledger) -> pa.Table:
     """Return one ledger row per cause, in a schema that has the ledger columns."""
-    columns = {
-        one.name: pa.nulls(len(counts), one.type) for one in schema if one not in LEDGER_FIELDS
-    }
-    columns["cause"] = pa.array(list(counts), pa.string())
-    columns["count"] = pa.array(list(counts.values()), pa.int64())
+    causes = list(ledger.counts)
+    columns = {one.name: pa.nulls(len(causes), one.type) for one in schema}
+    columns["cause"] = pa.array(causes, pa.string())
+    columns["count"] = pa.array([ledger.counts[cause] for cause in causes], pa.int64())
+    columns["example"] = pa.array([ledger.examples[cause] for cause in causes], pa.string())
     return pa.table(columns, schema=schema)
 
 
@@ -95,14 +125,32 @@ def with_ledger(columns: Mapping[str, pa.DataType]) -> pa.Schema:
     return pa.schema([*(pa.field(n, t) for n, t in columns.items()), *LEDGER_FIELDS])
 
 
-def split_ledger(table: pa.Table, counts: Counter[str]) -> pa.Table:
-    """Return the ordinary rows, and add the ledger rows to ``counts``."""
+def split_ledger(table: pa.Table, ledger: Ledger) -> pa.Table:
+    """Return the ordinary rows, and add the ledger rows to ``ledger``."""
     if not table.num_rows:
         return table
     is_ledger = table["cause"].is_valid()
-    for row in table.filter(is_ledger).select(["cause", "count"]).to_pylist():
-        counts[row["cause"]] += row["count"]
+    for row in table.filter(is_ledger).select([one.name for one in LEDGER_FIELDS]).to_pylist():
+        ledger.add(row["cause"], row["count"], row["example"])
     return table.filter(table["cause"].is_null())
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """A folder that tasks write shards to."""
+
+    filesystem: Any
+    folder: str
+
+    @classmethod
+    def below(cls, writer: ArtifactWriter, *parts: str) -> Output:
+        """A folder of an artifact that is being built; it exists afterwards."""
+        return cls(writer.filesystem, writer.path(*parts, "part").removesuffix("/part"))
+
+    def write(self, table: pa.Table, *numbers: int) -> None:
+        """Write one Parquet shard named by its numbers."""
+        name = "-".join(["part", *(f"{number:05d}" for number in numbers)])
+        write_shard(table, f"{self.folder}/{name}.parquet", self.filesystem)
 
 
 def write_shard(table: pa.Table, path: str, filesystem: Any) -> None:
