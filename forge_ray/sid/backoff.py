@@ -282,7 +282,7 @@ def backoff_bits(
     squares = (weight * (bits - mean)) ** 2
     return BackoffBits(
         bits=mean,
-        standard_error=float(np.sqrt(squares.sum())) / weight.sum() if len(bits) else float("nan"),
+        standard_error=float(np.sqrt(squares.sum()) / weight.sum()) if len(bits) else float("nan"),
         tail=_weighted_mean(bits[is_tail], weight[is_tail]),
         head=_weighted_mean(bits[~is_tail], weight[~is_tail]),
         mixture=tuple(float(value) for value in mixture),

@@ -69,16 +69,17 @@ class ScoreConfig:
     on, and `default` for tables made elsewhere."""
     max_users: int = 50_000
     """Held-out users read for the probe; their standard error is about 0.01 bits at 20,000."""
-    max_train_users: int = 1_000_000
-    """Train users whose transitions are counted; about 100 bytes each."""
-    hitrate_users: int = 10_000
-    """Held-out users read for embedding hitrate; FORGE used about 5,000 lists."""
+    max_train_users: int = 200_000
+    """Train users whose transitions are counted; about 120 bytes for each of their interactions."""
+    hitrate_users: int = 5_000
+    """Held-out users read for embedding hitrate, about as many as FORGE's lists."""
     hitrate_k: int = 30
     """Neighbours of each history item, as published."""
-    hitrate_history: int = 100
+    hitrate_history: int = 50
     """Newest history items that search."""
-    hitrate_gallery: int = 500_000
-    """Items searched, a seeded sample beyond it, as published; 4 bytes for each of D numbers."""
+    hitrate_gallery: int = 200_000
+    """Most items searched; of larger catalogues the items of the scored lists and a seeded sample
+    of the rest (FORGE: about 500,000). Memory 4 bytes for each of D numbers."""
     hitrate_exact_limit: int = 200_000
     """Distinct vectors up to which the search is exact, HNSW beyond."""
     probe_history: int = 5
@@ -343,12 +344,43 @@ def _hitrate_rows(
     users = _first_users(users, config.hitrate_users)
     assert users.targets is not None
     targets = users.targets
+    histories = users.items.tail(config.hitrate_history)
+    listed = np.union1d(histories.values, targets.values)
     return HitrateRows(
-        histories=users.items.tail(config.hitrate_history).take(targets.row_ids),
+        histories=histories.take(targets.row_ids),
         targets=targets.values.astype(np.int64),
         row_weight=1.0 / np.repeat(targets.lengths, targets.lengths),
-        gallery=dataset.sample_vectors(config.hitrate_gallery, seed=config.seed, space=space),
+        gallery=_gallery(dataset, listed, space, config),
     )
+
+
+def _gallery(
+    dataset: Dataset, listed: npt.NDArray[np.integer[Any]], space: str, config: ScoreConfig
+) -> VectorBatch:
+    """Vectors of the searched items, in index order; 9 bytes per catalogue item beside them.
+
+    A uniform sample of a large catalogue would miss nearly every target, so the listed items come
+    first and the sample fills the rest.
+    """
+    rng = np.random.default_rng(config.seed)
+    limit = min(config.hitrate_gallery, dataset.num_items)
+    is_chosen = np.zeros(dataset.num_items, dtype=bool)
+    is_chosen[_draw(listed, limit, rng)] = True
+    is_chosen[_draw(np.flatnonzero(~is_chosen), limit - int(is_chosen.sum()), rng)] = True
+    indices = np.flatnonzero(is_chosen)
+    vectors = np.empty((limit, dataset.vector_dim(space)), dtype=np.float32)
+    for batch in dataset.vector_batches(space=space):
+        kept = is_chosen[batch.indices]
+        vectors[np.searchsorted(indices, batch.indices[kept])] = batch.vectors[kept]
+    return VectorBatch(indices, vectors)
+
+
+def _draw(
+    items: npt.NDArray[np.integer[Any]], limit: int, rng: np.random.Generator
+) -> npt.NDArray[np.integer[Any]]:
+    if len(items) <= limit:
+        return items
+    return items[rng.choice(len(items), size=limit, replace=False, shuffle=False)]
 
 
 def _ceiling(

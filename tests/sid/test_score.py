@@ -130,6 +130,16 @@ def test_halves_of_the_validation_users_are_disjoint(dataset: Dataset) -> None:
     assert np.array_equal(np.sort(both), np.sort(want))
 
 
+def test_a_small_gallery_keeps_the_listed_items(dataset: Dataset) -> None:
+    config = ScoreConfig(hitrate_gallery=40, hitrate_users=4)
+    rows = load_inputs(dataset, config=config).hitrate
+    assert rows is not None
+    listed = set(rows.histories.values.tolist()) | set(rows.targets.tolist())
+    assert listed < set(rows.gallery.indices.tolist())
+    assert len(rows.gallery) == 40
+    assert np.array_equal(rows.gallery.vectors, dataset.vectors()[rows.gallery.indices])
+
+
 def test_without_vectors_hitrate_is_none(store: ArtifactStore, dataset: Dataset) -> None:
     from forge_ray.data.ragged import Ragged
 
