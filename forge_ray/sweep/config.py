@@ -48,6 +48,25 @@ class ResourceConfig:
 
 
 @dataclass(kw_only=True)
+class EvaluationConfig:
+    """The final row of a trial, on the validation split, and the test row of the winner."""
+
+    users: int = 0
+    """Validation users; 0 takes all. The test split is always evaluated whole."""
+    ks: list[int] = field(default_factory=lambda: [5, 10, 20, 100])
+    """Cut-offs."""
+    batch_users: int = 64
+    """Users per beam search."""
+
+    def __post_init__(self) -> None:
+        if self.users < 0 or self.batch_users < 1 or not self.ks:
+            raise ConfigError(
+                "evaluation must have users >= 0, batch_users >= 1 and ks, got "
+                f"{self.users}, {self.batch_users}, {self.ks}. Leave it out for the defaults."
+            )
+
+
+@dataclass(kw_only=True)
 class SweepConfig:
     """A sweep file."""
 
@@ -79,6 +98,8 @@ class SweepConfig:
     """Pruning before training."""
     asha: AshaConfig = field(default_factory=AshaConfig)
     """Pruning during training."""
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    """How a trained generator is judged."""
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     """What stages ask of the cluster."""
     time_budget_s: float | None = None
@@ -110,12 +131,20 @@ class SweepConfig:
             raise ConfigError("space must name a parameter, got none. Add one, or add points.")
 
 
-_FIXED = ("sid", "gr", "score", "sampler", "metric", "gate", "asha")
+_FIXED = ("sid", "gr", "score", "sampler", "metric", "gate", "asha", "evaluation")
+# Where a stage runs changes nothing of what it computes.
+_RUNNING = {
+    "gr": ("num_workers", "cpus_per_worker", "use_gpu", "max_failures", "keep_checkpoints"),
+    "sid": ("encode",),
+}
 
 
 def identity(config: SweepConfig, *, dataset_key: str) -> dict[str, Any]:
     """The part of a sweep that may not change under its name: space, budget and resources may."""
     mapping = to_mapping(config)
+    for section, names in _RUNNING.items():
+        for name in names:
+            mapping[section].pop(name, None)
     return {"dataset": dataset_key, **{name: mapping[name] for name in _FIXED}}
 
 

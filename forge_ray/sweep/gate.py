@@ -68,7 +68,7 @@ class GateConfig:
             return ()
         limits = {
             "uniqueness": self.min_uniqueness,
-            "min_usage": self.min_usage,
+            "usage_min": self.min_usage,
             "backoff_gain": self.min_gain,
             "max_bucket": self.max_bucket,
         }
@@ -139,7 +139,7 @@ def broken_limit(proxies: Mapping[str, Any], config: GateConfig) -> str | None:
             return f"{name} is {proxies.get(name)}"
     lower = {
         "uniqueness": config.min_uniqueness,
-        "min_usage": config.min_usage,
+        "usage_min": config.min_usage,
         "backoff_gain": config.min_gain,
     }
     for name, limit in lower.items():

@@ -30,6 +30,7 @@ class StageReport:
         artifacts: References by kind.
         cached: Steps answered from the store.
         cpus: CPUs held, by step.
+        history: All rows of a training, those of earlier attempts included.
     """
 
     metrics: dict[str, Any] = field(default_factory=dict)
@@ -37,6 +38,7 @@ class StageReport:
     artifacts: dict[str, str] = field(default_factory=dict)
     cached: tuple[str, ...] = ()
     cpus: dict[str, float] = field(default_factory=dict)
+    history: tuple[dict[str, Any], ...] = ()
 
 
 class Stages(Protocol):
@@ -101,8 +103,13 @@ def run_trial(params: Mapping[str, Any], *, stages: Stages, rules: TrialRules) -
     model = trained.artifacts["model"]
     final = stages.evaluate(config, sids=tokenized.artifacts["sids"], model=model)
     seconds |= final.seconds
+    whole = StageReport(
+        artifacts={**trained.artifacts, **final.artifacts},
+        cached=(*tokenized.cached, *trained.cached, *final.cached),
+        cpus={**trained.cpus, **final.cpus},
+    )
     row = {rules.metric: final.metrics.get(rules.metric), "row": final.metrics}
-    tune.report(_row("final", int(trained.metrics["global_step"]), final, seconds, **row))
+    tune.report(_row("final", int(trained.metrics["global_step"]), whole, seconds, **row))
 
 
 def _train(
@@ -117,7 +124,11 @@ def _train(
     sids = tokenized.artifacts["sids"]
     name = f"trial-{params['key'][:16]}"
 
+    last_step = 0
+
     def report(row: dict[str, Any]) -> None:
+        nonlocal last_step
+        last_step = int(row["global_step"])
         seconds["train"] = time.perf_counter() - start
         step = {rules.metric: row[rules.metric], "row": row}
         tune.report(_row("gr", int(row["global_step"]), None, seconds, **step))
@@ -127,6 +138,10 @@ def _train(
         report,
         required=("global_step", rules.metric),
     )
+    # A model that the store had already reported nothing: halving and Optuna see its rows now.
+    for row in trained.history:
+        if row["global_step"] > last_step:
+            report(row)
     seconds["train"] = time.perf_counter() - start
     return trained
 

@@ -34,7 +34,7 @@ class StubStages:
         quality = float(config.get("quality", 0.5))
         metrics = {
             "uniqueness": 1.0,
-            "min_usage": 1.0,
+            "usage_min": 1.0,
             "backoff_bits": 12.0 - quality,
             "backoff_gain": 0.0 if is_random else quality + 0.1,
         }

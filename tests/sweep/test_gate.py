@@ -16,7 +16,7 @@ from forge_ray.sweep.gate import (
     passes_at_random,
 )
 
-GOOD = {"uniqueness": 0.9, "min_usage": 0.9, "backoff_gain": 0.5, "backoff_bits": 12.0}
+GOOD = {"uniqueness": 0.9, "usage_min": 0.9, "backoff_gain": 0.5, "backoff_bits": 12.0}
 NO_LUCK = GateConfig(warmup=2, keep_quantile=0.5, random_share=0.0)
 
 
@@ -24,7 +24,7 @@ NO_LUCK = GateConfig(warmup=2, keep_quantile=0.5, random_share=0.0)
     ("change", "reason"),
     [
         ({"uniqueness": 0.1}, "uniqueness 0.1 < 0.3"),
-        ({"min_usage": 0.2}, "min_usage 0.2 < 0.5"),
+        ({"usage_min": 0.2}, "usage_min 0.2 < 0.5"),
         ({"backoff_gain": -0.01}, "backoff_gain -0.01 < 0.05"),
         ({"backoff_bits": float("nan")}, "backoff_bits is nan"),
         ({"infeasible": "too few codes"}, "too few codes"),
@@ -101,7 +101,7 @@ def test_gate_can_be_off() -> None:
 
 def test_missing_proxies_are_named() -> None:
     assert missing_proxies({"uniqueness": 1.0}, GateConfig(proxy="typo")) == [
-        "min_usage",
+        "usage_min",
         "backoff_gain",
         "typo",
     ]

@@ -1,0 +1,248 @@
+"""The stages of a trial on the real library: SIDs, scores, training, evaluation.
+
+Heavy work runs in Ray tasks that ask for their own CPUs and GPUs. They are spread over the cluster
+(`SPREAD`), because a task with default scheduling would wait for ever inside the placement group of
+the trial that calls it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, TypeVar, cast
+
+import ray
+import ray.train
+
+from forge_ray.artifacts import Artifact, ArtifactStore
+from forge_ray.config import from_mapping, to_mapping
+from forge_ray.data.schema import Dataset, Split
+from forge_ray.gr.config import GrConfig
+from forge_ray.sid.fit import SidConfig
+from forge_ray.sid.score import ScoreConfig
+from forge_ray.sweep.config import EvaluationConfig, ResourceConfig, SweepConfig
+from forge_ray.sweep.gate import GateConfig, infeasible_reason
+from forge_ray.sweep.searcher import Resolved
+from forge_ray.sweep.space import Point, apply_point
+from forge_ray.sweep.trial import StageReport
+from forge_ray.threads import set_threads
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True)
+class TrialConfig:
+    """Everything a trial computes from the dataset."""
+
+    sid: SidConfig = field(default_factory=SidConfig)
+    """SIDs, as in `forge-ray sid fit`."""
+    gr: GrConfig = field(default_factory=GrConfig)
+    """The generator, as in `forge-ray gr train`."""
+
+
+def trial_config(config: SweepConfig, point: Point) -> TrialConfig:
+    """The sweep's settings with a point applied.
+
+    Raises:
+        ConfigError: The result is no valid configuration.
+    """
+    return from_mapping(TrialConfig, apply_point({"sid": config.sid, "gr": config.gr}, point))
+
+
+def resolve_point(config: SweepConfig, point: Point, *, dataset_key: str) -> Resolved:
+    """A point as configuration and key; the key ignores where stages run.
+
+    Raises:
+        ConfigError: The point makes no valid configuration.
+    """
+    typed = trial_config(config, point)
+    mapping = to_mapping(typed)
+    sid = {name: value for name, value in mapping["sid"].items() if name != "encode"}
+    content = {"sid": sid, "gr": typed.gr.identity()}
+    key = ArtifactStore.key("trial", content, parents=(dataset_key,))
+    return Resolved(key=key, config=mapping)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ForgeStages:
+    """See `forge_ray.sweep.trial.Stages`.
+
+    Attributes:
+        store_uri: Where artifacts are.
+        dataset_key: Key of the dataset.
+        num_items: Catalogue size.
+        run_dir: Where trainings keep their checkpoints; absolute, shared by all nodes.
+        score: Settings of the proxies.
+        gate: For the capacity limit.
+        resources: What tasks ask for.
+        evaluation: How the trained generator is judged.
+    """
+
+    store_uri: str
+    dataset_key: str
+    num_items: int
+    run_dir: str
+    score: Mapping[str, Any]
+    gate: GateConfig
+    resources: ResourceConfig
+    evaluation: EvaluationConfig
+
+    def infeasible(self, config: Mapping[str, Any]) -> str | None:
+        """Compares the number of possible SIDs with the number of items."""
+        sizes = from_mapping(SidConfig, config["sid"]).quantizer.codebook_sizes
+        return infeasible_reason(sizes, self.num_items, self.gate)
+
+    def tokenize(self, config: Mapping[str, Any]) -> StageReport:
+        """Fits and scores in one task."""
+        arguments = (self.store_uri, self.dataset_key, config["sid"], dict(self.score))
+        cpus, gpus = self.resources.sid_cpus, self.resources.sid_gpus
+        return _spread(fit_and_score, *arguments, cpus, cpus=cpus, gpus=gpus)
+
+    def train(
+        self,
+        config: Mapping[str, Any],
+        sids: str,
+        *,
+        name: str,
+        callbacks: Sequence[ray.train.UserCallback],
+    ) -> StageReport:
+        """Runs a nested Ray Train job from the trial's process."""
+        from forge_ray.gr.train import train_generator
+        from forge_ray.sid.fit import open_sids
+
+        set_threads(1)
+        typed = from_mapping(GrConfig, config["gr"])
+        store = ArtifactStore(self.store_uri)
+        started = datetime.now(timezone.utc)
+        result = train_generator(
+            typed,
+            Dataset.open(store, self.dataset_key),
+            open_sids(store, sids).table,
+            store=store,
+            run_dir=self.run_dir,
+            name=name,
+            callbacks=callbacks,
+        )
+        return StageReport(
+            metrics={**result.metrics, "global_step": result.history[-1]["global_step"]},
+            artifacts={"model": result.artifact.manifest.ref},
+            cached=("train",) if _is_older(result.artifact, started) else (),
+            cpus={"train": typed.num_workers * typed.cpus_per_worker},
+            history=tuple(result.history),
+        )
+
+    def evaluate(self, config: Mapping[str, Any], *, sids: str, model: str) -> StageReport:
+        """Validation metrics in one task."""
+        return self.evaluate_split("validation", sids=sids, model=model)
+
+    def evaluate_split(self, split: Split, *, sids: str, model: str) -> StageReport:
+        """Metrics of one split in one task; the test split is always whole."""
+        cpus, gpus = self.resources.evaluate_cpus, self.resources.evaluate_gpus
+        users = self.evaluation.users if split == "validation" else 0
+        arguments = (self.store_uri, self.dataset_key, sids, model, split, users)
+        settings = to_mapping(self.evaluation)
+        return _spread(evaluate_model, *arguments, settings, cpus, cpus=cpus, gpus=gpus)
+
+
+def fit_and_score(
+    store_uri: str,
+    dataset_key: str,
+    sid: Mapping[str, Any],
+    score: Mapping[str, Any],
+    cpus: float,
+) -> StageReport:
+    """Fits SIDs and computes their proxies; a Ray task."""
+    from forge_ray.sid.fit import fit_sids
+    from forge_ray.sid.score import score_sids
+
+    set_threads(cpus)
+    store = ArtifactStore(store_uri)
+    dataset = Dataset.open(store, dataset_key)
+    began, started = time.perf_counter(), datetime.now(timezone.utc)
+    sids = fit_sids(from_mapping(SidConfig, sid), dataset, store)
+    fitted = time.perf_counter()
+    scores = score_sids(sids, dataset, store, from_mapping(ScoreConfig, score))
+    scored = time.perf_counter()
+    return StageReport(
+        metrics=scores,
+        seconds={"fit": fitted - began, "score": scored - fitted},
+        artifacts={
+            "sids": sids.artifact.manifest.ref,
+            "quantizer": sids.quantizer_artifact.manifest.ref,
+        },
+        cached=("fit",) if _is_older(sids.quantizer_artifact, started) else (),
+        cpus={"fit": cpus, "score": cpus},
+    )
+
+
+def evaluate_model(
+    store_uri: str,
+    dataset_key: str,
+    sids: str,
+    model: str,
+    split: Split,
+    users: int,
+    evaluation: Mapping[str, Any],
+    cpus: float,
+) -> StageReport:
+    """Item-level metrics of a trained generator on a split; a Ray task.
+
+    Args:
+        store_uri: Where the artifacts are.
+        dataset_key: Key of the dataset.
+        sids: Reference of the SID table.
+        model: Reference of the model.
+        split: `validation` or `test`.
+        users: How many users, 0 for all.
+        evaluation: An `EvaluationConfig` as mapping.
+        cpus: CPUs held; sets the threads.
+    """
+    import torch
+
+    from forge_ray.gr.beam import default_widths
+    from forge_ray.gr.checkpoint import load_generator, model_config
+    from forge_ray.gr.decoding import SidDecoder
+    from forge_ray.gr.evaluation import Evaluator
+    from forge_ray.sid.fit import open_sids
+
+    set_threads(cpus)
+    began = time.perf_counter()
+    settings = from_mapping(EvaluationConfig, evaluation)
+    store = ArtifactStore(store_uri)
+    dataset = Dataset.open(store, dataset_key)
+    table = open_sids(store, sids).table
+    artifact = store.open(model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    decoder = SidDecoder(
+        load_generator(artifact, table).to(device),
+        table,
+        widths=default_widths(table.num_levels, max_k=max(settings.ks)),
+        max_history=model_config(artifact).max_history,
+        batch_users=settings.batch_users,
+        constrained=True,
+        device=device,
+    )
+    evaluator = Evaluator(decoder, train_counts=dataset.train_counts(), ks=settings.ks)
+    for batch in dataset.sequence_batches(split, batch_rows=4096, limit=users or None):
+        assert batch.targets is not None  # held-out splits always have targets
+        evaluator.add(batch.items, batch.targets)
+    return StageReport(
+        metrics=dict(evaluator.summary()),
+        seconds={"evaluate": time.perf_counter() - began},
+        cpus={"evaluate": cpus},
+    )
+
+
+def _spread(task: Callable[..., T], *arguments: Any, cpus: float, gpus: float) -> T:
+    remote = ray.remote(task).options(
+        num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD", max_retries=2
+    )
+    return cast(T, ray.get(remote.remote(*arguments)))
+
+
+def _is_older(artifact: Artifact, moment: datetime) -> bool:
+    # Manifests keep whole seconds; an artifact of the same second counts as new.
+    created = datetime.fromisoformat(artifact.manifest.created)
+    return created < moment.replace(microsecond=0)

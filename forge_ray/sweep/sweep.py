@@ -1,0 +1,159 @@
+"""A sweep on the real library: opens its data and folder, runs it, finalizes it, reports it.
+
+What the commands of `forge-ray sweep` call.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.config import from_mapping
+from forge_ray.data.prepare import open_or_prepare
+from forge_ray.data.schema import Dataset
+from forge_ray.data.synthetic import SyntheticConfig, generate
+from forge_ray.errors import ConfigError
+from forge_ray.evaluate.floors import evaluate_floors
+from forge_ray.sweep.config import SweepConfig
+from forge_ray.sweep.ledger import FinalizeRecord, Ledger, SweepLock, SweepRecords, TrialRecord
+from forge_ray.sweep.report import write_report
+from forge_ray.sweep.runner import SweepJob, run_trials
+from forge_ray.sweep.stages import ForgeStages, resolve_point, trial_config
+
+logger = logging.getLogger(__name__)
+
+REPORT = "report.html"
+
+
+@dataclass(frozen=True, kw_only=True)
+class SweepResult:
+    """What a finished `sweep run` hands to the command line."""
+
+    records: SweepRecords
+    report: Path
+
+
+def sweep_folder(config: SweepConfig, store: ArtifactStore) -> Path:
+    """Where a sweep keeps its memory.
+
+    Raises:
+        ConfigError: The store is remote and the sweep names no folder.
+    """
+    if config.folder:
+        return Path(config.folder).resolve()
+    if "://" in store.uri:
+        raise ConfigError(
+            f"folder must be set when the store is remote, got none for {store.uri}. "
+            "Set folder=/path/on/a/shared/disk: ledger and checkpoints go there."
+        )
+    return Path(store.uri, "sweeps", config.name)
+
+
+def run_sweep(config: SweepConfig, store: ArtifactStore) -> SweepResult:
+    """Runs what is left of a sweep, measures the floors and writes the report; Ray must be up."""
+    folder = sweep_folder(config, store)
+    with SweepLock(folder).held():
+        dataset = open_dataset(config, store, folder)
+        job = make_job(config, store, dataset, folder)
+        records = run_trials(job)
+        if not records.floors:
+            floors = evaluate_floors(dataset, "validation", config.evaluation.ks, store)
+            job.ledger.append("floors", floors=floors)
+        if config.finalize and records.winner() is not None and not records.finalized:
+            _finalize(job, store, dataset)
+    return SweepResult(records=job.ledger.read(), report=make_report(config, folder))
+
+
+def finalize_sweep(config: SweepConfig, store: ArtifactStore) -> FinalizeRecord:
+    """Evaluates the winner and the floors on the test split, once per winner; Ray must be up.
+
+    Raises:
+        ConfigError: No trial is complete.
+    """
+    folder = sweep_folder(config, store)
+    with SweepLock(folder).held():
+        winner = _winner(Ledger(folder).read(), config.name)
+        stored = [one for one in Ledger(folder).read().finalized if one.key == winner.key]
+        if stored:
+            logger.info("trial %d was finalized before; these are the stored figures", winner.number)
+            return stored[-1]
+        dataset = open_dataset(config, store, folder)
+        record = _finalize(make_job(config, store, dataset, folder), store, dataset)
+    make_report(config, folder)
+    return record
+
+
+def make_report(config: SweepConfig, folder: Path) -> Path:
+    """Writes the report of what the ledger holds; returns its path."""
+    path = folder / REPORT
+    write_report(path, Ledger(folder).read(), config, is_running=SweepLock(folder).is_held())
+    return path
+
+
+def open_dataset(config: SweepConfig, store: ArtifactStore, folder: Path) -> Dataset:
+    """The sweep's dataset; synthetic data is generated where no path is given."""
+    if config.data:
+        return open_or_prepare(config.data, store)
+    raw = folder / "data"
+    generate(from_mapping(SyntheticConfig, config.synthetic), str(raw))
+    return open_or_prepare(raw, store)
+
+
+def make_job(
+    config: SweepConfig, store: ArtifactStore, dataset: Dataset, folder: Path
+) -> SweepJob:
+    """Binds a sweep to its dataset and stages."""
+    stages = ForgeStages(
+        store_uri=store.uri,
+        dataset_key=dataset.key,
+        num_items=dataset.num_items,
+        run_dir=str(folder / "runs"),
+        score=config.score,
+        gate=config.gate,
+        resources=config.resources,
+        evaluation=config.evaluation,
+    )
+    return SweepJob(
+        config=config,
+        folder=folder,
+        dataset_key=dataset.key,
+        stages=stages,
+        resolve=lambda point: resolve_point(config, point, dataset_key=dataset.key),
+        max_steps=trial_config(config, {}).gr.max_steps,
+    )
+
+
+def _winner(records: SweepRecords, name: str) -> TrialRecord:
+    winner = records.winner()
+    if winner is None:
+        raise ConfigError(
+            f"sweep {name!r} must have a complete trial to be finalized, got none of "
+            f"{len(records.trials)}. Run `forge-ray sweep run` first."
+        )
+    return winner
+
+
+def _finalize(job: SweepJob, store: ArtifactStore, dataset: Dataset) -> FinalizeRecord:
+    records = job.ledger.read()
+    winner = _winner(records, job.config.name)
+    if records.finalized:
+        logger.warning(
+            "the winner changed since the test split was used (%d times so far): its figure is "
+            "less honest each time",
+            len(records.finalized),
+        )
+    assert isinstance(job.stages, ForgeStages)
+    logger.info("test split: trial %d and the floors", winner.number + 1)
+    measured = job.stages.evaluate_split(
+        "test", sids=winner.artifacts["sids"], model=winner.artifacts["model"]
+    )
+    job.ledger.append(
+        "finalize",
+        key=winner.key,
+        number=winner.number,
+        winner=measured.metrics,
+        floors=evaluate_floors(dataset, "test", job.config.evaluation.ks, store),
+    )
+    return job.ledger.read().finalized[-1]
