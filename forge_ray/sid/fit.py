@@ -261,7 +261,7 @@ def _produce_quantizer(
 def _fit(config: SidConfig, dataset: Dataset, source: VectorSet, report: Report) -> Quantizer:
     logger.info("fitting %s on %s", _quantizer_name(config.quantizer), dataset.name)
     all_pairs = None
-    if config.quantizer.wants_pairs:
+    if config.quantizer.wants_pairs and dataset.artifact.exists("pairs"):
         pairs = dataset.pairs()
         all_pairs = TrainingPairs(pairs.anchor.astype(np.int64), pairs.positive.astype(np.int64))
     items = training_items(
@@ -402,12 +402,10 @@ def _encode_on_ray(
     import ray
     import ray.data
 
-    vectors = ray.data.read_parquet(
-        list(source.files), filesystem=source.filesystem, columns=["item_index", "vector"]
-    )
-    # SPREAD keeps the actors out of the placement group of a trial that calls this: a one-CPU
-    # actor would wait for ever in a bundle that the trial itself fills.
-    encoded = vectors.map_batches(
+    vectors = ray.data.read_parquet(list(source.files), filesystem=source.filesystem)
+    # Ray Data schedules with SPREAD, which keeps its actors out of the placement group of a trial
+    # that calls this: there, a one-CPU actor would wait for ever for the CPU the trial holds.
+    encoded = vectors.select_columns(["item_index", "vector"]).map_batches(
         _Encoder,
         fn_constructor_args=(dict(facts), state, config.cpus_per_actor),
         batch_format="pyarrow",
@@ -416,7 +414,6 @@ def _encode_on_ray(
         compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.max_actors),
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor or None,
-        scheduling_strategy="SPREAD",
     )
     for batch in encoded.iter_batches(batch_format="pyarrow", batch_size=None):
         indices = batch.column("item_index").to_numpy().astype(np.int64)

@@ -72,7 +72,7 @@ class RqVaeConfig(QuantizerConfig):
     mixing: Literal["alternate", "masked"] = "alternate"
     """`alternate`: a step is either reconstruction or contrast (FORGE). `masked`: every step holds
     rows of both (TorchEasyRec)."""
-    pair_share: float = 0.5
+    pair_share: float = 0.8
     """Share of contrastive steps (`alternate`) or of pair rows in a batch (`masked`). FORGE: the
     loaders' lengths, about 0.7 on its data."""
     pair_batch_size: int = 512
@@ -92,7 +92,7 @@ class RqVaeConfig(QuantizerConfig):
     """Rows per reconstruction step (`alternate`), or per step in all (`masked`)."""
     epochs: int = 150
     """Passes over the vectors by reconstruction steps, at most `max_steps` in all."""
-    max_steps: int = 1000
+    max_steps: int = 800
     """Bound on all optimiser steps of either type."""
     lr: float = 2e-3
     min_lr: float = 1e-7

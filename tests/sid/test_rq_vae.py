@@ -21,6 +21,7 @@ from tests.contracts.quantizer_contract import (
 )
 
 SMALL: dict[str, Any] = {
+    "pair_share": 0.5,
     "levels": 2,
     "codebook_size": 16,
     "hidden": [32],
