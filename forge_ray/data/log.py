@@ -214,16 +214,15 @@ def order_events(
         skip=frozenset(config.skip),
         shards=shards,
     )
-    grouped = events.groupby("shard", num_partitions=shards).map_groups(
+    ordered = tasks.exchange(
+        events,
         _write_shard_of,
-        batch_format="pyarrow",
-        fn_kwargs={
-            "files": inputs.interactions,
-            "must_be_sorted": config.interactions.unsorted == "error",
-            "output": output,
-        },
+        shards=shards,
+        files=inputs.interactions,
+        must_be_sorted=config.interactions.unsorted == "error",
+        output=output,
     )
-    return tasks.results(grouped)
+    return tasks.results(ordered)
 
 
 def _events_of(

@@ -144,15 +144,14 @@ def write_pairs(
         num_items=len(train_counts),
         shards=shards,
     )
-    merged = counted.groupby("shard", num_partitions=shards).map_groups(
+    merged = tasks.exchange(
+        counted,
         _write_range,
-        batch_format="pyarrow",
-        fn_kwargs={
-            "config": config,
-            "train_counts": ray.put(train_counts),
-            "folder": folder,
-            "filesystem": filesystem,
-        },
+        shards=shards,
+        config=config,
+        train_counts=ray.put(train_counts),
+        folder=folder,
+        filesystem=filesystem,
     )
     written = tasks.results(merged)
     return int(written["pairs"].to_numpy().sum()) if written.num_rows else 0
