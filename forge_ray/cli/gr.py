@@ -1,0 +1,147 @@
+"""`forge-ray gr`: train, evaluate and use generative-retrieval models."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.cli.console import (
+    DEFAULT_STORE,
+    AsJson,
+    ConfigFile,
+    Overrides,
+    StoreUri,
+    Verbose,
+    emit,
+    open_store,
+    stderr,
+    working,
+)
+from forge_ray.cli.gr_decode import evaluate, recommend
+from forge_ray.config import load_config
+from forge_ray.data.schema import Dataset
+from forge_ray.sid.table import SidTable
+
+app = typer.Typer(no_args_is_help=True, help="Train, evaluate and use generative retrieval.")
+app.command("eval")(evaluate)
+app.command("recommend")(recommend)
+
+DataRef = Annotated[str, typer.Option("--data", help="Prepared dataset, or a folder of raw files.")]
+SidsRef = Annotated[str, typer.Option("--sids", help="SID table: an artifact or an .npz file.")]
+RunName = Annotated[
+    str | None,
+    typer.Option(
+        "--name", help="Name of the run; the same name resumes. Default: from the content."
+    ),
+]
+RunDir = Annotated[
+    str, typer.Option("--run-dir", help="Where checkpoints go: a path or URI all nodes share.")
+]
+_SHOWN = ("global_step", "epoch", "loss", "ItemHit@10", "ItemNDCG@10", "tokens_per_s")
+
+
+@app.command("train")
+def train(
+    data: DataRef,
+    sids: SidsRef,
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    name: RunName = None,
+    run_dir: RunDir = "./forge-runs",
+    store: StoreUri = DEFAULT_STORE,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train a generator on a SID table and publish the best checkpoint.
+
+    Interrupted by anything, the same command continues from the last checkpoint.
+    """
+    from forge_ray.gr.checkpoint import config_hash, table_key
+    from forge_ray.gr.config import GrConfig
+    from forge_ray.gr.train import train_generator
+    from forge_ray.launch.connect import connected
+
+    settings = load_config(GrConfig, path=config, overrides=overrides or ())
+    where = open_store(store)
+    folder = run_dir if "://" in run_dir else str(Path(run_dir).resolve())
+    with connected(verbose=verbose):
+        dataset = _open_data(data, where)
+        table = _open_table(sids, dataset, where)
+        digest = config_hash({"gr": settings.identity(), "table": table_key(table)})
+        run = name or f"{settings.model.kind}-{digest[:8]}"
+        stderr.print(
+            f"checkpoints go to {folder}/{run}; the same command resumes an interrupted run"
+        )
+        with working(f"training {run}"), _following(Path(folder, run), quiet=as_json):
+            result = train_generator(
+                settings,
+                dataset,
+                table,
+                store=where,
+                run_dir=folder,
+                name=run,
+                command=f"forge-ray gr train --data {data} --sids {sids} --name {run}",
+            )
+    if as_json:
+        record = {"model": result.artifact.uri, "metrics": result.metrics}
+        emit({**record, "history": result.history}, title="", as_json=True)
+        return
+    emit([_shown(row) for row in result.history], title=f"Training of {run}", as_json=False)
+    stderr.print(f"best model (by validation ItemNDCG@10): {result.artifact.uri}", soft_wrap=True)
+
+
+def _open_data(ref: str, store: ArtifactStore) -> Dataset:
+    from forge_ray.data.prepare import open_or_prepare
+
+    with working(f"opening {ref}"):
+        return open_or_prepare(ref, store)
+
+
+def _open_table(ref: str, dataset: Dataset, store: ArtifactStore) -> SidTable:
+    if ref.endswith(".npz"):
+        return SidTable.from_npz(ref, dataset.item_ids())
+    return SidTable.open(store.open(ref))
+
+
+def _shown(row: dict[str, Any]) -> dict[str, Any]:
+    return {name: row[name] for name in _SHOWN if name in row}
+
+
+@contextmanager
+def _following(run: Path, *, quiet: bool) -> Iterator[None]:
+    """Prints one line per validation, read from the checkpoints that appear in a local folder."""
+    stop = threading.Event()
+    thread = threading.Thread(target=_follow, args=(run, stop), daemon=True)
+    if not quiet:
+        thread.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        if not quiet:
+            thread.join()
+
+
+def _follow(run: Path, stop: threading.Event) -> None:
+    told = {path.name for path in run.glob("step_*")}
+    while not stop.wait(0.5):
+        for history in sorted(run.glob("step_*/history.json")):
+            if history.parent.name in told:
+                continue
+            try:
+                row = json.loads(history.read_text(encoding="utf-8"))[-1]
+            except (ValueError, OSError):
+                continue  # still being written, or already replaced by a newer checkpoint
+            told.add(history.parent.name)
+            stderr.print(
+                f"step {row['global_step']:,}  loss {row['loss']:.3f}  "
+                f"ItemNDCG@10 {row['ItemNDCG@10']:.4f}  {row['tokens_per_s']:,.0f} tokens/s",
+                highlight=False,
+            )
