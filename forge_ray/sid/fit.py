@@ -11,19 +11,18 @@ import json
 import logging
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
-import pyarrow as pa
 import torch
 from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.config import from_mapping, to_dotlist, to_mapping
-from forge_ray.data.schema import Dataset, matrix
+from forge_ray.data.schema import Dataset
 from forge_ray.embed.vectors import VectorsConfig, VectorSet, open_vectors
 from forge_ray.errors import ArtifactError, ConfigError, DataError
 from forge_ray.sid.quantizer import (
@@ -61,7 +60,7 @@ class EncodeConfig:
     cpus_per_actor: float = 1.0
     gpus_per_actor: float = 0.0
     batch_rows: int = 16_384
-    """Vectors handed to an actor at once."""
+    """Vectors an actor reads and encodes at once."""
 
 
 @dataclass(kw_only=True)
@@ -379,43 +378,45 @@ def _encode(
 
 
 class _Encoder:
-    """A Ray Data actor that turns vector batches into code batches."""
+    """A Ray Data actor that reads vector shards and yields their codes."""
 
     quantizer: Quantizer
 
-    def __init__(self, facts: Mapping[str, Any], state: bytes, cpus: float) -> None:
-        set_threads(cpus)
+    def __init__(
+        self, facts: Mapping[str, Any], state: bytes, source: VectorSet, config: EncodeConfig
+    ) -> None:
+        set_threads(config.cpus_per_actor)
+        self.source = source
+        self.batch_rows = config.batch_rows
         self.quantizer = _restore(facts, state)
         if torch.cuda.is_available():
             self.quantizer.to("cuda")
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        codes = self.quantizer.encode(matrix(batch.column("vector")))
-        flat = pa.array(codes.astype(np.uint32).reshape(-1))
-        column = pa.FixedSizeListArray.from_arrays(flat, codes.shape[1])
-        return pa.table({"item_index": batch.column("item_index"), "codes": column})
+    def __call__(self, shard: dict[str, npt.NDArray[Any]]) -> Iterator[dict[str, Any]]:
+        part = replace(self.source, files=tuple(str(path) for path in shard["path"]))
+        for batch in part.batches(self.batch_rows):
+            yield {"item_index": batch.indices, "codes": self.quantizer.encode(batch.vectors)}
 
 
 def _encode_on_ray(
     facts: Mapping[str, Any], state: bytes, source: VectorSet, config: EncodeConfig
 ) -> Iterator[tuple[Int64Array, Int64Array]]:
-    import ray
     import ray.data
 
-    vectors = ray.data.read_parquet(list(source.files), filesystem=source.filesystem)
+    # Actors read the shards themselves: with a reading step before them, one free CPU would hold
+    # either the reader or the encoder, and each would wait for the other.
     # Ray Data schedules with SPREAD, which keeps its actors out of the placement group of a trial
     # that calls this: there, a one-CPU actor would wait for ever for the CPU the trial holds.
-    encoded = vectors.select_columns(["item_index", "vector"]).map_batches(
+    shards = ray.data.from_items([{"path": path} for path in source.files])
+    encoded = shards.map_batches(
         _Encoder,
-        fn_constructor_args=(dict(facts), state, config.cpus_per_actor),
-        batch_format="pyarrow",
-        batch_size=config.batch_rows,
-        zero_copy_batch=True,
-        compute=ray.data.ActorPoolStrategy(min_size=1, max_size=config.max_actors),
+        fn_constructor_args=(dict(facts), state, source, config),
+        batch_size=1,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=min(config.max_actors, len(source.files))
+        ),
         num_cpus=config.cpus_per_actor,
         num_gpus=config.gpus_per_actor or None,
     )
-    for batch in encoded.iter_batches(batch_format="pyarrow", batch_size=None):
-        indices = batch.column("item_index").to_numpy().astype(np.int64)
-        column = batch.column("codes").combine_chunks()
-        yield indices, column.flatten().to_numpy().reshape(len(indices), -1).astype(np.int64)
+    for batch in encoded.iter_batches(batch_size=None, batch_format="numpy"):
+        yield batch["item_index"], batch["codes"]

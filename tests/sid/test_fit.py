@@ -186,11 +186,12 @@ def test_encoding_on_ray_equals_encoding_here(
     strategy = PlacementGroupSchedulingStrategy(group, placement_group_capture_child_tasks=True)
 
     @ray.remote(num_cpus=1, scheduling_strategy=strategy)
-    def trial() -> tuple[str, np.ndarray]:
-        sids = fit_sids(config(*SMALL, *options), topic_dataset(elsewhere), elsewhere)
+    def trial(settings: SidConfig, store: ArtifactStore) -> tuple[str, np.ndarray]:
+        sids = fit_sids(settings, topic_dataset(store), store)
         return sids.key, np.array(sids.raw.codes)
 
-    key, codes = ray.get(trial.remote(), timeout=120)
+    settings = config(*SMALL, *options)
+    key, codes = ray.get(trial.remote(settings, elsewhere), timeout=120)
     remove_placement_group(group)
     assert key == here.key
     assert np.array_equal(codes, here.raw.codes)
