@@ -77,7 +77,9 @@ def finalize_sweep(config: SweepConfig, store: ArtifactStore) -> FinalizeRecord:
         winner = _winner(Ledger(folder).read(), config.name)
         stored = [one for one in Ledger(folder).read().finalized if one.key == winner.key]
         if stored:
-            logger.info("trial %d was finalized before; these are the stored figures", winner.number)
+            logger.info(
+                "trial %d was finalized before; these are the stored figures", winner.number
+            )
             return stored[-1]
         dataset = open_dataset(config, store, folder)
         record = _finalize(make_job(config, store, dataset, folder), store, dataset)
@@ -101,9 +103,7 @@ def open_dataset(config: SweepConfig, store: ArtifactStore, folder: Path) -> Dat
     return open_or_prepare(raw, store)
 
 
-def make_job(
-    config: SweepConfig, store: ArtifactStore, dataset: Dataset, folder: Path
-) -> SweepJob:
+def make_job(config: SweepConfig, store: ArtifactStore, dataset: Dataset, folder: Path) -> SweepJob:
     """Binds a sweep to its dataset and stages."""
     stages = ForgeStages(
         store_uri=store.uri,

@@ -1,0 +1,152 @@
+"""`forge-ray sweep run|status|report|finalize`: search SID designs, prune early, rank honestly."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.cli.console import (
+    DEFAULT_STORE,
+    AsJson,
+    Overrides,
+    StoreUri,
+    Verbose,
+    emit,
+    open_store,
+    stderr,
+)
+from forge_ray.config import load_config
+from forge_ray.launch.connect import connected
+from forge_ray.sweep.config import SweepConfig
+from forge_ray.sweep.ledger import Ledger, SweepLock, SweepRecords
+from forge_ray.sweep.views import counts, finalize_rows, ranking_rows, trial_rows
+
+app = typer.Typer(no_args_is_help=True, help="Search SID designs; bad ones end before training.")
+
+SweepFile = Annotated[Path, typer.Argument(help="Sweep definition, e.g. sweeps/quickstart.yaml.")]
+
+
+@app.command()
+def run(
+    file: SweepFile,
+    overrides: Overrides = None,
+    store: StoreUri = DEFAULT_STORE,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Run a sweep, or continue it: the same command resumes after any interruption."""
+    from forge_ray.sweep.sweep import run_sweep
+
+    config = load_config(SweepConfig, path=file, overrides=overrides or ())
+    with connected(verbose=verbose):
+        result = run_sweep(config, open_store(store))
+    _print_result(config, result.records, as_json=as_json, report=result.report)
+
+
+@app.command()
+def status(
+    file: SweepFile,
+    overrides: Overrides = None,
+    store: StoreUri = DEFAULT_STORE,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Show every trial, its state and the reason for it; reads only, also while the sweep runs."""
+    config, folder = _open(file, overrides, open_store(store))
+    records, is_running = Ledger(folder).read(), SweepLock(folder).is_held()
+    rows = trial_rows(records, metric=config.metric, is_running=is_running)
+    if as_json:
+        emit({"counts": counts(records), "running": is_running, "trials": rows}, **_json)
+        return
+    emit(rows, title=f"{config.name}: {_sentence(records)}", as_json=False)
+    if not is_running and counts(records)["open"]:
+        stderr.print(f"no driver is running; continue with: forge-ray sweep run {file}")
+
+
+@app.command()
+def report(
+    file: SweepFile,
+    overrides: Overrides = None,
+    store: StoreUri = DEFAULT_STORE,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Write the HTML report of what is known so far and print its path."""
+    from forge_ray.sweep.sweep import make_report
+
+    config, folder = _open(file, overrides, open_store(store))
+    _print_result(
+        config, Ledger(folder).read(), as_json=as_json, report=make_report(config, folder)
+    )
+
+
+@app.command()
+def finalize(
+    file: SweepFile,
+    overrides: Overrides = None,
+    store: StoreUri = DEFAULT_STORE,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Use the test split: once, for the winner and the floors; later calls print the figures."""
+    from forge_ray.sweep.sweep import finalize_sweep
+
+    config = load_config(SweepConfig, path=file, overrides=overrides or ())
+    with connected(verbose=verbose):
+        record = finalize_sweep(config, open_store(store))
+    rows = finalize_rows(record, metric=config.metric)
+    emit(rows, title=f"{config.name}: test split, used {record.time}", as_json=as_json)
+
+
+_json: dict[str, Any] = {"title": "", "as_json": True}
+
+
+def _open(
+    file: Path, overrides: list[str] | None, store: ArtifactStore
+) -> tuple[SweepConfig, Path]:
+    from forge_ray.sweep.sweep import sweep_folder
+
+    config = load_config(SweepConfig, path=file, overrides=overrides or ())
+    return config, sweep_folder(config, store)
+
+
+def _print_result(
+    config: SweepConfig, records: SweepRecords, *, as_json: bool, report: Path
+) -> None:
+    ranking = ranking_rows(records, metric=config.metric)
+    test = finalize_rows(records.finalized[-1], metric=config.metric) if records.finalized else []
+    if as_json:
+        trials = trial_rows(records, metric=config.metric)
+        content = {"counts": counts(records), "ranking": ranking, "trials": trials, "test": test}
+        emit({**content, "report": str(report)}, **_json)
+        return
+    if ranking:
+        rows = [_short(row) for row in ranking]
+        emit(rows, title=f"{config.name}, validation: {_sentence(records)}", as_json=False)
+    else:
+        stderr.print(f"{config.name}: no trial is complete yet; {_sentence(records)}")
+    if test:
+        title = f"test split, used {len(records.finalized)} time(s)"
+        emit([_short(row) for row in test], title=title, as_json=False)
+    stderr.print(f"report: {report}", soft_wrap=True)
+
+
+def _short(row: dict[str, Any]) -> dict[str, Any]:
+    """A row for the terminal: metrics with their standard error in one cell, a few columns."""
+    hidden = ("kind", "coverage", "embedding_hitrate", "SidHit")
+    short: dict[str, Any] = {}
+    for name, value in row.items():
+        error = row.get(f"{name}_se")
+        if name.endswith("_se") or name.startswith(hidden):
+            continue
+        is_pair = isinstance(value, float) and isinstance(error, float) and math.isfinite(error)
+        short[name] = f"{value:.4f} ±{error:.4f}" if is_pair else value
+    return short
+
+
+def _sentence(records: SweepRecords) -> str:
+    return ", ".join(f"{value} {name}" for name, value in counts(records).items() if value)
