@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -11,7 +12,7 @@ import numpy as np
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from forge_ray.artifacts import ArtifactStore
+from forge_ray.artifacts import MANIFEST, ArtifactStore
 from forge_ray.cli.console import (
     DEFAULT_STORE,
     AsJson,
@@ -21,6 +22,7 @@ from forge_ray.cli.console import (
     emit,
     open_store,
     stderr,
+    working,
 )
 from forge_ray.cli.sid_score import score
 from forge_ray.config import load_config
@@ -58,8 +60,10 @@ def fit(
     settings = load_config(SidConfig, path=path, overrides=items)
     where = open_store(store)
     set_threads(os.cpu_count() or 1)
-    with connected(verbose=verbose):
-        dataset = open_or_prepare(data, where)
+    dataset = _open_data(data, where, verbose=verbose)
+    is_small = dataset.num_items <= settings.encode.local_items
+    # A small catalogue is encoded in this process; starting Ray would take longer than the work.
+    with nullcontext() if is_small else connected(verbose=verbose):
         sids = _fit_with_progress(settings, dataset, where)
     emit(fit_summary(sids), title=f"SID table {sids.artifact.manifest.ref}", as_json=as_json)
     if not as_json:
@@ -86,6 +90,14 @@ def show(
     emit(facts, title=f"SID table {sids.artifact.manifest.ref}", as_json=False)
     emit(histogram, title="Items per SID", as_json=False)
     emit(examples, title="Examples", as_json=False)
+
+
+def _open_data(data: str, store: ArtifactStore, *, verbose: bool) -> Dataset:
+    is_raw = Path(data).is_dir() and not Path(data, MANIFEST).exists()
+    if not is_raw and "://" not in data:
+        return Dataset.open(store, data)
+    with working(f"preparing {data}"), connected(verbose=verbose):
+        return open_or_prepare(data, store)
 
 
 def split_arguments(words: Sequence[str], config: Path | None) -> tuple[Path | None, list[str]]:
