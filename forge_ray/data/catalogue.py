@@ -251,9 +251,29 @@ def write_vectors(
         output = tasks.Output.below(writer, "vectors", space)
         found = _vector_pass(space, config, files, catalogue, output=output)
         catalogue.ledger.update(found.ledger)
-        _require_vectors(space, files, catalogue.index, found.seen)
-        dims[space] = _dim(files[0], config.vectors[space], space)
+        _require_single(space, files, catalogue.index, found.seen)
+        _require_every(space, files, catalogue.index, found.seen)
+        dims[space] = vector_dim(files[0], config.vectors[space], f"vectors.{space}")
     return dims
+
+
+def check_vectors(
+    space: str, config: SourcesConfig, inputs: Inputs, catalogue: Catalogue
+) -> tasks.Ledger:
+    """Check one space without writing it; items without a vector are counted as such.
+
+    Raises:
+        DataError: a vector is ragged or double.
+    """
+    files = inputs.vectors[space]
+    found = _vector_pass(space, config, files, catalogue, output=None)
+    _require_single(space, files, catalogue.index, found.seen)
+    missing = found.seen + found.nulls == 0
+    if missing.any():
+        first = catalogue.index.ids[int(np.argmax(missing))].decode()
+        example = f"{files[0].uri} (vectors.{space}) must hold a vector of every item, got 0 of "
+        found.ledger.add("missing_vector", int(missing.sum()), f"{example}item {first!r}")
+    return found.ledger
 
 
 def _vector_pass(
@@ -272,7 +292,7 @@ def _vector_pass(
         files=files,
         wanted={"item_id": source.item_id, "vector": source.vector},
         section=f"vectors.{space}",
-        dim=_dim(files[0], source, space),
+        dim=vector_dim(files[0], source, f"vectors.{space}"),
         skip=frozenset(config.skip),
         index=ray.put(catalogue.index),
         chunk_rows=max(1, min(CHUNK_ROWS, -(-len(catalogue.index) // 8))),
@@ -331,31 +351,51 @@ def _vector_table(places: NDArray[np.int32], matrix: NDArray[Any]) -> pa.Table:
     return pa.table([pa.array(places[order]), lists], schema=schema)
 
 
-def _dim(file: RawFile, source: VectorsConfig, space: str) -> int:
-    """The width of the first vector that is there."""
+def vector_dim(file: RawFile, source: VectorsConfig, section: str) -> int:
+    """Return the width of the first vector of a file.
+
+    Raises:
+        DataError: the file holds no vector.
+    """
     wanted = {"item_id": source.item_id, "vector": source.vector}
-    for chunk in read_chunks(file, wanted, field=f"vectors.{space}", chunk_rows=1024):
+    for chunk in read_chunks(file, wanted, field=section, chunk_rows=1024):
         matrix = as_matrix(Screen(chunk, frozenset(["null_vector"])), "vector", None)
         if matrix.shape[1]:
             return int(matrix.shape[1])
     raise DataError(f"{file.uri} must hold at least one vector, got none. Check {source.vector!r}.")
 
 
-def _require_vectors(
+def _require_single(
     space: str, files: Sequence[RawFile], index: ItemIndex, seen: NDArray[np.int64]
 ) -> None:
-    where = f"{files[0].uri}" + (f" and {len(files) - 1} more" if len(files) > 1 else "")
-    for bad, rule, remedy in (
-        (seen > 1, "hold one vector per item", "Remove the repeats."),
-        (
-            seen == 0,
-            "hold a vector of every item",
-            "Add the vectors, or add missing_vector to `skip` to leave such items out.",
-        ),
-    ):
-        if bad.any():
-            first = index.ids[int(np.argmax(bad))].decode()
-            raise DataError(
-                f"{where} (vectors.{space}) must {rule}, got {int(seen[np.argmax(bad)])} of item "
-                f"{first!r} ({int(bad.sum())} such items of {len(seen)}). {remedy}"
-            )
+    if (seen > 1).any():
+        rule = "hold one vector per item"
+        raise DataError(
+            _vector_count(space, files, index, seen, seen > 1, rule) + "Remove repeats."
+        )
+
+
+def _require_every(
+    space: str, files: Sequence[RawFile], index: ItemIndex, seen: NDArray[np.int64]
+) -> None:
+    if (seen == 0).any():
+        place = _vector_count(space, files, index, seen, seen == 0, "hold a vector of every item")
+        raise DataError(
+            f"{place}Add the vectors, or add missing_vector to `skip` to leave such items out."
+        )
+
+
+def _vector_count(
+    space: str,
+    files: Sequence[RawFile],
+    index: ItemIndex,
+    seen: NDArray[np.int64],
+    bad: NDArray[np.bool_],
+    rule: str,
+) -> str:
+    more = f" and {len(files) - 1} more" if len(files) > 1 else ""
+    first = int(np.argmax(bad))
+    return (
+        f"{files[0].uri}{more} (vectors.{space}) must {rule}, got {seen[first]} of item "
+        f"{index.ids[first].decode()!r} ({int(bad.sum())} such items of {len(seen)}). "
+    )
