@@ -230,8 +230,13 @@ class ArtifactStore:
                 return self._load(path)
         return None
 
-    def open(self, ref: str | Path) -> Artifact:
+    def open(self, ref: str | Path, *, kind: str | None = None) -> Artifact:
         """Opens an artifact by directory, by `kind/name-key12`, by key prefix or by unique name.
+
+        Args:
+            ref: The address.
+            kind: Looks among artifacts of this kind only, so that a name may serve several kinds;
+                a directory is opened whatever its kind.
 
         Raises:
             ArtifactError: Nothing, or more than one artifact, answers to `ref`; or it is damaged.
@@ -243,11 +248,11 @@ class ArtifactStore:
             if artifact is None:
                 raise ArtifactError(f"{text} must hold {MANIFEST}, got none. Check the path.")
             return artifact
-        found = [m for m in self.manifests() if _answers(m, text)]
+        found = [m for m in self.manifests(kind) if _answers(m, text)]
         if len(found) != 1:
             names = ", ".join(m.ref for m in found) or "nothing"
             raise ArtifactError(
-                f"{text!r} must name one artifact in {self.uri}, got {names}. "
+                f"{text!r} must name one {kind or 'artifact'} in {self.uri}, got {names}. "
                 "List them with `forge-ray artifacts ls`."
             )
         path = f"{self.root}/{found[0].ref}"

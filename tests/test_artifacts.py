@@ -131,6 +131,8 @@ def test_open_by_directory_key_name_and_nothing(store: ArtifactStore) -> None:
     build(store, n=7)
     with pytest.raises(ArtifactError, match="got numbers/five"):
         store.open("five")
+    store.build("others", "five", {}, produce=write_numbers)
+    assert store.open("five", kind="others").manifest.kind == "others"
     with pytest.raises(ArtifactError, match="got nothing"):
         store.open("absent")
 

@@ -119,7 +119,7 @@ class Dataset:
     @classmethod
     def open(cls, store: ArtifactStore, ref: str) -> Dataset:
         """Open by artifact directory, `dataset/name-key12` or unique key prefix."""
-        return cls(store.open(ref))
+        return cls(store.open(ref, kind=KIND))
 
     def __repr__(self) -> str:
         return f"Dataset({self.artifact.uri}, items={self.num_items}, users={self.num_users})"

@@ -64,7 +64,7 @@ class ModelSource:
         Raises:
             ArtifactError: ``ref`` is no model, or its table or dataset is not in the store.
         """
-        artifact = store.open(ref)
+        artifact = store.open(ref, kind=MODEL_KIND)
         manifest = artifact.manifest
         if manifest.kind != MODEL_KIND:
             raise ArtifactError(

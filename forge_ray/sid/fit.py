@@ -156,7 +156,7 @@ def open_sids(store: ArtifactStore, ref: str) -> SidArtifact:
     Raises:
         ArtifactError: when `ref` names no SID table, or its quantizer is gone.
     """
-    artifact = store.open(ref)
+    artifact = store.open(ref, kind=SIDS_KIND)
     if artifact.manifest.kind != SIDS_KIND:
         raise ArtifactError(
             f"{ref} must be an artifact of kind {SIDS_KIND!r}, got {artifact.manifest.kind!r}. "
