@@ -44,12 +44,14 @@ class TrialSpec:
         key: Hash of what it computes.
         point: Searched values.
         config: Resolved configuration, JSON types.
+        infeasible: Why this design cannot work, known before any work; empty when it may.
     """
 
     number: int
     key: str
     point: Point
     config: dict[str, Any]
+    infeasible: str = ""
 
     def params(self) -> dict[str, Any]:
         """What Tune passes to the trial function."""
@@ -58,10 +60,11 @@ class TrialSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """A point applied to the sweep's settings."""
+    """A point applied to the sweep's settings; fields as in `TrialSpec`."""
 
     key: str
     config: dict[str, Any]
+    infeasible: str = ""
 
 
 Resolve = Callable[[Point], Resolved]
@@ -164,7 +167,7 @@ class TrialSource:
             self._known[resolved.key] = self._next_number
             self._next_number += 1
         number = self._known[resolved.key]
-        return TrialSpec(number=number, key=resolved.key, point=point, config=resolved.config)
+        return TrialSpec(number=number, point=point, **vars(resolved))
 
 
 class PrunedAwareOptunaSearch(OptunaSearch):

@@ -2,14 +2,14 @@
 
 Heavy work runs in Ray tasks that ask for their own CPUs and GPUs. They are spread over the cluster
 (`SPREAD`), because a task with default scheduling would wait for ever inside the placement group of
-the trial that calls it.
+the trial that calls it. Torch is imported where it is used: a trial that the gate ends never is.
 """
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, TypeVar, cast
 
@@ -19,50 +19,11 @@ import ray.train
 from forge_ray.artifacts import Artifact, ArtifactStore
 from forge_ray.config import from_mapping, to_mapping
 from forge_ray.data.schema import Dataset, Split
-from forge_ray.gr.config import GrConfig
-from forge_ray.sid.fit import SidConfig
-from forge_ray.sid.score import ScoreConfig
-from forge_ray.sweep.config import EvaluationConfig, ResourceConfig, SweepConfig
-from forge_ray.sweep.gate import GateConfig, infeasible_reason
-from forge_ray.sweep.searcher import Resolved
-from forge_ray.sweep.space import Point, apply_point
+from forge_ray.sweep.config import EvaluationConfig, ResourceConfig
 from forge_ray.sweep.trial import StageReport
 from forge_ray.threads import set_threads
 
 T = TypeVar("T")
-
-
-@dataclass(kw_only=True)
-class TrialConfig:
-    """Everything a trial computes from the dataset."""
-
-    sid: SidConfig = field(default_factory=SidConfig)
-    """SIDs, as in `forge-ray sid fit`."""
-    gr: GrConfig = field(default_factory=GrConfig)
-    """The generator, as in `forge-ray gr train`."""
-
-
-def trial_config(config: SweepConfig, point: Point) -> TrialConfig:
-    """The sweep's settings with a point applied.
-
-    Raises:
-        ConfigError: The result is no valid configuration.
-    """
-    return from_mapping(TrialConfig, apply_point({"sid": config.sid, "gr": config.gr}, point))
-
-
-def resolve_point(config: SweepConfig, point: Point, *, dataset_key: str) -> Resolved:
-    """A point as configuration and key; the key ignores where stages run.
-
-    Raises:
-        ConfigError: The point makes no valid configuration.
-    """
-    typed = trial_config(config, point)
-    mapping = to_mapping(typed)
-    sid = {name: value for name, value in mapping["sid"].items() if name != "encode"}
-    content = {"sid": sid, "gr": typed.gr.identity()}
-    key = ArtifactStore.key("trial", content, parents=(dataset_key,))
-    return Resolved(key=key, config=mapping)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,27 +33,18 @@ class ForgeStages:
     Attributes:
         store_uri: Where artifacts are.
         dataset_key: Key of the dataset.
-        num_items: Catalogue size.
         run_dir: Where trainings keep their checkpoints; absolute, shared by all nodes.
         score: Settings of the proxies.
-        gate: For the capacity limit.
         resources: What tasks ask for.
         evaluation: How the trained generator is judged.
     """
 
     store_uri: str
     dataset_key: str
-    num_items: int
     run_dir: str
     score: Mapping[str, Any]
-    gate: GateConfig
     resources: ResourceConfig
     evaluation: EvaluationConfig
-
-    def infeasible(self, config: Mapping[str, Any]) -> str | None:
-        """Compares the number of possible SIDs with the number of items."""
-        sizes = from_mapping(SidConfig, config["sid"]).quantizer.codebook_sizes
-        return infeasible_reason(sizes, self.num_items, self.gate)
 
     def tokenize(self, config: Mapping[str, Any]) -> StageReport:
         """Fits and scores in one task."""
@@ -109,6 +61,7 @@ class ForgeStages:
         callbacks: Sequence[ray.train.UserCallback],
     ) -> StageReport:
         """Runs a nested Ray Train job from the trial's process."""
+        from forge_ray.gr.config import GrConfig
         from forge_ray.gr.train import train_generator
         from forge_ray.sid.fit import open_sids
 
@@ -154,8 +107,8 @@ def fit_and_score(
     cpus: float,
 ) -> StageReport:
     """Fits SIDs and computes their proxies; a Ray task."""
-    from forge_ray.sid.fit import fit_sids
-    from forge_ray.sid.score import score_sids
+    from forge_ray.sid.fit import SidConfig, fit_sids
+    from forge_ray.sid.score import ScoreConfig, score_sids
 
     set_threads(cpus)
     store = ArtifactStore(store_uri)

@@ -19,8 +19,9 @@ from forge_ray.evaluate.floors import evaluate_floors
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.ledger import FinalizeRecord, Ledger, SweepLock, SweepRecords, TrialRecord
 from forge_ray.sweep.report import write_report
+from forge_ray.sweep.resolve import resolve_point, trial_config
 from forge_ray.sweep.runner import SweepJob, run_trials
-from forge_ray.sweep.stages import ForgeStages, resolve_point, trial_config
+from forge_ray.sweep.stages import ForgeStages
 
 logger = logging.getLogger(__name__)
 
@@ -108,10 +109,8 @@ def make_job(config: SweepConfig, store: ArtifactStore, dataset: Dataset, folder
     stages = ForgeStages(
         store_uri=store.uri,
         dataset_key=dataset.key,
-        num_items=dataset.num_items,
         run_dir=str(folder / "runs"),
         score=config.score,
-        gate=config.gate,
         resources=config.resources,
         evaluation=config.evaluation,
     )
@@ -120,7 +119,7 @@ def make_job(config: SweepConfig, store: ArtifactStore, dataset: Dataset, folder
         folder=folder,
         dataset_key=dataset.key,
         stages=stages,
-        resolve=lambda point: resolve_point(config, point, dataset_key=dataset.key),
+        resolve=lambda point: resolve_point(config, point, dataset=dataset),
         max_steps=trial_config(config, {}).gr.max_steps,
     )
 

@@ -44,9 +44,6 @@ class StageReport:
 class Stages(Protocol):
     """The work of a trial; picklable."""
 
-    def infeasible(self, config: Mapping[str, Any]) -> str | None:
-        """Why this design cannot work, before any work; None when it can."""
-
     def tokenize(self, config: Mapping[str, Any]) -> StageReport:
         """Fits SIDs (artifact `sids`) and scores them."""
 
@@ -84,12 +81,8 @@ def run_trial(params: Mapping[str, Any], *, stages: Stages, rules: TrialRules) -
         ConfigError: The gate needs a proxy that scoring does not give.
     """
     config = params["config"]
-    reason = stages.infeasible(config) if rules.gate.enabled else None
-    tokenized = (
-        stages.tokenize(config)
-        if reason is None
-        else StageReport(metrics={"infeasible": reason}, seconds={"fit": 0.0})
-    )
+    reason = params["infeasible"] if rules.gate.enabled else ""
+    tokenized = StageReport(metrics={"infeasible": reason}) if reason else stages.tokenize(config)
     missing = missing_proxies(tokenized.metrics, rules.gate)
     if missing:
         raise ConfigError(

@@ -23,9 +23,6 @@ class StubStages:
     max_steps: int = 30
     step_s: float = 0.0
 
-    def infeasible(self, config: Mapping[str, Any]) -> str | None:
-        return "capacity too small; not fitted" if config.get("levels") == 1 else None
-
     def tokenize(self, config: Mapping[str, Any]) -> StageReport:
         self.note("tokenize", config)
         if config.get("kind") == "broken":
@@ -69,7 +66,8 @@ def stub_resolve(point: Mapping[str, Any]) -> Resolved:
     if config.get("kind") == "invalid":
         raise ConfigError("kind must be valid, got invalid. Use another.")
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
-    return Resolved(key=digest, config=config)
+    reason = "capacity too small; not fitted" if config.get("levels") == 1 else ""
+    return Resolved(key=digest, config=config, infeasible=reason)
 
 
 def stages_run(folder: Path) -> list[dict[str, Any]]:

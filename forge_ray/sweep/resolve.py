@@ -1,0 +1,52 @@
+"""From a point of the space to a trial: its typed configuration, its key, whether it can work."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.config import from_mapping, to_mapping
+from forge_ray.data.schema import Dataset
+from forge_ray.gr.config import GrConfig
+from forge_ray.sid.fit import SidConfig
+from forge_ray.sweep.config import SweepConfig
+from forge_ray.sweep.gate import infeasible_reason
+from forge_ray.sweep.searcher import Resolved
+from forge_ray.sweep.space import Point, apply_point
+
+
+@dataclass(kw_only=True)
+class TrialConfig:
+    """Everything a trial computes from the dataset."""
+
+    sid: SidConfig = field(default_factory=SidConfig)
+    """SIDs, as in `forge-ray sid fit`."""
+    gr: GrConfig = field(default_factory=GrConfig)
+    """The generator, as in `forge-ray gr train`."""
+
+
+def trial_config(config: SweepConfig, point: Point) -> TrialConfig:
+    """The sweep's settings with a point applied.
+
+    Raises:
+        ConfigError: The result is no valid configuration.
+    """
+    return from_mapping(TrialConfig, apply_point({"sid": config.sid, "gr": config.gr}, point))
+
+
+def resolve_point(config: SweepConfig, point: Point, *, dataset: Dataset) -> Resolved:
+    """A point as configuration and key; the key ignores where stages run.
+
+    Raises:
+        ConfigError: The point makes no valid configuration.
+    """
+    typed = trial_config(config, point)
+    mapping = to_mapping(typed)
+    sid = {name: value for name, value in mapping["sid"].items() if name != "encode"}
+    content = {"sid": sid, "gr": typed.gr.identity()}
+    sizes = typed.sid.quantizer.codebook_sizes
+    return Resolved(
+        key=ArtifactStore.key("trial", content, parents=(dataset.key,)),
+        config=mapping,
+        infeasible=infeasible_reason(sizes, dataset.num_items, config.gate) or "",
+    )
