@@ -117,11 +117,11 @@ class GeneratedData:
 
     Attributes:
         directory: folder with `interactions/`, `items/` and `vectors/`.
-        interactions: rows written.
+        interactions: rows written; None when the folder held this very data set already.
     """
 
     directory: str
-    interactions: int
+    interactions: int | None
 
 
 def generate(config: SyntheticConfig, directory: str) -> GeneratedData:
@@ -138,7 +138,7 @@ def generate(config: SyntheticConfig, directory: str) -> GeneratedData:
     """
     filesystem, root = open_filesystem(directory)
     if _is_complete(config, filesystem, root):
-        return GeneratedData(directory, -1)
+        return GeneratedData(directory, None)
     for part in ("interactions", "items", "vectors"):
         filesystem.create_dir(f"{root}/{part}", recursive=True)
     target = {"config": config, "filesystem": filesystem, "root": root}

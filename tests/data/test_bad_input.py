@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from raw import EVENTS, ITEMS, write_events, write_items, write_raw, write_vectors
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.data.prepare import PrepareConfig, prepare
 from forge_ray.data.schema import Dataset
 from forge_ray.data.sources import InteractionsConfig
 from forge_ray.errors import ConfigError, DataError
-from raw import EVENTS, ITEMS, write_events, write_items, write_raw, write_vectors
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -145,7 +145,10 @@ CASES: list[tuple[Callable[[Path], None], str]] = [
     (missing_vector_array, r"vectors\.npz must have a column 'embedding', .*vectors\.default\.vec"),
     (wrong_dtype, r"interactions\.parquet: column user_id must hold text .* got type double"),
     (wrong_timestamp_dtype, r"column timestamp must hold whole numbers .* got type list"),
-    (wrong_vector_dtype, r"part-0\.parquet: column vector must hold lists of numbers, got .*string"),
+    (
+        wrong_vector_dtype,
+        r"part-0\.parquet: column vector must hold lists of numbers, got .*string",
+    ),
     (text_timestamp, r"interactions\.csv row 9: timestamp must be a whole .* got 'yesterday'"),
     (null_vector, r"part-0\.parquet row 2: vector must not be null"),
     (nan_vector, r"vectors\.npz row 3: vector must hold finite numbers only, got \[nan"),
@@ -217,5 +220,5 @@ def test_sorts_on_request_and_counts(raw: Path) -> None:
 
 
 def test_unknown_cause_lists_the_choices() -> None:
-    with pytest.raises(ConfigError, match="skip must name causes among .* got 'bad'"):
+    with pytest.raises(ConfigError, match=r"skip must name causes among .* got 'bad'"):
         PrepareConfig(skip=["bad"])
