@@ -23,7 +23,8 @@ from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.gr.checkpoint import load_generator, model_config
 from forge_ray.gr.config import GrConfig
-from forge_ray.gr.train import TrainResult, micro_batches, train_generator
+from forge_ray.gr.loop import micro_batches
+from forge_ray.gr.train import TrainResult, train_generator
 from tests.gr.chains import chain_dataset, grid_table
 
 SMALL = [
