@@ -150,7 +150,8 @@ def bucket_histogram(table: SidTable) -> list[dict[str, Any]]:
     for low, high in zip(_BUCKET_EDGES, (*_BUCKET_EDGES[1:], 2**62), strict=True):
         inside = counts[(counts >= low) & (counts < high)]
         if len(inside):
-            label = f"{low}" if high == low + 1 else f"{low}–{min(high - 1, int(counts.max()))}"
+            last = min(high - 1, int(counts.max()))
+            label = f"{low}" if last == low else f"{low}–{last}"
             rows.append({"items_per_sid": label, "sids": len(inside), "items": int(inside.sum())})
     return rows
 

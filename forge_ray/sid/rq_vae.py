@@ -198,7 +198,8 @@ class RqVae(Quantizer):
     def to(self, device: str | torch.device) -> RqVae:
         """Move network and codebooks to a device and return self."""
         self.network.to(device)
-        self._freeze()
+        if self.codebooks:
+            self._freeze()
         return self
 
     def state_dict(self) -> dict[str, npt.NDArray[Any]]:

@@ -231,6 +231,7 @@ class _Trainer:
         if len(batch.anchor):
             masked = config.mask_false_negatives
             excluded = false_negatives_of(batch.anchor, batch.positive) if masked else None
+            excluded = None if excluded is None else excluded.to(inputs.device)
             i2i = self.contrast((out_a, out_b), (raw_a, raw_b), false_negatives=excluded)
             losses["contrastive"] = config.i2i_weight * i2i
         return losses, quantized
@@ -268,7 +269,9 @@ class _Trainer:
             sums = (book * self.counts[level][:, None]).mul_(decay)
             sums.index_add_(0, code, residual, alpha=1 - decay)
             self.counts[level].mul_(decay).add_(fresh, alpha=1 - decay)
-            book.copy_(sums / self.counts[level].clamp(min=1e-5)[:, None])
+            # A code that nobody chose keeps its place: its sum and its count decay alike.
+            means = sums / self.counts[level].clamp(min=1e-30)[:, None]
+            book.copy_(torch.where((fresh > 0)[:, None], means, book))
 
     @torch.no_grad()
     def _restart_dead(self, quantized: Quantized) -> None:
