@@ -109,7 +109,7 @@ def _comparison(
     names = [f"{family}@{k}" for family in families for k in sorted(ks)]
     middle = 10 if 10 in ks else min(ks)
     names += [f"ItemHit@{middle}/head", f"ItemHit@{middle}/tail", f"coverage@{middle}"]
-    names += ["invalid_rate", "short_rate", "users_per_s"]
+    names += ["invalid_rate", "short_rate", "users", "users_per_s"]
     return [
         {"metric": name, **{board: found.get(name) for board, found in boards.items()}}
         for name in names

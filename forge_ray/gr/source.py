@@ -71,9 +71,8 @@ class ModelSource:
                 f"{ref} must be an artifact of kind {MODEL_KIND!r}, got {manifest.kind!r}. "
                 "List models with `forge-ray artifacts ls model`."
             )
-        dataset_key, table_key = manifest.parents[:2]
-        table = Path(sids) if sids and sids.endswith(".npz") else store.open(sids or table_key)
-        return cls(artifact, table, Dataset.open(store, dataset_key))
+        table = _find_table(store, sids, manifest.parents[1])
+        return cls(artifact, table, Dataset.open(store, manifest.parents[0]))
 
     @property
     def key(self) -> str:
@@ -93,3 +92,14 @@ class ModelSource:
             table = SidTable.open(self.table)
         generator = load_generator(self.artifact, table).to(device)
         return LoadedGenerator(generator, table, model_config(self.artifact).max_history)
+
+
+def _find_table(store: ArtifactStore, sids: str | None, key: str) -> Artifact | Path:
+    if sids and sids.endswith(".npz"):
+        return Path(sids)
+    if sids is None and not any(manifest.key == key for manifest in store.manifests()):
+        raise ArtifactError(
+            f"the model's SID table {key[:12]} must be in {store.uri}, got none of that key. "
+            "Pass --sids with the table (an artifact or .npz file) that the model was trained with."
+        )
+    return store.open(sids or key)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,13 @@ from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ArtifactError, ConfigError
 from forge_ray.gr import scoring
-from forge_ray.gr.checkpoint import MODEL_KIND, WEIGHTS_FILE, build_generator, save_weights
+from forge_ray.gr.checkpoint import (
+    MODEL_KIND,
+    WEIGHTS_FILE,
+    build_generator,
+    save_weights,
+    table_key,
+)
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.evaluation import evaluate_generator
 from forge_ray.gr.models.decoder import DecoderConfig
@@ -38,14 +45,14 @@ def publish_table(store: ArtifactStore, *, seed: int = 0) -> Artifact:
     return store.build("sids", "random", {"seed": seed}, produce=table.save)
 
 
-def publish_model(store: ArtifactStore, dataset: Dataset, table: Artifact) -> Artifact:
+def publish_model(store: ArtifactStore, dataset: Dataset, table: SidTable) -> Artifact:
     """An untrained decoder in the form that training publishes."""
     size = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
     config = GrConfig(model=DecoderConfig(**size), max_history=4)
 
     def produce(writer: ArtifactWriter) -> None:
         torch.manual_seed(0)
-        generator = build_generator(config.model, SidTable.open(table))
+        generator = build_generator(config.model, table)
         with writer.local_path(WEIGHTS_FILE) as path:
             save_weights(path, generator.state_dict())
 
@@ -56,7 +63,7 @@ def publish_model(store: ArtifactStore, dataset: Dataset, table: Artifact) -> Ar
 
 @pytest.fixture
 def model(store: ArtifactStore) -> Artifact:
-    return publish_model(store, tiny_dataset(store), publish_table(store))
+    return publish_model(store, tiny_dataset(store), SidTable.open(publish_table(store)))
 
 
 def test_a_model_is_opened_with_what_it_was_made_from(
@@ -89,7 +96,7 @@ def test_a_foreign_table_file_is_refused_for_a_model_of_another(
 
 def test_only_models_are_opened(store: ArtifactStore, model: Artifact) -> None:
     with pytest.raises(ArtifactError, match="must be an artifact of kind 'model', got 'sids'"):
-        ModelSource.open(store, model.manifest.parents[1])
+        ModelSource.open(store, store.open(model.manifest.parents[1]).uri)
 
 
 def test_scores_equal_those_of_arrays_and_are_computed_once(
@@ -177,3 +184,16 @@ def test_commands_leave_a_ray_alone_that_was_there_before(ray_local: None) -> No
     with connected():
         pass
     assert ray.is_initialized()
+
+
+def test_a_model_of_a_foreign_table_asks_for_it(store: ArtifactStore, tmp_path: Path) -> None:
+    dataset = tiny_dataset(store)
+    codes = random_codes(NUM_ITEMS, SIZES)
+    path = tmp_path / "foreign.npz"
+    np.savez(path, codes=codes, item_id=np.array([f"item-{i}" for i in range(NUM_ITEMS)]))
+    foreign = SidTable.from_npz(path, dataset.item_ids())
+    model = publish_model(store, dataset, replace(foreign, key=table_key(foreign)))
+    with pytest.raises(ArtifactError, match="Pass --sids with the table"):
+        ModelSource.open(store, model.key)
+    loaded = ModelSource.open(store, model.key, sids=str(path)).load()
+    np.testing.assert_array_equal(loaded.table.codes, codes)
