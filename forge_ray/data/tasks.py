@@ -31,6 +31,7 @@ _RAISED = re.compile(
     r"forge_ray\.errors\.(DataError|ConfigError|ArtifactError|TrainingError): ([^\n]+)"
 )
 SMALL_EXCHANGE = 64
+MAX_BLOCKS = 1024
 LEDGER_FIELDS = (
     pa.field("cause", pa.string()),
     pa.field("count", pa.int64()),
@@ -71,7 +72,8 @@ def for_each(numbers: Sequence[int], fn: TaskFunction, **arguments: Any) -> ray.
         arguments: sent along with the function; large ones as object references.
     """
     source = ray.data.from_items(
-        [{"number": int(number)} for number in numbers], override_num_blocks=max(len(numbers), 1)
+        [{"number": int(number)} for number in numbers],
+        override_num_blocks=min(max(len(numbers), 1), MAX_BLOCKS),
     )
     return source.map_batches(
         _each, batch_size=1, batch_format="pyarrow", fn_kwargs={"fn": fn, "arguments": arguments}
@@ -94,7 +96,7 @@ def exchange(
         # the workers that are there (0.2 s), but makes blocks by the square of the shards.
         dataset.context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
     return dataset.groupby("shard", num_partitions=shards).map_groups(
-        fn, batch_format="pyarrow", fn_kwargs=arguments
+        _group, batch_format="pyarrow", fn_kwargs={"fn": fn, "arguments": arguments}
     )
 
 
@@ -181,8 +183,28 @@ def write_shard(table: pa.Table, path: str, filesystem: Any) -> None:
 
 
 def _each(batch: pa.Table, *, fn: TaskFunction, arguments: Mapping[str, Any]) -> Iterator[pa.Table]:
+    limit_threads()
     for number in batch["number"].to_pylist():
         yield from fn(number, **arguments)
+
+
+def _group(
+    rows: pa.Table, *, fn: Callable[..., pa.Table], arguments: Mapping[str, Any]
+) -> pa.Table:
+    limit_threads()
+    return fn(rows, **arguments)
+
+
+def limit_threads() -> int:
+    """Limit Arrow to the CPUs of the running task, and return their number.
+
+    Arrow would use every core in every worker. Nothing else here computes in threads; loading torch
+    and faiss only to limit them too (`forge_ray.threads`) would cost seconds per worker.
+    """
+    assigned = ray.get_runtime_context().get_assigned_resources().get("CPU", 1)
+    threads = max(1, int(assigned))
+    pa.set_cpu_count(threads)
+    return threads
 
 
 def _unwrapped(error: RayError) -> Exception:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,9 +13,12 @@ import pyarrow as pa
 import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
+import ray.cloudpickle
 from raw import EVENTS, ITEMS, write_events, write_items, write_raw, write_vectors
 
 from forge_ray.artifacts import ArtifactStore
+from forge_ray.config import load_config
+from forge_ray.data import tasks
 from forge_ray.data.convert import ImportConfig, import_data
 from forge_ray.data.describe import describe
 from forge_ray.data.prepare import PrepareConfig, prepare
@@ -98,6 +103,45 @@ def test_import_writes_the_conventional_layout(raw: Path, store: ArtifactStore) 
     assert str(content(run(output, store))) == str(content(run(raw, store)))
     with pytest.raises(ValueError, match="output must be a new or empty folder"):
         import_data(config)
+
+
+def test_stored_configuration_runs_again(raw: Path, store: ArtifactStore) -> None:
+    paths = [
+        f"interactions.path={raw}/interactions.csv",
+        f"items.path={raw}/items.jsonl",
+        f"vectors.default.path={raw}/vectors.npz",
+        f"vectors.second.path={raw}/vectors.npz",
+        "num_shards=2",
+        "name=mine",
+    ]
+    (dataset,) = prepare(load_config(PrepareConfig, overrides=paths), store)
+    assert dataset.spaces == ("default", "second")
+    (again,) = prepare(
+        load_config(PrepareConfig, path=dataset.artifact.local("prepare.yaml")), store
+    )
+    assert (again.key, again.name) == (dataset.key, "mine")
+
+
+@pytest.mark.slow
+def test_the_exchange_for_many_shards_gives_the_same(
+    raw: Path, store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset = run(raw, store)
+    monkeypatch.setattr(tasks, "SMALL_EXCHANGE", 0)
+    other = run(raw, ArtifactStore(tmp_path / "other"))
+    assert other.artifact.manifest.files == dataset.artifact.manifest.files
+    assert str(content(other)) == str(content(dataset))
+
+
+def _threads(number: int) -> Iterator[pa.Table]:
+    yield pa.table({"threads": [pa.cpu_count()], "assigned": [tasks.limit_threads()]})
+
+
+def test_tasks_use_the_cpus_they_were_given() -> None:
+    # Workers do not see the tests' modules.
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    found = tasks.results(tasks.for_each(range(2), _threads))
+    assert found["threads"].to_pylist() == found["assigned"].to_pylist() == [1, 1]
 
 
 def test_catalogue_and_vectors_are_optional(raw: Path, store: ArtifactStore) -> None:
