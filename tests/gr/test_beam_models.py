@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from forge_ray.data.ragged import Ragged
 from forge_ray.gr.beam import beam_search
@@ -39,21 +40,31 @@ def build(config: GeneratorConfig, codebook_sizes: tuple[int, ...]) -> Generator
 
 
 @torch.no_grad()
-def loss_of_items(model: Generator, history: Tensor, codes: Tensor) -> Tensor:
-    """Log-probability of every item after one history [H, L] by the loss: no cache, no search.
+def scores_by_loss(model: Generator, history: Tensor, sids: Tensor) -> Tensor:
+    """Log-probability [S] of every SID after one history [H, L] by the loss: no cache, no search.
 
-    In `window` mode a row's loss covers the history too, so that part is taken off.
+    The loss is kept per target item instead of summed; each row's last target is the SID.
     """
-    rows = [torch.cat([history, sid[None]]) for sid in codes]
-    length = torch.tensor([len(history) + 1])
-    whole = torch.stack([model.loss_sum(TokenBatch(row[None], length)) for row in rows])
-    if model.num_targets(length) == codes.shape[1]:
-        return -whole
-    return model.loss_sum(TokenBatch(rows[0][None], length - 1)) - whole
+
+    def per_item(hidden_MLD: Tensor, targets_ML: Tensor) -> Tensor:
+        losses = [
+            functional.cross_entropy(
+                model.table(hidden_MLD[:, level], level), targets_ML[:, level], reduction="none"
+            )
+            for level in range(model.vocab.num_levels)
+        ]
+        return torch.stack(losses).sum(dim=0)
+
+    rows = torch.cat([history.expand(len(sids), -1, -1), sids.unsqueeze(1)], dim=1)
+    lengths = torch.full((len(sids),), rows.shape[1])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "level_loss_sum", per_item)
+        losses = model.loss_sum(TokenBatch(rows, lengths))
+    return -losses.reshape(len(sids), -1)[:, -1]
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.kind}-{config.attention}")
-@pytest.mark.parametrize("codebook_sizes", [(16, 16, 16), (64, 8, 8, 4)])
+@pytest.mark.parametrize("codebook_sizes", [(16, 16, 16), (64, 8, 8, 4), (512,)])
 def test_top_20_of_500_items_equals_brute_force(
     config: GeneratorConfig, codebook_sizes: tuple[int, ...]
 ) -> None:
@@ -61,14 +72,14 @@ def test_top_20_of_500_items_equals_brute_force(
     index = PrefixIndex.build(codes, codebook_sizes)
     model = build(config, codebook_sizes)
     rng = np.random.default_rng(2)
-    histories = Ragged.from_lists([rng.integers(0, 500, n) for n in (1, 6)], np.int64)
+    histories = Ragged.from_lists([rng.integers(0, 500, n) for n in (1, 3, 8)], np.int64)
     tokens, mask = vocab_of(codebook_sizes).history_tokens(histories, codes, 20)
     widths = [level.num_prefixes for level in index.levels]
     beams = beam_search(model, tokens, mask, index, widths)
     assert beams.is_live.all()
     for user in range(len(histories)):
         history = torch.from_numpy(codes[histories.row(user)].astype(np.int64))
-        scores = loss_of_items(model, history, index.sids())
+        scores = scores_by_loss(model, history, index.sids())
         best = scores.sort(descending=True, stable=True)
         assert beams.sid_rank[user, :20].tolist() == best.indices[:20].tolist()
         torch.testing.assert_close(beams.scores[user], best.values, rtol=1e-4, atol=1e-3)
