@@ -31,7 +31,8 @@ def balanced_assignment(
         return distances.argmin(dim=1)
     num_rows, num_codes = distances.shape
     spread = (distances - distances.mean()) / (distances.std() + 1e-6)
-    plan = torch.exp(-sharpness * (spread - spread.min()))
+    # In float32 the shares of far rows would be denormal or zero: slow first, then a tie of zeros.
+    plan = torch.exp((spread - spread.min()).double().mul_(-sharpness))
     plan /= plan.sum() + _EPS
     for _ in range(iterations):
         plan /= (plan.sum(dim=0, keepdim=True) + _EPS) * num_codes
