@@ -79,55 +79,73 @@ def index_items(config: SourcesConfig, inputs: Inputs) -> Catalogue:
     Raises:
         DataError: an id is empty or double, or the catalogue is empty.
     """
-    section = config.items if inputs.items else config.interactions
-    files = inputs.items or inputs.interactions
+    if not inputs.items:
+        catalogue = Catalogue(ItemIndex(_ids_in_log(config, inputs)))
+        return _drop_without_vector(catalogue, config, inputs)
     ledger = tasks.Ledger()
     dataset = tasks.for_each(
-        range(len(files)),
+        range(len(inputs.items)),
         _read_ids,
-        files=files,
-        wanted={"item_id": section.item_id},
-        section="items" if inputs.items else "interactions",
+        files=inputs.items,
+        wanted={"item_id": config.items.item_id},
         skip=frozenset(config.skip),
     )
     table = tasks.split_ledger(tasks.results(dataset), ledger)
     if not table.num_rows:
-        raise DataError(f"{files[0].uri} must list at least one item, got none. Add rows to it.")
-    catalogue = _index(table, files, is_catalogue=bool(inputs.items), skip=config.skip)
-    if inputs.items:  # the rows of interactions are counted when they are read as such
-        catalogue.ledger.update(ledger)
+        where = inputs.items[0].uri
+        raise DataError(f"{where} must list at least one item, got none. Add rows to it.")
+    catalogue = _index(table, inputs.items, skip=config.skip)
+    catalogue.ledger.update(ledger)
     return _drop_without_vector(catalogue, config, inputs)
 
 
-def _read_ids(
-    number: int,
-    *,
-    files: Sequence[RawFile],
-    wanted: Mapping[str, str],
-    section: str,
-    skip: frozenset[str],
+def _ids_in_log(config: SourcesConfig, inputs: Inputs) -> NDArray[np.bytes_]:
+    """Collect the distinct item ids of the interactions, sorted; bad rows are counted later."""
+    dataset = tasks.for_each(
+        range(len(inputs.interactions)),
+        _read_distinct_ids,
+        files=inputs.interactions,
+        wanted={"item_id": config.interactions.item_id},
+    )
+    ids = np.empty(0, dtype="S1")
+    for table in tasks.tables(dataset):
+        if table.num_rows:
+            ids = np.union1d(ids, to_bytes(table["id"].combine_chunks()))
+    if not len(ids):
+        where = inputs.interactions[0].uri
+        raise DataError(f"{where} must hold at least one item id, got none. Add rows to it.")
+    return ids
+
+
+def _read_distinct_ids(
+    number: int, *, files: Sequence[RawFile], wanted: Mapping[str, str]
 ) -> Iterator[pa.Table]:
-    for chunk in read_chunks(files[number], wanted, field=section):
+    found = pa.array([], pa.string())
+    for chunk in read_chunks(files[number], wanted, field="interactions"):
+        ids = as_ids(chunk, "item_id")
+        found = pa.concat_arrays([found, ids.filter(pa.array(~is_empty(ids)))]).unique()
+    yield pa.table({"id": found})
+
+
+def _read_ids(
+    number: int, *, files: Sequence[RawFile], wanted: Mapping[str, str], skip: frozenset[str]
+) -> Iterator[pa.Table]:
+    for chunk in read_chunks(files[number], wanted, field="items"):
         screen = Screen(chunk, skip)
         ids = as_ids(chunk, "item_id")
         screen.reject("empty_item", is_empty(ids), column="item_id", rule="not be empty")
-        kept, rows = ids.filter(pa.array(screen.keep)), screen.rows
-        if section == "interactions":
-            kept = kept.unique()
-            rows = rows[: len(kept)]
+        kept = ids.filter(pa.array(screen.keep))
         file = np.full(len(kept), number, dtype=np.int32)
-        yield tasks.data_rows(_IDS, {"id": kept, "file": file, "row": rows})
+        yield tasks.data_rows(_IDS, {"id": kept, "file": file, "row": screen.rows})
         yield tasks.ledger_rows(_IDS, screen.ledger)
 
 
-def _index(
-    table: pa.Table, files: Sequence[RawFile], *, is_catalogue: bool, skip: Sequence[str]
-) -> Catalogue:
+def _index(table: pa.Table, files: Sequence[RawFile], *, skip: Sequence[str]) -> Catalogue:
     file, row = table["file"].to_numpy(), table["row"].to_numpy()
     order = np.lexsort((row, file))
     ids, first = np.unique(to_bytes(table["id"].combine_chunks())[order], return_index=True)
     catalogue = Catalogue(ItemIndex(ids))
-    if not is_catalogue or len(ids) == len(order):
+    if len(ids) == len(order):
         return catalogue
     is_repeat = np.ones(len(order), dtype=bool)
     is_repeat[first] = False
