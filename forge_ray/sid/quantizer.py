@@ -134,6 +134,7 @@ class Quantizer(ABC):
 
         Raises:
             ConfigError: when there are fewer vectors than codes.
+            DataError: when vectors have another width or are not finite.
             TrainingError: when a loss or codebook becomes non-finite.
         """
 
@@ -268,6 +269,12 @@ class Quantizer(ABC):
                 f"quantizer.codebook_size must be <= the number of training vectors, got "
                 f"{max(self.codebook_sizes)} codes for {len(vectors)} vectors. "
                 "Use smaller codebooks."
+            )
+        bad = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(bad):
+            raise DataError(
+                f"vectors must be finite, got {len(bad)} rows with NaN or infinity (first: "
+                f"{bad[0]}). Find them with `forge-ray data validate`."
             )
 
 

@@ -113,6 +113,10 @@ class QuantizerContract:
             fitted.encode(np.zeros((3, 5), dtype=np.float32))
         with pytest.raises(ConfigError, match="training vectors"):
             self.fit(config, clustered_vectors(5))
+        broken = clustered_vectors()
+        broken[3, 2] = np.nan
+        with pytest.raises(DataError, match=r"1 rows with NaN or infinity \(first: 3\)"):
+            self.fit(config, broken)
         with pytest.raises(TrainingError, match="must be fitted"):
             config.build(16, seed=0).encode(clustered_vectors(5))
 
