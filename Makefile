@@ -17,7 +17,7 @@ setup:
 
 demo: setup
 ifdef DATA
-	$(BIN)/forge-ray sweep run sweeps/beauty.yaml data=$(DATA)
+	$(BIN)/forge-ray sweep run sweeps/beauty.yaml data=$(DATA) name=$(notdir $(abspath $(DATA)))
 else
 	$(BIN)/forge-ray sweep run sweeps/quickstart.yaml
 endif
