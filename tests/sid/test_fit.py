@@ -119,8 +119,10 @@ def test_errors_name_the_field(dataset: Dataset, store: ArtifactStore) -> None:
         config("quantizer.kind=rq_kmean")
     with pytest.raises(ConfigError, match="seed must be >= 0"):
         config("seed=-1")
-    with pytest.raises(ArtifactError, match="kind 'sids'"):
+    with pytest.raises(ArtifactError, match="must name one sids"):
         open_sids(store, dataset.artifact.manifest.ref)
+    with pytest.raises(ArtifactError, match="kind 'sids'"):
+        open_sids(store, dataset.artifact.root)
 
 
 def test_fused_vectors_are_an_artifact_of_their_own(dataset: Dataset, store: ArtifactStore) -> None:
