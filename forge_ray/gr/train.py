@@ -297,7 +297,11 @@ def train_worker(settings: Mapping[str, Any]) -> None:
 
 def _report(row: dict[str, Any], folder: Path | None) -> None:
     import ray.train
+    from ray.util import get_current_placement_group
 
+    # Whoever stops this run from outside frees its resources by this: a killed controller cannot.
+    group = get_current_placement_group()
+    row = {**row, "placement_group": group.id.hex() if group else None}
     if folder is None:
         ray.train.report(row)
         return

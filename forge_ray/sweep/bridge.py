@@ -75,8 +75,10 @@ def relay(
             row = rows.get(timeout=_POLL_S)
         except Empty:
             continue
-        check_row(row, required)
-        report(row)
+        # A loss that is not finite ends the training with its own error.
+        if math.isfinite(row.get("loss", 0.0)):
+            check_row(row, required)
+            report(row)
     rows.shutdown()
     if outcome.error is not None:
         raise outcome.error

@@ -11,6 +11,7 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
+from forge_ray.sweep.groups import StoppedGroups
 from forge_ray.sweep.ledger import Ledger
 from forge_ray.sweep.scheduler import Decision, GateScheduler
 from forge_ray.sweep.space import label_point
@@ -32,6 +33,18 @@ class SweepCallback(Callback):
         self._scheduler = scheduler
         self._metric = metric
         self._num_trials = num_trials
+        self.groups = StoppedGroups()
+        self._group_of: dict[str, str] = {}
+
+    def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
+        """Frees the resources of trainings that were stopped a while ago."""
+        self.groups.free_due()
+
+    def on_trial_complete(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """Notes the resources of a training that may have been stopped midway."""
+        self._leave(trial)
 
     def on_trial_start(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
@@ -64,6 +77,8 @@ class SweepCallback(Callback):
         # The scheduler sees this row before the callback does.
         decision = self._scheduler.decisions.pop(key, Decision())
         result["decision"] = vars(decision).copy()
+        if result.get("placement_group"):
+            self._group_of[trial.trial_id] = result["placement_group"]
         row = result.get("proxy") if stage == "proxy" else result.get("row")
         metrics = {**(row or {}), "global_step": result["global_step"]}
         optional = {name: result[name] for name in _OPTIONAL if name in result}
@@ -85,6 +100,12 @@ class SweepCallback(Callback):
         text = _last_line(_error_text(trial))
         self._ledger.append("error", key=trial.config["key"], text=text)
         self._say(trial, f"failed    {text}")
+        self._leave(trial)
+
+    def _leave(self, trial: Trial) -> None:
+        group = self._group_of.pop(trial.trial_id, None)
+        if group is not None:
+            self.groups.add(group)
 
     def _say(self, trial: Trial, text: str) -> None:
         number = int(trial.config["number"])

@@ -162,7 +162,10 @@ def _fit(
             verbose=0,
         ),
     )
-    tuner.fit()
+    try:
+        tuner.fit()
+    finally:
+        callback.groups.free_all()
 
 
 def _trial_name(trial: Any) -> str:

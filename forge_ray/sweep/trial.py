@@ -123,7 +123,8 @@ def _train(
         nonlocal last_step
         last_step = int(row["global_step"])
         seconds["train"] = time.perf_counter() - start
-        step = {rules.metric: row[rules.metric], "row": row}
+        group = row.pop("placement_group", None)
+        step = {rules.metric: row[rules.metric], "row": row, "placement_group": group}
         tune.report(_row("gr", int(row["global_step"]), None, seconds, **step))
 
     trained = relay(
