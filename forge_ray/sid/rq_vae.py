@@ -94,7 +94,8 @@ class RqVaeConfig(QuantizerConfig):
     """Passes over the vectors by reconstruction steps, at most `max_steps` in all."""
     max_steps: int = 800
     """Bound on all optimiser steps of either type."""
-    lr: float = 2e-3
+    lr: float = 4e-3
+    """Peak rate of AdamW. FORGE: 2e-3 at this batch size, over far more steps."""
     min_lr: float = 1e-7
     warmup: float = 0.1
     """Share of the steps with linearly rising learning rate; cosine decay after it. FORGE: 0.27."""
