@@ -43,7 +43,7 @@ class EngineConfig:
     """Rows of one optimiser step over all workers, constant at any world size."""
     micro_batch: int = 0
     """Rows per worker and forward pass; the rest accumulates. 0 takes the whole share at once."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 1e-3
     """Peak learning rate of AdamW."""
     warmup_steps: int = 50
     """Steps of linear warm-up from 0."""
@@ -217,14 +217,14 @@ class Engine:
         """Restores weights and optimiser; the folder holds all workers' shards.
 
         Raises:
-            ArtifactError: DeepSpeed finds nothing to load.
+            ArtifactError: The folder holds no shards.
         """
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
+        if not any((folder / TAG).glob("*.pt")):
             raise ArtifactError(
                 f"{folder}/{TAG} must hold a DeepSpeed checkpoint, got none. Remove the run's "
                 "folder and train again."
             )
+        self._engine.load_checkpoint(str(folder), tag=TAG)
 
 
 def expected_shards(zero_stage: int, world_size: int, precision: str) -> list[str]:
