@@ -43,7 +43,7 @@ class EngineConfig:
     """Rows of one optimiser step over all workers, constant at any world size."""
     micro_batch: int = 0
     """Rows per worker and forward pass; the rest accumulates. 0 takes the whole share at once."""
-    learning_rate: float = 1e-3
+    learning_rate: float = 2e-3
     """Peak learning rate of AdamW."""
     warmup_steps: int = 50
     """Steps of linear warm-up from 0."""
