@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -99,7 +98,8 @@ def finalize(
     with connected(verbose=verbose):
         record = finalize_sweep(config, open_store(store))
     rows = finalize_rows(record, metric=config.metric)
-    emit(rows, title=f"{config.name}: test split, used {record.time}", as_json=as_json)
+    shown = rows if as_json else [_short(row, config.metric) for row in rows]
+    emit(shown, title=f"{config.name}: test split, used {record.time}", as_json=as_json)
 
 
 _json: dict[str, Any] = {"title": "", "as_json": True}
@@ -125,27 +125,25 @@ def _print_result(
         emit({**content, "report": str(report)}, **_json)
         return
     if ranking:
-        rows = [_short(row) for row in ranking]
+        rows = [_short(row, config.metric) for row in ranking]
         emit(rows, title=f"{config.name}, validation: {_sentence(records)}", as_json=False)
     else:
         stderr.print(f"{config.name}: no trial is complete yet; {_sentence(records)}")
     if test:
         title = f"test split, used {len(records.finalized)} time(s)"
-        emit([_short(row) for row in test], title=title, as_json=False)
+        emit([_short(row, config.metric) for row in test], title=title, as_json=False)
     stderr.print(f"report: {report}", soft_wrap=True)
 
 
-def _short(row: dict[str, Any]) -> dict[str, Any]:
-    """A row for the terminal: metrics with their standard error in one cell, a few columns."""
-    hidden = ("kind", "coverage", "embedding_hitrate", "SidHit")
-    short: dict[str, Any] = {}
-    for name, value in row.items():
-        error = row.get(f"{name}_se")
-        if name.endswith("_se") or name.startswith(hidden):
-            continue
-        is_pair = isinstance(value, float) and isinstance(error, float) and math.isfinite(error)
-        short[name] = f"{value:.4f} ±{error:.4f}" if is_pair else value
-    return short
+_COLUMNS = {"backoff_bits": "bits", "uniqueness": "unique"}
+
+
+def _short(row: dict[str, Any], metric: str) -> dict[str, Any]:
+    """A row for the terminal: few columns, the metric with its standard error."""
+    hit = f"ItemHit@{metric.rpartition('@')[2]}"
+    names = ("rank", "trial", "model", "design", hit, metric, f"{metric}_se", *_COLUMNS)
+    shown = {name: row[name] for name in names if name in row}
+    return {_COLUMNS.get(name, name.replace(f"{metric}_se", "±")): shown[name] for name in shown}
 
 
 def _sentence(records: SweepRecords) -> str:

@@ -26,7 +26,13 @@ class AshaConfig:
     reduction_factor: float = 2.0
     """One of this many trials passes a rung; rungs lie at grace · factor^k steps."""
 
+    min_earlier: int = 2
+    """Trials that must have reached a rung before it stops anyone. Ray's ASHA stops from one on:
+    a lucky first trial then ends all others, and nothing is left to audit the proxies with."""
+
     def __post_init__(self) -> None:
+        if self.min_earlier < 1:
+            raise ConfigError(f"asha.min_earlier must be >= 1, got {self.min_earlier}. Set 1 or 2.")
         if self.grace_steps < 1:
             raise ConfigError(f"asha.grace_steps must be >= 1, got {self.grace_steps}.")
         if self.reduction_factor <= 1:
@@ -80,7 +86,7 @@ def stop_reason(
         return None
     earlier = list(rung.values())
     rung[key] = value
-    if not earlier:
+    if len(earlier) < config.min_earlier:
         return None
     cutoff = float(np.quantile(earlier, 1 - 1 / config.reduction_factor))
     if value >= cutoff:

@@ -263,14 +263,12 @@ def optuna_values(point: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def label_point(point: Mapping[str, Value]) -> str:
-    """A point on one line for people: `quantizer=rq_vae levels=3`."""
-    return " ".join(f"{_short_name(name)}={_short(value)}" for name, value in point.items())
-
-
-def _short_name(name: str) -> str:
-    # `sid.quantizer.kind` is the quantizer; any other name ends in what it sets.
-    *path, last = name.split(".")
-    return path[-1] if last == "kind" and path else last
+    """A point on one line for people: `rq_vae levels=3 bucket`; a kind speaks for itself."""
+    words = []
+    for name, value in point.items():
+        last = name.rsplit(".", 1)[-1]
+        words.append(_short(value) if last == "kind" else f"{last}={_short(value)}")
+    return " ".join(words)
 
 
 def _short(value: Value) -> str:

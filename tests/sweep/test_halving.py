@@ -10,7 +10,7 @@ from ray.tune.schedulers import ASHAScheduler
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.halving import AshaConfig, AshaState, stop_reason
 
-CONFIG = AshaConfig(grace_steps=10, reduction_factor=2)
+CONFIG = AshaConfig(grace_steps=10, reduction_factor=2, min_earlier=1)
 
 
 def ask(key: str, step: int, value: float, state: AshaState) -> str | None:
@@ -66,7 +66,17 @@ def test_off_and_at_the_end_nothing_stops() -> None:
     assert ask("b", 80, 0.0, AshaState(rungs={"40": {"a": 1.0}})) is None
 
 
-@pytest.mark.parametrize("change", [{"grace_steps": 0}, {"reduction_factor": 1.0}])
+def test_a_rung_waits_for_enough_trials() -> None:
+    config = AshaConfig(grace_steps=10, min_earlier=2)
+    state = AshaState()
+    for key, value, is_stopped in [("a", 0.3, False), ("b", 0.1, False), ("c", 0.1, True)]:
+        reason = stop_reason(key, 10, value, max_steps=80, state=state, config=config)
+        assert (reason is not None) == is_stopped
+
+
+@pytest.mark.parametrize(
+    "change", [{"grace_steps": 0}, {"reduction_factor": 1.0}, {"min_earlier": 0}]
+)
 def test_bad_settings_are_refused(change) -> None:
     with pytest.raises(ConfigError):
         AshaConfig(**change)

@@ -111,7 +111,7 @@ def test_apply_point_sets_nested_values_and_keeps_the_base() -> None:
 
 def test_label_is_one_short_line() -> None:
     assert label_point({"sid.quantizer.kind": "rq_vae", "gr.lr": 0.00123456}) == (
-        "quantizer=rq_vae lr=0.00123"
+        "rq_vae lr=0.00123"
     )
 
 
