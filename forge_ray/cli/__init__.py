@@ -6,6 +6,7 @@ Sub-apps live in the modules beside this one; nothing here computes.
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
@@ -52,6 +53,8 @@ def _stand_in() -> None:
 
 def main() -> None:
     """Entry point of `forge-ray`: a failure the user can act on is one line and exit code 2."""
+    # Before torch loads: idle OpenMP threads that spin take the cores of Ray's workers.
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     words = sys.argv[1:]
     verbose = "--verbose" in words or "-v" in words
     setup_logging(verbose=verbose)

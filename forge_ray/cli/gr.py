@@ -25,16 +25,24 @@ from forge_ray.cli.console import (
     working,
 )
 from forge_ray.cli.gr_decode import evaluate, recommend
+from forge_ray.cli.inputs import open_data
 from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
+from forge_ray.errors import ConfigError
+from forge_ray.sid.fit import SIDS_KIND
 from forge_ray.sid.table import SidTable
 
 app = typer.Typer(no_args_is_help=True, help="Train, evaluate and use generative retrieval.")
 app.command("eval")(evaluate)
 app.command("recommend")(recommend)
 
-DataRef = Annotated[str, typer.Option("--data", help="Prepared dataset, or a folder of raw files.")]
-SidsRef = Annotated[str, typer.Option("--sids", help="SID table: an artifact or an .npz file.")]
+SidsRef = Annotated[str, typer.Argument(help="SID table: a stored one, or an .npz file.")]
+DataRef = Annotated[
+    str | None,
+    typer.Option(
+        "--data", help="Dataset of an .npz table, or a folder of raw files; stored tables know it."
+    ),
+]
 RunName = Annotated[
     str | None,
     typer.Option(
@@ -49,9 +57,9 @@ _SHOWN = ("global_step", "epoch", "loss", "ItemHit@10", "ItemNDCG@10", "tokens_p
 
 @app.command("train")
 def train(
-    data: DataRef,
     sids: SidsRef,
     overrides: Overrides = None,
+    data: DataRef = None,
     config: ConfigFile = None,
     name: RunName = None,
     run_dir: RunDir = "./forge-runs",
@@ -72,8 +80,7 @@ def train(
     where = open_store(store)
     folder = run_dir if "://" in run_dir else str(Path(run_dir).resolve())
     with connected(verbose=verbose):
-        dataset = _open_data(data, where)
-        table = _open_table(sids, dataset, where)
+        dataset, table = _open_inputs(sids, data, where, verbose=verbose)
         digest = config_hash({"gr": settings.identity(), "table": table_key(table)})
         run = name or f"{settings.model.kind}-{digest[:8]}"
         stderr.print(
@@ -87,7 +94,8 @@ def train(
                 store=where,
                 run_dir=folder,
                 name=run,
-                command=f"forge-ray gr train --data {data} --sids {sids} --name {run}",
+                command=f"forge-ray gr train {sids} --name {run}"
+                + (f" --data {data}" if data else ""),
             )
     if as_json:
         record = {"model": result.artifact.uri, "metrics": result.metrics}
@@ -97,17 +105,25 @@ def train(
     stderr.print(f"best model (by validation ItemNDCG@10): {result.artifact.uri}", soft_wrap=True)
 
 
-def _open_data(ref: str, store: ArtifactStore) -> Dataset:
-    from forge_ray.data.prepare import open_or_prepare
-
-    with working(f"opening {ref}"):
-        return open_or_prepare(ref, store)
-
-
-def _open_table(ref: str, dataset: Dataset, store: ArtifactStore) -> SidTable:
-    if ref.endswith(".npz"):
-        return SidTable.from_npz(ref, dataset.item_ids())
-    return SidTable.open(store.open(ref))
+def _open_inputs(
+    sids: str, data: str | None, store: ArtifactStore, *, verbose: bool
+) -> tuple[Dataset, SidTable]:
+    if sids.endswith(".npz"):
+        if data is None:
+            raise ConfigError(
+                f"--data must name the dataset of {sids}, got nothing. "
+                "Add --data with a prepared dataset or a folder of raw files."
+            )
+        dataset = open_data(data, store, verbose=verbose)
+        return dataset, SidTable.from_npz(sids, dataset.item_ids())
+    artifact = store.open(sids, kind=SIDS_KIND)
+    own = artifact.manifest.parents[1]
+    if data is not None and Dataset.open(store, data).key != own:
+        raise ConfigError(
+            f"--data must be the dataset {own[:12]} that {sids} was fitted on, got {data}. "
+            "Leave --data out."
+        )
+    return Dataset.open(store, own), SidTable.open(artifact)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:

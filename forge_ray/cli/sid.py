@@ -3,30 +3,29 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from forge_ray.artifacts import MANIFEST, ArtifactStore
+from forge_ray.artifacts import ArtifactStore
 from forge_ray.cli.console import (
     DEFAULT_STORE,
     AsJson,
     ConfigFile,
+    Overrides,
     StoreUri,
     Verbose,
     emit,
     open_store,
     stderr,
-    working,
 )
+from forge_ray.cli.inputs import open_data
 from forge_ray.cli.sid_score import score
 from forge_ray.config import load_config
-from forge_ray.data.prepare import open_or_prepare
 from forge_ray.data.schema import Dataset
 from forge_ray.launch.connect import connected
 from forge_ray.sid.fit import SidArtifact, SidConfig, fit_sids, open_sids
@@ -46,21 +45,17 @@ def fit(
     data: Annotated[
         str, typer.Argument(help="Prepared dataset, or a folder of raw files with vectors.")
     ],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(help="A YAML file, and key=value items that override it."),
-    ] = None,
+    overrides: Overrides = None,
     config: ConfigFile = None,
     store: StoreUri = DEFAULT_STORE,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Fit a quantizer, encode the catalogue and resolve collisions; what exists is reused."""
-    path, items = split_arguments(overrides or (), config)
-    settings = load_config(SidConfig, path=path, overrides=items)
+    settings = load_config(SidConfig, path=config, overrides=overrides or ())
     where = open_store(store)
     set_threads(os.cpu_count() or 1)
-    dataset = _open_data(data, where, verbose=verbose)
+    dataset = open_data(data, where, verbose=verbose)
     is_small = dataset.num_items <= settings.encode.local_items
     # A small catalogue is encoded in this process; starting Ray would take longer than the work.
     with nullcontext() if is_small else connected(verbose=verbose):
@@ -90,26 +85,6 @@ def show(
     emit(facts, title=f"SID table {sids.artifact.manifest.ref}", as_json=False)
     emit(histogram, title="Items per SID", as_json=False)
     emit(examples, title="Examples", as_json=False)
-
-
-def _open_data(data: str, store: ArtifactStore, *, verbose: bool) -> Dataset:
-    is_raw = Path(data).is_dir() and not Path(data, MANIFEST).exists()
-    if not is_raw and "://" not in data:
-        return Dataset.open(store, data)
-    with working(f"preparing {data}"), connected(verbose=verbose):
-        return open_or_prepare(data, store)
-
-
-def split_arguments(words: Sequence[str], config: Path | None) -> tuple[Path | None, list[str]]:
-    """Tell a leading YAML file from `key=value` items.
-
-    Args:
-        words: positional arguments after the dataset.
-        config: the file given by `--config`, which a positional one replaces.
-    """
-    if words and "=" not in words[0]:
-        return Path(words[0]), list(words[1:])
-    return config, list(words)
 
 
 def fit_summary(sids: SidArtifact) -> dict[str, Any]:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from forge_ray.artifacts import MANIFEST, ArtifactStore
+from forge_ray.artifacts import ArtifactStore
 from forge_ray.cli.console import (
     DEFAULT_STORE,
     AsJson,
@@ -20,11 +20,10 @@ from forge_ray.cli.console import (
     stderr,
     working,
 )
+from forge_ray.cli.inputs import open_data
 from forge_ray.config import load_config
-from forge_ray.data.prepare import open_or_prepare
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
-from forge_ray.launch.connect import connected
 from forge_ray.sid.fit import open_sids
 from forge_ray.sid.score import ScoreConfig, ScoreSplit, load_inputs, score_sids, score_table
 from forge_ray.sid.table import SidTable
@@ -77,7 +76,7 @@ def score(
     where = open_store(store)
     foreign = [name for name in names if name.endswith(".npz")]
     stored = [name for name in names if not name.endswith(".npz")]
-    dataset = None if data is None else _open_data(data, where, verbose=verbose)
+    dataset = None if data is None else open_data(data, where, verbose=verbose)
     rows: dict[str, dict[str, Any]] = {}
     with working(f"scoring {len(names)} tables"):
         if foreign:
@@ -126,13 +125,6 @@ def _score_stored(
         )
     scores = score_sids(sids, dataset, store, config, split=split)
     return {"table": sids.artifact.manifest.ref, "path": sids.artifact.uri, **scores}
-
-
-def _open_data(data: str, store: ArtifactStore, *, verbose: bool) -> Dataset:
-    if Path(data, MANIFEST).exists() or not ("://" in data or Path(data).is_dir()):
-        return Dataset.open(store, data)
-    with working(f"preparing {data}"), connected(verbose=verbose):
-        return open_or_prepare(data, store)
 
 
 def _split(asked: str | None, default: ScoreSplit) -> ScoreSplit:

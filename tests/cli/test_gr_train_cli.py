@@ -40,7 +40,7 @@ def train(
     dataset = chain_dataset(store)
     table = tmp_path / "grid.npz"
     np.savez(table, item_id=dataset.item_ids().astype(str), codes=grid_table().codes)
-    words = ["train", "--data", dataset.artifact.uri, "--sids", str(table), "--store", store.uri]
+    words = ["train", str(table), "--data", dataset.artifact.uri, "--store", store.uri]
     words += ["--run-dir", str(tmp_path / "runs")]
     return lambda *more: CliRunner().invoke(app, [*words, *SMALL, *more])
 
