@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import ray
+from ray._private import worker as ray_worker
 import ray.data
 
 # Workers copy these from the driver. Ray Data's pause limit is off because a trainer that
@@ -70,7 +72,15 @@ def connect(
         logging_level=logging.INFO if verbose else logging.ERROR,
         runtime_env={"env_vars": _WORKER_ENV},
     )
+    if not verbose:
+        # The raylet's notices go to standard output whatever `log_to_driver` says, and would stand
+        # between the lines of `--json`. Private name: a test pins it.
+        ray_worker.print_to_stdstream = _log_notice
     quiet_logs(verbose=verbose)
+
+
+def _log_notice(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:
+    logger.debug("%s: %s", data["pid"], "\n".join(data["lines"]))
 
 
 def disconnect() -> None:

@@ -39,3 +39,12 @@ def test_quiet_hides_what_is_not_an_error(ray_local: None) -> None:
     assert all(handler.level == logging.INFO for handler in terminal)
     quiet_logs(verbose=False)
     assert all(handler.level == logging.ERROR for handler in terminal)
+
+
+def test_raylet_notices_do_not_reach_standard_output(ray_local, capsys) -> None:
+    from ray._private import worker
+
+    # What Ray itself calls for such a notice: the name must still exist, and print nothing.
+    assert "print_to_stdstream" in worker.listen_error_messages.__code__.co_names
+    worker.print_to_stdstream({"lines": ["14 workers"], "pid": "raylet", "is_err": False}, False)
+    assert capsys.readouterr().out == ""
