@@ -13,8 +13,10 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
-from ray._private import worker as ray_worker
 import ray.data
+from ray._private import worker as ray_worker
+
+logger = logging.getLogger(__name__)
 
 # Workers copy these from the driver. Ray Data's pause limit is off because a trainer that
 # evaluates or writes a checkpoint legitimately stops consuming for longer than any fixed time.
