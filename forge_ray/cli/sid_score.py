@@ -147,7 +147,8 @@ def _show(rows: list[dict[str, Any]], *, as_json: bool) -> None:
         emit(rows, title="", as_json=True)
         return
     shown = [{head: row[name] for name, head in _COLUMNS.items()} for row in rows]
-    emit(shown, title="SID scores", as_json=False)
+    # One table reads better down than across.
+    emit(shown if len(shown) > 1 else shown[0], title="SID scores", as_json=False)
     if any(row["split"] == "test" for row in rows):
         stderr.print(
             "Rows of split [bold]test[/] are for comparison with published tables; select on "
