@@ -9,13 +9,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from raw import EVENTS, ITEMS, write_events, write_items, write_raw, write_vectors
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.data.prepare import PrepareConfig, prepare
 from forge_ray.data.schema import Dataset
 from forge_ray.data.sources import InteractionsConfig
 from forge_ray.errors import ConfigError, DataError
+from tests.data.raw import EVENTS, ITEMS, write_events, write_items, write_raw, write_vectors
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 from pyarrow import fs as pafs
-from raw import write_raw
 
 from forge_ray.artifacts import ArtifactStore, open_filesystem
 from forge_ray.data.prepare import open_or_prepare
+from tests.data.raw import write_raw
 
 pytestmark = pytest.mark.ray
 

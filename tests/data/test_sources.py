@@ -14,7 +14,6 @@ import pyarrow.csv as pacsv
 import pyarrow.parquet as pq
 import pytest
 import ray.cloudpickle
-from raw import EVENTS, ITEMS, write_events, write_items, write_raw, write_vectors
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import load_config
@@ -26,6 +25,7 @@ from forge_ray.data.schema import Dataset
 from forge_ray.data.sources import InteractionsConfig, ItemsConfig, SourcesConfig
 from forge_ray.data.splits import TemporalConfig
 from forge_ray.data.validate import validate, validate_dataset
+from tests.data.raw import EVENTS, ITEMS, write_events, write_items, write_raw, write_vectors
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from records import METRIC, trial
 
 from forge_ray.sweep.audit import ProxyAudit, audit
+from tests.sweep.records import METRIC, trial
 
 
 def test_a_proxy_that_ranks_like_the_metric_is_trustworthy() -> None:

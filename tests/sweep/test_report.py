@@ -4,12 +4,11 @@ import re
 from html.parser import HTMLParser
 from pathlib import Path
 
-from records import METRIC, records, trial
-
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.ledger import SweepRecords
 from forge_ray.sweep.report import render_report, write_report
 from forge_ray.sweep.views import cost_rows, counts, finalize_rows, ranking_rows, trial_rows
+from tests.sweep.records import METRIC, records, trial
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 CONFIG = SweepConfig(name="demo", space={"a": {"choice": [1, 2]}})

@@ -7,7 +7,6 @@ import pytest
 from optuna.trial import TrialState
 from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
-from stubs import stub_resolve
 
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.ledger import Ledger, TrialRecord
@@ -25,6 +24,7 @@ from forge_ray.sweep.study import (
     open_storage,
     study_name,
 )
+from tests.sweep.stubs import stub_resolve
 
 METRIC = "ItemNDCG@10"
 DEFINITION = {"kind": {"choice": ["a", "b"]}, "quality": {"float": [0, 1]}}
