@@ -73,7 +73,20 @@ class SweepJob:
         return Ledger(self.folder)
 
 
-def run_trials(job: SweepJob) -> SweepRecords:
+@dataclass(frozen=True, kw_only=True)
+class RunOutcome:
+    """What a session leaves.
+
+    Attributes:
+        records: The ledger, folded.
+        is_complete: Whether every trial ran to an end; False after Ctrl-C or a spent time budget.
+    """
+
+    records: SweepRecords
+    is_complete: bool
+
+
+def run_trials(job: SweepJob) -> RunOutcome:
     """Runs what is left of a sweep; the caller holds its lock.
 
     Raises:
@@ -117,9 +130,12 @@ def run_trials(job: SweepJob) -> SweepRecords:
         copy_finished(searcher.study, space, records.finished(), metric=config.metric)
         _fit(job, searcher, source, session=records.sessions)
     after = ledger.read()
+    # A trial that was waiting to start when the session ended was never told.
+    close_unfinished(storage, config.name, after.trials)
     for record in after.trials.values():
         ledger.write_trial(record)
-    return after
+    is_open = any(one.state == "running" for one in after.trials.values())
+    return RunOutcome(records=after, is_complete=not (is_open or source.queue or source.may_draw))
 
 
 def _fit(

@@ -58,13 +58,32 @@ def run_sweep(config: SweepConfig, store: ArtifactStore) -> SweepResult:
     with SweepLock(folder).held():
         dataset = open_dataset(config, store, folder)
         job = make_job(config, store, dataset, folder)
-        records = run_trials(job)
-        if not records.floors:
-            floors = evaluate_floors(dataset, "validation", config.evaluation.ks, store)
-            job.ledger.append("floors", floors=floors)
-        if config.finalize and records.winner() is not None and not records.finalized:
-            _finalize(job, store, dataset)
+        outcome = run_trials(job)
+        if not outcome.is_complete:
+            logger.warning("stopped before its end; the same command continues the sweep")
+        else:
+            _conclude(job, store, dataset, outcome.records)
     return SweepResult(records=job.ledger.read(), report=make_report(config, folder))
+
+
+def _conclude(job: SweepJob, store: ArtifactStore, dataset: Dataset, records: SweepRecords) -> None:
+    """Floors on validation, and the test split where the sweep file asks for it and none was used.
+
+    A later run that finds another winner does not touch the test split by itself.
+    """
+    if not records.floors:
+        ks = job.config.evaluation.ks
+        job.ledger.append("floors", floors=evaluate_floors(dataset, "validation", ks, store))
+    winner = records.winner()
+    if not job.config.finalize or winner is None:
+        return
+    if not records.finalized:
+        _finalize(job, store, dataset)
+    elif records.finalized[-1].key != winner.key:
+        logger.warning(
+            "trial %d is the new winner; `forge-ray sweep finalize` uses the test split again",
+            winner.number + 1,
+        )
 
 
 def finalize_sweep(config: SweepConfig, store: ArtifactStore) -> FinalizeRecord:

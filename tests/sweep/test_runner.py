@@ -9,9 +9,7 @@ from pathlib import Path
 import optuna
 import pytest
 import ray
-import stubs
 from optuna.trial import TrialState
-from stubs import StubStages, stages_run, stub_resolve
 
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.config import SamplerConfig, SweepConfig
@@ -20,6 +18,8 @@ from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.ledger import SweepRecords
 from forge_ray.sweep.runner import SweepJob, claim_identity, run_trials
 from forge_ray.sweep.study import open_storage
+from tests.sweep import stubs
+from tests.sweep.stubs import StubStages, stages_run, stub_resolve
 
 ray.cloudpickle.register_pickle_by_value(stubs)
 
@@ -45,7 +45,7 @@ def run(folder: Path, config: SweepConfig = CONFIG, *, dataset_key: str = "d") -
         resolve=stub_resolve,
         max_steps=30,
     )
-    return run_trials(job)
+    return run_trials(job).records
 
 
 def states(records: SweepRecords) -> list[tuple[str, str]]:
@@ -121,6 +121,30 @@ def test_failures_and_nan_are_recorded_and_tried_again(ray_local, tmp_path: Path
     run(tmp_path, config)
     kinds = [x["config"]["kind"] for x in stages_run(tmp_path) if x["stage"] == "tokenize"]
     assert kinds == ["broken", "nan", "a", "broken", "nan"]
+
+
+@pytest.mark.ray
+def test_a_spent_time_budget_leaves_trials_for_the_next_run(ray_local, tmp_path: Path) -> None:
+    job = SweepJob(
+        config=dataclasses.replace(CONFIG, points=[], time_budget_s=6),
+        folder=tmp_path,
+        dataset_key="d",
+        stages=StubStages(str(tmp_path), step_s=5.0),
+        resolve=stub_resolve,
+        max_steps=30,
+    )
+    outcome = run_trials(job)
+    assert not outcome.is_complete
+    assert not outcome.records.finished()
+    study = optuna.load_study(
+        study_name=optuna.get_all_study_names(open_storage("", tmp_path))[0],
+        storage=open_storage("", tmp_path),
+    )
+    assert TrialState.RUNNING not in [trial.state for trial in study.trials]
+    config = dataclasses.replace(CONFIG, points=[])
+    finished = run_trials(dataclasses.replace(job, config=config, stages=StubStages(str(tmp_path))))
+    assert finished.is_complete
+    assert len(finished.records.finished()) == 3
 
 
 @pytest.mark.ray

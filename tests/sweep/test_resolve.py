@@ -1,0 +1,69 @@
+from __future__ import annotations
+
+import dataclasses
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from forge_ray.config import from_mapping
+from forge_ray.errors import ConfigError
+from forge_ray.sweep.config import SweepConfig
+from forge_ray.sweep.resolve import TrialConfig, resolve_point
+from forge_ray.sweep.searcher import Resolved
+
+CONFIG = SweepConfig(
+    name="x",
+    space={"sid.quantizer.kind": {"choice": ["rq_kmeans", "rq_vae"]}},
+    sid={"quantizer": {"levels": 2, "codebook_size": 64}},
+    gr={"max_steps": 50},
+)
+DATASET: Any = SimpleNamespace(key="d" * 64, num_items=1000)
+
+
+def resolve(
+    point: dict[str, Any], config: SweepConfig = CONFIG, dataset: Any = DATASET
+) -> Resolved:
+    return resolve_point(config, point, dataset=dataset)
+
+
+def test_a_kind_keeps_the_shared_settings() -> None:
+    resolved = resolve({"sid.quantizer.kind": "rq_vae"})
+    quantizer = resolved.config["sid"]["quantizer"]
+    assert (quantizer["kind"], quantizer["levels"], quantizer["codebook_size"]) == ("rq_vae", 2, 64)
+    assert resolved.config["gr"]["max_steps"] == 50
+    # The stored configuration is complete and re-runnable.
+    assert from_mapping(TrialConfig, resolved.config).sid.quantizer.levels == 2
+
+
+def test_the_key_is_what_is_computed_and_not_where() -> None:
+    base = resolve({})
+    assert resolve({"gr.cpus_per_worker": 4.0}).key == base.key
+    assert resolve({"sid.encode.max_actors": 3}).key == base.key
+    assert resolve({"sid.quantizer.kind": "rq_kmeans"}).key == base.key
+    assert resolve({"gr.max_steps": 51}).key != base.key
+    assert resolve({"sid.seed": 1}).key != base.key
+    other = SimpleNamespace(key="e" * 64, num_items=1000)
+    assert resolve({}, dataset=other).key != base.key
+
+
+def test_too_few_sids_are_known_before_any_work() -> None:
+    assert resolve({}).infeasible == ""
+    small = resolve({"sid.quantizer.codebook_size": 16})
+    assert small.infeasible.startswith("capacity 16 x 16 = 256 SIDs < 1 x 1,000 items")
+    relaxed = dataclasses.replace(CONFIG, gate=dataclasses.replace(CONFIG.gate, min_capacity=0.1))
+    assert resolve({"sid.quantizer.codebook_size": 16}, relaxed).infeasible == ""
+
+
+@pytest.mark.parametrize(
+    "point",
+    [
+        {"sid.quantizer.kind": "rq_magic"},
+        {"sid.quantizer.epochs": 3},  # not a setting of the default kind
+        {"sid.quantizer.levels": "many"},
+        {"gr.max_steps": 0},
+    ],
+)
+def test_mistakes_are_refused(point: dict[str, Any]) -> None:
+    with pytest.raises(ConfigError):
+        resolve(point)
