@@ -107,6 +107,7 @@ def proxies(records: SweepRecords) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1800)
 def test_killed_sweep_continues_and_equals_an_uninterrupted_one(tmp_path: Path) -> None:
     whole, broken = make(tmp_path / "whole"), make(tmp_path / "broken")
     run(whole, "run")
