@@ -107,7 +107,11 @@ def _html(figure: go.Figure, *, x: str, y: str, height: int, title: str = "") ->
         paper_bgcolor="rgba(0,0,0,0)",
         plot_bgcolor="rgba(0,0,0,0)",
     )
-    figure.update_xaxes(title=x)
-    figure.update_yaxes(title=y)
-    options = {"displaylogo": False, "responsive": True}
-    return str(figure.to_html(full_html=False, include_plotlyjs=False, config=options))
+    figure.update_xaxes(title=x, automargin=True)
+    figure.update_yaxes(title=y, automargin=True)
+    options = {"displayModeBar": False, "responsive": True}
+    return str(
+        figure.to_html(
+            full_html=False, include_plotlyjs=False, config=options, default_width="100%"
+        )
+    )
