@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from rich.console import Console
@@ -21,8 +22,17 @@ from rich.table import Table
 
 from forge_ray.artifacts import ArtifactStore
 
-stdout = Console()
-stderr = Console(stderr=True)
+_FILE_WIDTH = 140
+"""Columns where no terminal says its own: a log or a pipe need not wrap at 80."""
+
+
+def _console(stream: TextIO) -> Console:
+    knows_width = stream.isatty() or "COLUMNS" in os.environ
+    return Console(stderr=stream is sys.stderr, width=None if knows_width else _FILE_WIDTH)
+
+
+stdout = _console(sys.stdout)
+stderr = _console(sys.stderr)
 
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", "-c", help="YAML file with the stage's configuration.")
