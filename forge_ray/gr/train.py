@@ -101,16 +101,8 @@ def train_generator(
             f"the SID table must cover the dataset's {dataset.num_items} items, got "
             f"{table.num_items}. Fit semantic IDs on this dataset."
         )
-    sid_key = table_key(table)
-    content = {"gr": config.identity(), "table_key": sid_key}
-    identity = RunIdentity(
-        config_hash=config_hash(content),
-        table_key=sid_key,
-        dataset_key=dataset.key,
-        zero_stage=config.engine.zero_stage,
-        precision=config.engine.precision,
-        world_size=config.num_workers,
-    )
+    content = {"gr": config.identity(), "table_key": table_key(table)}
+    identity = _run_identity(config, dataset, content)
 
     def produce(writer: ArtifactWriter) -> ArtifactInfo:
         _claim_run(run_dir, name, identity)
@@ -129,11 +121,22 @@ def train_generator(
         MODEL_KIND,
         name.replace("/", "-"),
         content,
-        parents=[dataset.key, sid_key],
+        parents=[dataset.key, content["table_key"]],
         produce=produce,
         command=command,
     )
     return train_result(artifact)
+
+
+def _run_identity(config: GrConfig, dataset: Dataset, content: dict[str, Any]) -> RunIdentity:
+    return RunIdentity(
+        config_hash=config_hash(content),
+        table_key=content["table_key"],
+        dataset_key=dataset.key,
+        zero_stage=config.engine.zero_stage,
+        precision=config.engine.precision,
+        world_size=config.num_workers,
+    )
 
 
 def train_result(artifact: Artifact) -> TrainResult:
