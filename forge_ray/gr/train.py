@@ -101,7 +101,7 @@ def train_generator(
             f"the SID table must cover the dataset's {dataset.num_items} items, got "
             f"{table.num_items}. Fit semantic IDs on this dataset."
         )
-    content = {"gr": config.identity(), "table_key": table_key(table)}
+    content: dict[str, Any] = {"gr": config.identity(), "table_key": table_key(table)}
     identity = _run_identity(config, dataset, content)
 
     def produce(writer: ArtifactWriter) -> ArtifactInfo:
