@@ -8,6 +8,7 @@ remembers.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -79,7 +80,8 @@ def stop_reason(
     if key in state.stopped:
         return state.stopped[key]
     reached = [one for one in config.milestones(max_steps) if one <= step]
-    if not config.enabled or not reached or step >= max_steps:
+    # One NaN in a rung would make every later cut-off NaN and stop all that come after.
+    if not config.enabled or not reached or step >= max_steps or not math.isfinite(value):
         return None
     rung = state.rungs.setdefault(str(reached[-1]), {})
     if key in rung:

@@ -66,6 +66,13 @@ def test_off_and_at_the_end_nothing_stops() -> None:
     assert ask("b", 80, 0.0, AshaState(rungs={"40": {"a": 1.0}})) is None
 
 
+def test_a_value_that_is_no_number_does_not_enter_a_rung() -> None:
+    state = AshaState()
+    assert ask("a", 10, float("nan"), state) is None
+    assert ask("b", 10, 0.1, state) is None
+    assert ask("c", 10, 0.2, state) is None
+
+
 def test_a_rung_waits_for_enough_trials() -> None:
     config = AshaConfig(grace_steps=10, min_earlier=2)
     state = AshaState()
