@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -37,13 +38,18 @@ def run(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Run a sweep, or continue it: the same command resumes after any interruption."""
+    """Run a sweep, or continue it: the same command resumes after any interruption.
+
+    Exit code 0: every trial ran to an end; 1: stopped before (Ctrl-C, a spent time budget).
+    """
     from forge_ray.sweep.sweep import run_sweep
 
     config = load_config(SweepConfig, path=file, overrides=overrides or ())
     with connected(verbose=verbose):
         result = run_sweep(config, open_store(store))
     _print_result(config, result.records, as_json=as_json, report=result.report)
+    if not result.is_complete:
+        raise typer.Exit(1)
 
 
 @app.command()
@@ -63,7 +69,10 @@ def status(
         return
     emit(rows, title=f"{config.name}: {_sentence(records)}", as_json=False)
     if not is_running and counts(records)["open"]:
-        stderr.print(f"no driver is running; continue with: forge-ray sweep run {file}")
+        words = shlex.join([str(file), *(overrides or []), "--store", store])
+        stderr.print(
+            f"no driver is running; continue with: forge-ray sweep run {words}", soft_wrap=True
+        )
 
 
 @app.command()

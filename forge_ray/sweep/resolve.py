@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import from_mapping, to_mapping
 from forge_ray.data.schema import Dataset
+from forge_ray.errors import ConfigError
 from forge_ray.gr.config import GrConfig
 from forge_ray.sid.fit import SidConfig
 from forge_ray.sweep.config import SweepConfig
@@ -41,6 +43,8 @@ def resolve_point(config: SweepConfig, point: Point, *, dataset: Dataset) -> Res
         ConfigError: The point makes no valid configuration.
     """
     typed = trial_config(config, point)
+    _check_metric(config.metric, "gr.validation.ks", typed.gr.validation.ks)
+    _check_metric(config.metric, "evaluation.ks", config.evaluation.ks)
     mapping = to_mapping(typed)
     sid = {name: value for name, value in mapping["sid"].items() if name != "encode"}
     content = {"sid": sid, "gr": typed.gr.identity()}
@@ -50,3 +54,13 @@ def resolve_point(config: SweepConfig, point: Point, *, dataset: Dataset) -> Res
         config=mapping,
         infeasible=infeasible_reason(sizes, dataset.num_items, config.gate) or "",
     )
+
+
+def _check_metric(metric: str, where: str, ks: Sequence[int]) -> None:
+    # Refused here: a metric that no row holds would fail each trial after its training began.
+    known = [f"{name}@{k}" for name in ("ItemNDCG", "ItemHit") for k in ks]
+    if metric not in known:
+        raise ConfigError(
+            f"metric must be among {', '.join(known)}, got {metric!r}. "
+            f"Set one of them, or add its cut-off to {where}."
+        )

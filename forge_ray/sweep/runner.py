@@ -134,7 +134,7 @@ def run_trials(job: SweepJob) -> RunOutcome:
     close_unfinished(storage, config.name, after.trials)
     for record in after.trials.values():
         ledger.write_trial(record)
-    is_open = any(one.state == "running" for one in after.trials.values())
+    is_open = any(one.state == "running" and source.wants(one.key) for one in after.trials.values())
     return RunOutcome(records=after, is_complete=not (is_open or source.queue or source.may_draw))
 
 

@@ -126,10 +126,12 @@ class TrialSource:
         self._known = {key: one.number for key, one in records.items()}
         self._next_number = 1 + max(self._known.values(), default=-1)
         self._num_trials = num_trials
+        self._is_dry = False
         # A sampler that draws does not propose the same point again: what a killed driver left
         # behind is run before anything new. A plan holds those points anyway.
         left = [one.point for one in records.values() if not one.is_finished]
         self.queue: deque[TrialSpec] = deque()
+        self._wanted: set[str] = set()
         queued: set[str] = {key for key, one in records.items() if one.is_finished}
         for point in (*planned, *(left if num_trials is not None else ())):
             resolved = resolve(point)
@@ -151,7 +153,16 @@ class TrialSource:
     @property
     def may_draw(self) -> bool:
         """Whether the sampler may propose one more trial."""
-        return self._num_trials is not None and len(self._known) < self._num_trials
+        is_short = self._num_trials is not None and len(self._known) < self._num_trials
+        return is_short and not self._is_dry
+
+    def wants(self, key: str) -> bool:
+        """Whether this session runs or ran the trial; others belong to an earlier space."""
+        return key in self._wanted
+
+    def end_drawing(self) -> None:
+        """Notes that the sampler has nothing new: the sweep ends with fewer trials."""
+        self._is_dry = True
 
     def admit(self, point: Point) -> TrialSpec | None:
         """A drawn point as a trial, or None where it is a repeat.
@@ -166,6 +177,7 @@ class TrialSource:
         if resolved.key not in self._known:
             self._known[resolved.key] = self._next_number
             self._next_number += 1
+        self._wanted.add(resolved.key)
         number = self._known[resolved.key]
         return TrialSpec(number=number, point=point, **vars(resolved))
 
@@ -281,6 +293,7 @@ class PrunedAwareOptunaSearch(OptunaSearch):
                 return spec
             self._ot_study.tell(trial, state=TrialState.FAIL)
         logger.warning("the sampler repeats itself: %d draws gave no new trial", _MAX_REDRAWS)
+        self._source.end_drawing()
         return None
 
     def _tell(self, trial: Trial, outcome: Outcome, result: Mapping[str, Any]) -> None:

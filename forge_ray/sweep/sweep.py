@@ -34,6 +34,8 @@ class SweepResult:
 
     records: SweepRecords
     report: Path
+    is_complete: bool
+    """False after Ctrl-C or a spent time budget: the same command continues."""
 
 
 def sweep_folder(config: SweepConfig, store: ArtifactStore) -> Path:
@@ -63,7 +65,11 @@ def run_sweep(config: SweepConfig, store: ArtifactStore) -> SweepResult:
             logger.warning("stopped before its end; the same command continues the sweep")
         else:
             _conclude(job, store, dataset, outcome.records)
-    return SweepResult(records=job.ledger.read(), report=make_report(config, folder))
+    return SweepResult(
+        records=job.ledger.read(),
+        report=make_report(config, folder),
+        is_complete=outcome.is_complete,
+    )
 
 
 def _conclude(job: SweepJob, store: ArtifactStore, dataset: Dataset, records: SweepRecords) -> None:
@@ -98,7 +104,7 @@ def finalize_sweep(config: SweepConfig, store: ArtifactStore) -> FinalizeRecord:
         stored = [one for one in Ledger(folder).read().finalized if one.key == winner.key]
         if stored:
             logger.info(
-                "trial %d was finalized before; these are the stored figures", winner.number
+                "trial %d was finalized before; these are the stored figures", winner.number + 1
             )
             return stored[-1]
         dataset = open_dataset(config, store, folder)

@@ -55,6 +55,15 @@ def test_too_few_sids_are_known_before_any_work() -> None:
     assert resolve({"sid.quantizer.codebook_size": 16}, relaxed).infeasible == ""
 
 
+@pytest.mark.parametrize("metric", ["ItemNDCG@50", "ndcg@10"])
+def test_a_metric_that_no_row_holds_is_refused(metric: str) -> None:
+    with pytest.raises(ConfigError, match=r"metric must be among .*gr\.validation\.ks"):
+        resolve({}, dataclasses.replace(CONFIG, metric=metric))
+    final = dataclasses.replace(CONFIG.evaluation, ks=[5])
+    with pytest.raises(ConfigError, match=r"evaluation\.ks"):
+        resolve({}, dataclasses.replace(CONFIG, evaluation=final))
+
+
 @pytest.mark.parametrize(
     "point",
     [

@@ -171,6 +171,26 @@ def test_tpe_draws_distinct_trials_up_to_the_budget(tmp_path: Path) -> None:
     assert search.suggest("t5") == Searcher.FINISHED
 
 
+def test_a_space_that_runs_dry_ends_the_sweep(tmp_path: Path) -> None:
+    search = make(tmp_path, num_trials=4)
+    search._parameters = parse_space({"kind": {"choice": ["a", "b"]}})
+    assert len({search.suggest(f"t{index}")["key"] for index in range(2)}) == 2
+    assert search.suggest("t2") == Searcher.FINISHED
+    assert not search._source.may_draw
+
+
+def test_a_trial_of_an_earlier_space_is_not_wanted() -> None:
+    old = record_of({"kind": "gone"}, state="running")
+    source = TrialSource(
+        records={old.key: old},
+        planned=[{"kind": "a"}],
+        num_trials=None,
+        resolve=stub_resolve,
+    )
+    assert source.wants(stub_resolve({"kind": "a"}).key)
+    assert not source.wants(old.key)
+
+
 def test_zombies_are_closed_with_what_the_ledger_knows(tmp_path: Path) -> None:
     points = [{"kind": "a", "quality": 0.1 * index} for index in range(3)]
     search = make(tmp_path, planned=points)
