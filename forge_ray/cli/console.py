@@ -21,6 +21,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from forge_ray.artifacts import ArtifactStore
+from forge_ray.sweep.ledger import json_ready
 
 _FILE_WIDTH = 140
 """Columns where no terminal says its own: a log or a pipe need not wrap at 80."""
@@ -74,7 +75,7 @@ def emit(
         as_json: JSON instead, one object or a list of objects, NaN as null.
     """
     if as_json:
-        text = json.dumps(rows, indent=2, ensure_ascii=False, default=str)
+        text = json.dumps(json_ready(rows), indent=2, ensure_ascii=False, allow_nan=False)
         sys.stdout.write(text + "\n")
         return
     if isinstance(rows, Mapping):

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -94,8 +95,7 @@ def train(
                 store=where,
                 run_dir=folder,
                 name=run,
-                command=f"forge-ray gr train {sids} --name {run}"
-                + (f" --data {data}" if data else ""),
+                command=_command(sids, overrides or (), data=data, config=config, run=run),
             )
     if as_json:
         record = {"model": result.artifact.uri, "metrics": result.metrics}
@@ -103,6 +103,15 @@ def train(
         return
     emit([_shown(row) for row in result.history], title=f"Training of {run}", as_json=False)
     stderr.print(f"best model (by validation ItemNDCG@10): {result.artifact.uri}", soft_wrap=True)
+
+
+def _command(
+    sids: str, overrides: Sequence[str], *, data: str | None, config: Path | None, run: str
+) -> str:
+    """The shell command that repeats the run, for the manifest."""
+    options = {"--data": data, "--config": config, "--name": run}
+    given = [word for name, value in options.items() if value for word in (name, str(value))]
+    return shlex.join(["forge-ray", "gr", "train", sids, *overrides, *given])
 
 
 def _open_inputs(

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner, Result
 
 from forge_ray.artifacts import ArtifactStore
-from forge_ray.cli.gr import app
+from forge_ray.cli.gr import _command, app
 from forge_ray.errors import ConfigError
 from tests.gr.chains import chain_dataset, grid_table
 
@@ -57,6 +57,13 @@ def test_train_publishes_and_the_same_command_finds_it(train, store):
     assert again.exit_code == 0, again.output
     assert "ItemNDCG@10" in again.stdout
     assert len(store.manifests("model")) == 1
+
+
+def test_the_manifest_says_how_to_repeat_the_run():
+    given = _command("t.npz", ["max_steps=4"], data="my data", config=Path("c.yaml"), run="m")
+    assert given == (
+        "forge-ray gr train t.npz max_steps=4 --data 'my data' --config c.yaml --name m"
+    )
 
 
 def test_unknown_keys_are_refused_before_any_work(train):
