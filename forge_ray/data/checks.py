@@ -145,10 +145,15 @@ def as_timestamps(screen: Screen, column: str) -> NDArray[np.int64]:
         array = array.cast(pa.timestamp("s", tz=kind.tz), safe=False).cast(pa.int64())
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
         whole = pc.match_substring_regex(array, r"^\s*[+-]?\d{1,18}\s*$")
-        array = pc.if_else(whole, pc.ascii_trim_whitespace(array), None).cast(pa.int64())
-    elif pa.types.is_floating(kind):
-        whole = pc.and_(pc.is_finite(array), pc.equal(array, pc.floor(array)))
+        array = pc.ascii_ltrim(pc.ascii_trim_whitespace(array), "+")  # Arrow parses no plus sign
         array = pc.if_else(whole, array, None).cast(pa.int64())
+    elif pa.types.is_floating(kind):
+        whole = pc.and_(pc.less(pc.abs(array), 2.0**63), pc.equal(array, pc.floor(array)))
+        array = pc.if_else(whole, array, None).cast(pa.int64())
+    elif pa.types.is_uint64(kind):
+        array = pc.if_else(pc.less(array, pa.scalar(2**63, pa.uint64())), array, None).cast(
+            pa.int64()
+        )
     elif pa.types.is_integer(kind) or pa.types.is_null(kind):
         array = array.cast(pa.int64())
     else:

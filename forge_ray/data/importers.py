@@ -190,12 +190,21 @@ def extra_schema(files: Sequence[RawFile], *, exclude: Sequence[str]) -> pa.Sche
 
     CSV columns are strings. Types are unified over the first rows of every file; a column that is
     null there becomes a string.
+
+    Raises:
+        DataError: a column has types in two files that no type covers.
     """
     schemas = []
     for file in files:
         with _readable(file) as source:
             schemas.append(_schema(file, source))
-    unified = pa.unify_schemas(schemas, promote_options="permissive")
+    try:
+        unified = pa.unify_schemas(schemas, promote_options="permissive")
+    except pa.ArrowException as error:
+        raise DataError(
+            f"{files[0].uri} and the files beside it must agree on the types of their columns, "
+            f"got: {error}. Write the column with one type, or leave it out."
+        ) from error
     return pa.schema(
         [
             pa.field(one.name, pa.string() if pa.types.is_null(one.type) else one.type)

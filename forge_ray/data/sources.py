@@ -1,8 +1,8 @@
 """Where the raw files are and what their columns are called: configuration and conventional names.
 
 A folder follows the conventions when it holds `interactions.{csv,tsv,jsonl,parquet}` (or a folder
-`interactions/` of shards), optionally `items.*` (or `items/`), and vectors as `*.npz` beside them
-or as shards in `vectors/` or `vectors/<space>/`.
+`interactions/` of shards), optionally `items.*` (or `items/`), and vectors as `*.npz` or
+`vectors.{parquet,jsonl}` beside them, or as shards in `vectors/` or `vectors/<space>/`.
 """
 
 from __future__ import annotations
@@ -141,8 +141,13 @@ def _is_named(name: str, stem: str) -> bool:
 
 
 def _find_vectors(folder: str, entries: dict[str, pafs.FileInfo]) -> dict[str, VectorsConfig]:
-    archives = {u: e for u, e in entries.items() if e.base_name.lower().endswith(".npz")}
-    spaces = {entry.base_name[:-4]: uri for uri, entry in archives.items()}
+    files = {uri: one for uri, one in entries.items() if one.type == pafs.FileType.File}
+    single = _find(files, "vectors")
+    spaces = {
+        one.base_name.rpartition(".")[0]: uri
+        for uri, one in files.items()
+        if uri == single or one.base_name.lower().endswith(".npz")
+    }
     for uri, entry in entries.items():
         if entry.base_name == "vectors" and entry.type == pafs.FileType.Directory:
             inner = _entries(uri)
