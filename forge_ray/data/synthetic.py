@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 DAY_S = 86_400
 MARKER = "synthetic.yaml"
+_STARTED = "_synthetic.yaml"
 _NODES, _ITEMS, _USERS = 1, 2, 3
 _LINKS = 3
 _COLORS = ("amber", "azure", "coral", "ebony", "ivory", "jade", "lilac", "ochre", "pearl", "ruby")
@@ -82,9 +83,19 @@ class SyntheticConfig:
 
     def __post_init__(self) -> None:
         """Check ranges and sums."""
-        for name in ("num_items", "num_users", "vector_dim", "min_events", "num_days"):
+        for name in (
+            "num_items",
+            "num_users",
+            "vector_dim",
+            "min_events",
+            "num_days",
+            "users_per_shard",
+            "items_per_shard",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}. Raise {name}.")
+        if self.seed < 0:
+            raise ConfigError(f"seed must be >= 0, got {self.seed}. Use another seed.")
         if not self.branching or min(self.branching) < 1:
             raise ConfigError(
                 f"branching must hold numbers >= 1, got {self.branching}. Use [8, 8]."
@@ -127,7 +138,8 @@ class GeneratedData:
 def generate(config: SyntheticConfig, directory: str) -> GeneratedData:
     """Write the data set as Parquet shards in the conventional layout; Ray must be running.
 
-    A folder that holds this very data set already is left as it is.
+    A folder that holds this very data set already is left as it is; one where this very data set
+    was cut off is completed.
 
     Args:
         config: size and structure.
@@ -141,13 +153,14 @@ def generate(config: SyntheticConfig, directory: str) -> GeneratedData:
         return GeneratedData(directory, None)
     for part in ("interactions", "items", "vectors"):
         filesystem.create_dir(f"{root}/{part}", recursive=True)
+    _write_text(filesystem, f"{root}/{_STARTED}", to_yaml(config))
     target = {"config": config, "filesystem": filesystem, "root": root}
     item_shards = -(-config.num_items // config.items_per_shard)
     tasks.results(tasks.for_each(range(item_shards), _write_items, **target))
     user_shards = -(-config.num_users // config.users_per_shard)
     written = tasks.results(tasks.for_each(range(user_shards), _write_users, **target))
-    with filesystem.open_output_stream(f"{root}/{MARKER}") as stream:
-        stream.write(to_yaml(config).encode())
+    _write_text(filesystem, f"{root}/{MARKER}", to_yaml(config))
+    filesystem.delete_file(f"{root}/{_STARTED}")
     rows = int(written["rows"].to_numpy().sum())
     logger.info("wrote %d synthetic interactions to %s", rows, directory)
     return GeneratedData(directory, rows)
@@ -156,17 +169,23 @@ def generate(config: SyntheticConfig, directory: str) -> GeneratedData:
 def _is_complete(config: SyntheticConfig, filesystem: Any, root: str) -> bool:
     entries = filesystem.get_file_info(pafs.FileSelector(root, allow_not_found=True))
     names = {entry.base_name for entry in entries}
-    if MARKER in names:
-        with filesystem.open_input_stream(f"{root}/{MARKER}") as stream:
-            if stream.read().decode() == to_yaml(config):
-                return True
-    # Shards without a marker are those of a run that was cut off; equal ones replace them.
-    if MARKER in names or names - {"interactions", "items", "vectors"}:
+    # Shards alone prove nothing: imported data has the same layout and must not be overwritten.
+    for name in (MARKER, _STARTED):
+        if name in names:
+            with filesystem.open_input_stream(f"{root}/{name}") as stream:
+                if stream.read().decode() == to_yaml(config):
+                    return name == MARKER
+    if names:
         raise DataError(
             f"{root} must be empty or hold this data set, got {sorted(names)}. "
             "Choose another directory, or delete this one."
         )
     return False
+
+
+def _write_text(filesystem: Any, path: str, text: str) -> None:
+    with filesystem.open_output_stream(path) as stream:
+        stream.write(text.encode())
 
 
 def _generator(config: SyntheticConfig, stream: int, shard: int) -> np.random.Generator:

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+from forge_ray.config import to_yaml
 from forge_ray.data import synthetic
 from forge_ray.data.synthetic import SyntheticConfig, World, generate, walk
 from forge_ray.errors import ConfigError, DataError
@@ -52,6 +53,23 @@ def test_refuses_a_folder_with_other_data(
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(DataError, match="must be empty or hold this data set"):
         generate(config, str(tmp_path))
+
+
+def test_neither_imported_data_nor_another_cut_off_run_is_overwritten(
+    config: SyntheticConfig, tmp_path: Path
+) -> None:
+    (tmp_path / "interactions").mkdir()
+    shard = tmp_path / "interactions" / "part-00000.parquet"
+    shard.write_bytes(b"mine")
+    with pytest.raises(DataError, match="must be empty or hold this data set"):
+        generate(config, str(tmp_path))
+    assert shard.read_bytes() == b"mine"
+    (tmp_path / synthetic._STARTED).write_text(to_yaml(config))
+    target = (config, synthetic.pafs.LocalFileSystem(), str(tmp_path))
+    assert not synthetic._is_complete(*target), "the same run may be completed"
+    (tmp_path / synthetic._STARTED).write_text(to_yaml(SyntheticConfig()))
+    with pytest.raises(DataError, match="must be empty or hold this data set"):
+        synthetic._is_complete(*target)
 
 
 def walks_of(config: SyntheticConfig) -> synthetic.Walks:
@@ -99,5 +117,9 @@ def test_drift_moves_popularity(config: SyntheticConfig) -> None:
 def test_says_what_is_wrong() -> None:
     with pytest.raises(ConfigError, match="num_items must be >= the 64 topics"):
         SyntheticConfig(num_items=10)
+    with pytest.raises(ConfigError, match="seed must be >= 0"):
+        SyntheticConfig(seed=-1)
+    with pytest.raises(ConfigError, match="users_per_shard must be >= 1"):
+        SyntheticConfig(users_per_shard=0)
     with pytest.raises(ConfigError, match=r"must be <= 1, got 1\.5"):
         SyntheticConfig(link_share=1.0)
