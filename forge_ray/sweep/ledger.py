@@ -164,7 +164,9 @@ class Ledger:
     def _events(self) -> Iterator[dict[str, Any]]:
         if not self.path.exists():
             return
-        for number, line in enumerate(self.path.read_text(encoding="utf-8").splitlines(), 1):
+        # A cut line may end inside a character; only "\n" ends a line (JSON keeps U+2028 as it is).
+        text = self.path.read_text(encoding="utf-8", errors="replace")
+        for number, line in enumerate(text.split("\n"), 1):
             if not line.strip():
                 continue
             try:

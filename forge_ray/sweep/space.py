@@ -23,7 +23,7 @@ Value = Any
 Point = dict[str, Value]
 
 _KINDS = ("choice", "int", "float", "log", "value")
-_OPTIONS = ("when", "step", "num")
+_OPTIONS = {"int": ("when", "step"), "float": ("when", "num"), "log": ("when", "num")}
 
 
 class Suggester(Protocol):
@@ -293,11 +293,12 @@ def _parse(name: str, entry: Any, *, earlier: Sequence[str]) -> Parameter:
             f"Write {name}: {{choice: [a, b]}}."
         )
     kind = next(one for one in _KINDS if one in entry)
-    unknown = set(entry) - {kind, *_OPTIONS}
+    options = _OPTIONS.get(kind, ("when",))
+    unknown = set(entry) - {kind, *options}
     if unknown:
         raise ConfigError(
-            f"{where} must have only {kind}, {', '.join(_OPTIONS)}, got {', '.join(unknown)}. "
-            "Remove it."
+            f"{where} must have only {kind}, {', '.join(options)}, got "
+            f"{', '.join(sorted(unknown))}. Remove it."
         )
     when = _parse_when(where, entry.get("when", {}), earlier)
     if kind == "value":

@@ -65,9 +65,11 @@ def test_cut_line_is_skipped_and_does_not_swallow_the_next(tmp_path: Path) -> No
     ledger = Ledger(tmp_path)
     start(ledger, "k0", 0)
     with ledger.path.open("ab") as stream:
-        stream.write(b'{"event": "finish", "key": "k0", "sta')
+        stream.write(b'{"event": "finish", "key": "k0", "reason": "\xc3')  # half a character
     start(ledger, "k1", 1)
+    ledger.append("error", key="k1", text="two\u2028lines\x85here")
     records = ledger.read()
+    assert records.trials["k1"].reason == "two\u2028lines\x85here"
     assert list(records.trials) == ["k0", "k1"]
     assert records.trials["k0"].state == "running"
 

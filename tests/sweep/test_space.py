@@ -127,6 +127,7 @@ def test_label_is_one_short_line() -> None:
         ({"a": {"log": [0, 1]}}, "0 < low"),
         ({"a": {"float": [0, "x"]}}, r"\[low, high\]"),
         ({"a": {"choice": [1], "size": 2}}, "must have only"),
+        ({"a": {"float": [0, 1], "step": 2}}, "must have only float, when, num, got step"),
         ({"a": {"choice": [1], "when": {"b": 1}}, "b": {"choice": [1]}}, "parameter above it"),
     ],
 )
