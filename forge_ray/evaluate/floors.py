@@ -22,7 +22,7 @@ from forge_ray.data.schema import SPLITS, Dataset, SequenceBatch, Split
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate.item_knn import ItemKnn, count_items
 from forge_ray.evaluate.popularity import popularity_order, recommend_popular
-from forge_ray.evaluate.ranking import MetricTotals, ranked_metrics, tail_slices
+from forge_ray.evaluate.ranking import MetricTotals, distinct_items, ranked_metrics, tail_slices
 
 logger = logging.getLogger(__name__)
 
@@ -147,8 +147,9 @@ class _Board:
     ) -> None:
         """Score the lists of one batch of users."""
         assert batch.targets is not None  # held-out splits always have targets
-        slices = tail_slices(batch.targets, train_counts, tail_max_count=self.tail_max_count)
-        self.totals.add(ranked_metrics(lists, batch.targets, self.ks), slices)
+        wanted = distinct_items(batch.targets, len(train_counts))
+        slices = tail_slices(wanted, train_counts, tail_max_count=self.tail_max_count)
+        self.totals.add(ranked_metrics(lists, wanted, self.ks), slices)
         for row, k in enumerate(self.ks):
             top = lists[:, :k]
             self.shown[row, top[top >= 0]] = True

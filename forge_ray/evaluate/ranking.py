@@ -30,6 +30,17 @@ Integers = npt.NDArray[np.integer[Any]]
 OVERALL = "overall"
 
 
+def distinct_items(rows: Ragged, num_items: int) -> Ragged:
+    """Leave repeats out of each row, in item order: a target taken twice is one target.
+
+    Args:
+        rows: item indices.
+        num_items: catalogue size N.
+    """
+    users, items = np.divmod(np.unique(rows.row_ids * num_items + rows.values), num_items)
+    return Ragged.from_lengths(items, np.bincount(users, minlength=len(rows)))
+
+
 def ranked_metrics(ranked_items: Integers, targets: Ragged, ks: Sequence[int]) -> dict[str, Floats]:
     """Score plain item lists.
 

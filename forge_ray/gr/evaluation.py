@@ -22,7 +22,13 @@ from numpy.typing import NDArray
 
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError, DataError
-from forge_ray.evaluate.ranking import MetricTotals, bucket_metrics, ranked_metrics, tail_slices
+from forge_ray.evaluate.ranking import (
+    MetricTotals,
+    bucket_metrics,
+    distinct_items,
+    ranked_metrics,
+    tail_slices,
+)
 from forge_ray.gr.beam import StepwiseGenerator, default_widths
 from forge_ray.gr.buckets import ItemBuckets
 from forge_ray.gr.decoding import DecodedUsers, SidDecoder
@@ -148,7 +154,7 @@ class Evaluator:
                 "Read both from the same split."
             )
         decoded = self._decoder.decode(histories)
-        wanted = _distinct(targets, len(self._train_counts))
+        wanted = distinct_items(targets, len(self._train_counts))
         sizes = self._unseen_sizes(decoded.sid_rank, histories)
         metrics = bucket_metrics(
             sizes, self._target_beam(decoded.sid_rank, histories, wanted), wanted.row_ids, self._ks
@@ -209,9 +215,3 @@ class Evaluator:
         counters.emitted += decoded.num_emitted
         counters.invalid += decoded.num_invalid
         counters.seconds += decoded.seconds
-
-
-def _distinct(targets: Ragged, num_items: int) -> Ragged:
-    """The rows without repeats, in item order."""
-    users, items = np.divmod(np.unique(targets.row_ids * num_items + targets.values), num_items)
-    return Ragged.from_lengths(items, np.bincount(users, minlength=len(targets)))

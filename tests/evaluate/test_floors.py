@@ -8,6 +8,8 @@ import numpy as np
 import pytest
 
 from forge_ray.artifacts import ArtifactStore
+from forge_ray.data.ragged import Ragged
+from forge_ray.data.schema import SequenceBatch
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate import floors
 from forge_ray.evaluate.floors import FloorsConfig, evaluate_floors, measure_floors
@@ -38,6 +40,16 @@ def test_streaming_in_small_batches_changes_nothing(
     )
     for name, metrics in measure_floors(dataset, config).items():
         assert metrics == pytest.approx(whole[name])
+
+
+def test_a_target_taken_twice_counts_once() -> None:
+    """As for models; a repeat would lift NDCG above 1."""
+    board = floors._Board(5, FloorsConfig(ks=[2]))
+    histories = Ragged.from_lists([[0]], dtype=np.int32)
+    batch = SequenceBatch(np.zeros(1, np.int64), histories, Ragged.from_lists([[3, 3]]))
+    board.add(batch, np.array([[3, 1]]), np.ones(5, np.int64))
+    assert board.summary()["ItemNDCG@2"] == pytest.approx(1.0)
+    assert board.summary()["ItemHit@2"] == 1.0
 
 
 @pytest.mark.parametrize(
