@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
 from forge_ray.artifacts import ArtifactStore
 
@@ -14,6 +15,10 @@ from forge_ray.artifacts import ArtifactStore
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+# A deadline per example measures how busy the machine is.
+settings.register_profile("forge-ray", deadline=None)
+settings.load_profile("forge-ray")
 
 
 @pytest.fixture(scope="session")
