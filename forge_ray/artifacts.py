@@ -284,7 +284,14 @@ class ArtifactStore:
             parents: Keys of the input artifacts.
             command: Shell command that rebuilds the artifact.
             schema_version: Raise it when the layout of this kind changes.
+
+        Raises:
+            ArtifactError: The name cannot be a folder that is found again.
         """
+        if "/" in name or name.startswith("."):
+            raise ArtifactError(
+                f"artifact name must not hold / or start with a dot, got {name!r}. Change the name."
+            )
         key = self.key(kind, config, parents, schema_version)
         found = self.find(kind, key)
         if found is not None:

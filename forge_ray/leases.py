@@ -151,5 +151,7 @@ class Lease:
     def _drop(self, name: str) -> None:
         for suffix in ("ticket", "beat"):
             path = self._path(name, suffix)
-            if self._filesystem.get_file_info(path).type == pafs.FileType.File:
+            try:
                 self._filesystem.delete_file(path)
+            except FileNotFoundError:
+                continue  # two waiters take a dead holder's ticket away at the same time

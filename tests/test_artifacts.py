@@ -202,6 +202,19 @@ def test_a_silent_foreign_lease_is_taken_over(
     assert not (folder / "dead.ticket").exists()
 
 
+def test_two_waiters_may_remove_the_same_dead_ticket(any_store: ArtifactStore) -> None:
+    folder = f"{any_store.root}/.leases/numbers"
+    any_store.filesystem.create_dir(folder, recursive=True)
+    for _ in range(2):
+        leases.Lease(any_store.filesystem, folder)._drop("dead")
+
+
+@pytest.mark.parametrize("name", ["a/b", ".hidden"])
+def test_a_name_that_would_never_be_found_is_refused(store: ArtifactStore, name: str) -> None:
+    with pytest.raises(ArtifactError, match="must not hold /"):
+        build(store, name)
+
+
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(ArtifactError, match="pyarrow"):
         ArtifactStore("ftp://host/path")
