@@ -32,6 +32,14 @@ class ValidationConfig:
     batch_users: int = 32
     """Users per search."""
 
+    def __post_init__(self) -> None:
+        """Checks the counts."""
+        for name in ("users", "batch_users"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"validation.{name} must be >= 1, got {getattr(self, name)}. Raise it."
+                )
+
 
 @dataclass(kw_only=True)
 class GrConfig:
@@ -67,6 +75,8 @@ class GrConfig:
             raise ConfigError(
                 f"cpus_per_worker must be > 0, got {self.cpus_per_worker}. Use e.g. 0.5."
             )
+        if self.seed < 0:
+            raise ConfigError(f"seed must be >= 0, got {self.seed}. Use another seed.")
         if self.validation.every < 1 or 10 not in self.validation.ks:
             raise ConfigError(
                 "validation.every must be >= 1 and validation.ks must contain 10, got "

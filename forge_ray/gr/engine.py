@@ -64,6 +64,10 @@ class EngineConfig:
             raise ConfigError(
                 f"engine.global_batch must be >= 1, got {self.global_batch}. Use e.g. 64."
             )
+        if self.micro_batch < 0:
+            raise ConfigError(
+                f"engine.micro_batch must be >= 0, got {self.micro_batch}. Use 0 for one pass."
+            )
         if self.learning_rate <= 0:
             raise ConfigError(
                 f"engine.learning_rate must be > 0, got {self.learning_rate}. Use e.g. 1e-3."

@@ -105,7 +105,14 @@ class RqVaeConfig(QuantizerConfig):
     def __post_init__(self) -> None:
         """Check shares, counts and combinations."""
         super().__post_init__()
-        for name in ("latent_dim", "batch_size", "pair_batch_size", "epochs", "max_steps"):
+        for name in (
+            "latent_dim",
+            "batch_size",
+            "pair_batch_size",
+            "epochs",
+            "max_steps",
+            "restart_every",
+        ):
             if getattr(self, name) < 1:
                 raise ConfigError(
                     f"quantizer.{name} must be >= 1, got {getattr(self, name)}. Raise it."

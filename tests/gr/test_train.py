@@ -246,5 +246,11 @@ def test_micro_batches_cover_all_rows_and_may_be_empty():
 def test_config_rules():
     with pytest.raises(ConfigError, match=r"validation\.ks must contain 10"):
         load_config(GrConfig, overrides=["validation.ks=[5]"])
-    with pytest.raises(ConfigError, match="cpus_per_worker must be > 0"):
-        load_config(GrConfig, overrides=["cpus_per_worker=0"])
+    for override, message in (
+        ("cpus_per_worker=0", "cpus_per_worker must be > 0"),
+        ("seed=-1", "seed must be >= 0"),
+        ("validation.batch_users=0", r"validation\.batch_users must be >= 1"),
+        ("engine.micro_batch=-1", r"engine\.micro_batch must be >= 0"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            load_config(GrConfig, overrides=[override])

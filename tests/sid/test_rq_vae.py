@@ -209,6 +209,7 @@ def test_bad_settings_are_refused() -> None:
     for override, text in {
         "pair_share=1.0": "pair_share must be in",
         "latent_dim=0": "latent_dim must be >= 1",
+        "restart_every=0": "restart_every must be >= 1",
         "temperature=0": "must be > 0",
     }.items():
         with pytest.raises(ConfigError, match=text):
