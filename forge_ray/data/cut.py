@@ -127,7 +127,7 @@ def _cut_all(split: SplitConfig, log: Artifact, stage: Stage, writer: ArtifactWr
 
 
 def _cut_shard(number: int, *, cut: _Cut) -> Iterator[pa.Table]:
-    table = pq.read_table(cut.files[number], filesystem=cut.source)
+    table = _shuffled(pq.read_table(cut.files[number], filesystem=cut.source))
     index = np.arange(table.num_rows, dtype=np.int64) + cut.first_users[number]
     users = pa.table([index, table["user_id"]], schema=USERS_SCHEMA)
     tasks.write_shard(users, f"{cut.root}/users/part-{number:05d}.parquet", cut.target)
@@ -142,6 +142,13 @@ def _cut_shard(number: int, *, cut: _Cut) -> Iterator[pa.Table]:
         yield _stats(name, [None], [len(part.rows)])
     items, counts = np.unique(splits.train.items.values, return_counts=True)
     yield _stats("train", items, counts)
+
+
+def _shuffled(table: pa.Table) -> pa.Table:
+    """Users in an order that their ids fix but do not show: the first n are a random sample."""
+    hashes = hash_ids(to_bytes(table["user_id"].combine_chunks()))
+    # Remixed: some bits of the hash chose the shard, others choose between held-out parts.
+    return table.take(np.argsort(hashes * np.uint64(0x9E3779B97F4A7C15), kind="stable"))
 
 
 def _apply(cut: _Cut, table: pa.Table) -> Splits:

@@ -146,6 +146,7 @@ def _build(
         parents=[log.key],
         produce=lambda writer: _produce(config, log, stage, writer),
         command=f"forge-ray data prepare --config {name}.yaml",
+        schema_version=2,  # 2: users shuffled inside shards
     )
     return Dataset(artifact)
 

@@ -257,8 +257,8 @@ class Dataset:
         Args:
             split: "train", "validation" or "test".
             batch_rows: most users per batch.
-            limit: stop after this many users. Users are placed in shards by a hash of their id, so
-                the first ones are a random sample, the same one at every call.
+            limit: stop after this many users. Users are placed in shards, and ordered there, by
+                hashes of their id, so the first ones are a random sample, the same at every call.
         """
         columns = ["user_index", "items"] + ([] if split == "train" else ["targets"])
         left = limit

@@ -12,6 +12,7 @@ import pytest
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.data.prepare import open_or_prepare
 from forge_ray.data.schema import Dataset
+from tests.data.raw import write_events
 
 pytestmark = pytest.mark.ray
 
@@ -52,3 +53,19 @@ def test_beauty(ray_local: None, shared_data: Path, store: ArtifactStore) -> Non
     )
     np.testing.assert_array_equal(dataset.train_counts(), counts)
     assert open_or_prepare(folder, store).key == dataset.key
+
+
+def test_the_first_users_are_a_sample_of_all(
+    ray_local: None, tmp_path: Path, store: ArtifactStore
+) -> None:
+    # The later the id, the longer the history: the order of ids would show in any prefix.
+    users = [(f"u{number:04d}", 3 + number // 50) for number in range(1000)]
+    rows = [(user, f"i{at}", at) for user, length in users for at in range(length)]
+    write_events(tmp_path, rows)
+    dataset = open_or_prepare(tmp_path, store)
+    everyone = [len(items) for items in histories(dataset, "test").values()]
+    batches = list(dataset.sequence_batches("test", limit=200))
+    lengths = np.concatenate([batch.items.lengths for batch in batches]) + 1
+    assert len(lengths) == 200
+    spread = np.std(everyone) / np.sqrt(len(lengths))
+    assert abs(lengths.mean() - np.mean(everyone)) < 4 * spread
