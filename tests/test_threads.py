@@ -21,3 +21,52 @@ def test_threads_are_the_whole_cpus_given(num_cpus: float, threads: int) -> None
     code = PROBE.format(num_cpus=num_cpus)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(threads)] * 3
+
+
+ENTRY_POINTS = {
+    "training": "forge_ray.gr.train:train_worker",
+    "encoding": "forge_ray.sid.fit:_Encoder",
+    "recommending": "forge_ray.gr.recommend:_PartWriter",
+    "tokenizing": "forge_ray.sweep.stages:fit_and_score",
+    "evaluating": "forge_ray.sweep.stages:evaluate_model",
+}
+
+
+@pytest.mark.ray
+@pytest.mark.parametrize("name", ENTRY_POINTS)
+def test_a_worker_takes_the_threads_of_its_cpus(ray_local: None, name: str) -> None:
+    """Even where the environment asks for more: each entry point is called with unusable inputs,
+    which it may only notice after it has set its threads."""
+    import ray
+
+    # max_calls: a fresh process for each, since the setting outlives the call.
+    @ray.remote(num_cpus=1, max_calls=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "2"}})
+    def threads_around(entry: str, arguments: tuple[object, ...]) -> tuple[int, int]:
+        import importlib
+
+        import torch
+
+        module, _, function = entry.partition(":")
+        call = getattr(importlib.import_module(module), function)
+        before = torch.get_num_threads()
+        with pytest.raises(Exception):  # noqa: B017, PT011
+            call(*arguments)
+        return before, torch.get_num_threads()
+
+    class Config:
+        cpus_per_worker = cpus_per_actor = 1.0
+        use_gpu = False
+        batch_rows = 1
+
+    class Job:
+        config = Config()
+
+    arguments: dict[str, tuple[object, ...]] = {
+        "training": ({"job": Job()},),
+        "encoding": ({}, b"", None, Config()),
+        "recommending": (Job(),),
+        "tokenizing": ("/nonexistent", "", {}, {}, 1.0),
+        "evaluating": ("/nonexistent", "", "", "", "validation", 0, {}, 1.0),
+    }
+    found = ray.get(threads_around.remote(ENTRY_POINTS[name], arguments[name]))
+    assert found == (2, 1)

@@ -128,11 +128,13 @@ def read_manifest(folder: Path, expected: RunIdentity) -> CheckpointManifest:
 def _check_identity(path: Path, found: RunIdentity, expected: RunIdentity) -> None:
     for name, value in dataclasses.asdict(found).items():
         wanted = getattr(expected, name)
-        is_stage_0_resize = name == "world_size" and found.zero_stage == expected.zero_stage == 0
-        if value == wanted or is_stage_0_resize:
+        # Only here is the whole state in one file; bf16 shards its float32 copies at any stage.
+        is_whole = expected.zero_stage == 0 and expected.precision == "fp32"
+        if value == wanted or (name == "world_size" and is_whole):
             continue
         advice = {
-            "world_size": "Resume with that number of workers, or train with engine.zero_stage=0.",
+            "world_size": "Resume with that number of workers, or train with engine.zero_stage=0 "
+            "in fp32.",
             "table_key": "Models do not move between SID tables; train under another name.",
         }.get(name, "Train under another name, or restore the old configuration.")
         raise ArtifactError(

@@ -178,11 +178,13 @@ class TrainLoop:
             row |= self._validate(weights)
         self._progress = replace(self._progress, history=(*self._progress.history, row))
         folder = Path(tempfile.mkdtemp(prefix="forge-ray-checkpoint-"))
-        self._engine.save(folder)
-        if is_first:
-            self._describe(folder, weights)
-        self._tell({name: value for name, value in row.items() if "/" not in name}, folder)
-        shutil.rmtree(folder, ignore_errors=True)
+        try:
+            self._engine.save(folder)
+            if is_first:
+                self._describe(folder, weights)
+            self._tell({name: value for name, value in row.items() if "/" not in name}, folder)
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
         return True
 
     def _training_row(self) -> dict[str, Any]:
