@@ -45,6 +45,7 @@ _TUNE_ENV = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
 }
 _CHECKED_DRAWS = 64
+_IDENTITY, _PLAN = "identity.json", "plan.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,9 +95,10 @@ def run_trials(job: SweepJob) -> RunOutcome:
     """
     config, ledger = job.config, job.ledger
     space = parse_space(config.space)
-    claim_identity(job.folder, identity(config, dataset_key=job.dataset_key), name=config.name)
+    meaning = identity(config, dataset_key=job.dataset_key)
+    check_identity(job.folder, meaning, name=config.name)
     records = ledger.read()
-    planned = make_plan(config, space, job.folder)
+    plan = make_plan(config, space, job.folder)
     is_drawing = config.sampler.kind == "tpe"
     resolve = _naming_point(job.resolve)
     if is_drawing:
@@ -104,10 +106,12 @@ def run_trials(job: SweepJob) -> RunOutcome:
             resolve(point)
     source = TrialSource(
         records=records.trials,
-        planned=planned,
+        planned=[*config.points, *plan],
         num_trials=config.num_trials if is_drawing else None,
         resolve=resolve,
     )
+    # Every point resolved. Written earlier, a mistake would become the sweep's identity.
+    _write_claim(job, meaning, plan)
     _announce(job, records, source)
     ledger.append("session", space=config.space, remaining=source.remaining)
     storage = open_storage(config.storage, job.folder)
@@ -189,21 +193,18 @@ def _trial_name(trial: Any) -> str:
 
 
 def make_plan(config: SweepConfig, space: Space, folder: Path) -> list[Point]:
-    """The points to run before anything is drawn, in order; writes them to `plan.json`.
+    """The points of the space to run before anything is drawn, in order; writes nothing.
 
-    A plan only grows: see `extend_plan`.
+    Fixed points come before them. A plan only grows: see `extend_plan`.
     """
-    path = folder / "plan.json"
-    previous, kept = _previous_plan(path, space)
+    previous, kept = _previous_plan(folder / _PLAN, space)
     limit = None if config.num_trials is None else max(0, config.num_trials - len(config.points))
-    points = extend_plan(
+    return extend_plan(
         planned=kept,
         previous=previous,
         candidates=_candidates(config, space, previous),
         limit=limit,
     )
-    write_json(path, {"space": config.space, "points": points})
-    return [*config.points, *points]
 
 
 def _previous_plan(path: Path, space: Space) -> tuple[Space | None, list[Point]]:
@@ -228,15 +229,14 @@ def _candidates(config: SweepConfig, space: Space, previous: Space | None) -> It
     return (one for one in considered if previous is not None and not previous.contains(one))
 
 
-def claim_identity(folder: Path, content: Mapping[str, Any], *, name: str) -> None:
-    """Writes the sweep's identity the first time, and refuses another one later.
+def check_identity(folder: Path, content: Mapping[str, Any], *, name: str) -> None:
+    """Refuses an identity other than the one the sweep began with; a new sweep has none yet.
 
     Raises:
         ConfigError: Something other than space, points, trials or resources changed.
     """
-    path = folder / "identity.json"
+    path = folder / _IDENTITY
     if not path.exists():
-        write_json(path, content)
         return
     old = json.loads(path.read_text(encoding="utf-8"))
     changed = difference(old, json.loads(json.dumps(content)))
@@ -245,6 +245,12 @@ def claim_identity(folder: Path, content: Mapping[str, Any], *, name: str) -> No
             f"sweep {name!r} must keep its settings (only space, points, num_trials, resources may "
             f"change), got {'; '.join(changed)}. Set another name: finished artifacts are reused."
         )
+
+
+def _write_claim(job: SweepJob, meaning: Mapping[str, Any], plan: list[Point]) -> None:
+    if not (job.folder / _IDENTITY).exists():
+        write_json(job.folder / _IDENTITY, meaning)
+    write_json(job.folder / _PLAN, {"space": job.config.space, "points": plan})
 
 
 def _naming_point(resolve: Callable[[Point], Resolved]) -> Callable[[Point], Resolved]:

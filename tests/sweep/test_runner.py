@@ -12,11 +12,12 @@ import ray
 from optuna.trial import TrialState
 
 from forge_ray.errors import ConfigError
+from forge_ray.sweep import runner
 from forge_ray.sweep.config import SamplerConfig, SweepConfig
 from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.ledger import SweepRecords
-from forge_ray.sweep.runner import SweepJob, claim_identity, run_trials
+from forge_ray.sweep.runner import SweepJob, check_identity, run_trials
 from forge_ray.sweep.study import open_storage
 from tests.sweep import stubs
 from tests.sweep.stubs import StubStages, stages_run, stub_resolve
@@ -161,7 +162,21 @@ def test_bad_points_fail_before_any_work(tmp_path: Path) -> None:
     assert not stages_run(tmp_path)
 
 
-def test_identity_is_written_once(tmp_path: Path) -> None:
-    claim_identity(tmp_path, {"a": {"b": 1}}, name="x")
-    claim_identity(tmp_path, {"a": {"b": 1}}, name="x")
-    assert json.loads((tmp_path / "identity.json").read_text()) == {"a": {"b": 1}}
+def test_a_mistake_does_not_become_the_identity(tmp_path: Path, monkeypatch) -> None:
+    wrong = {"kind": {"choice": ["invalid"]}}
+    with pytest.raises(ConfigError, match=r"point \{invalid\}"):
+        run(tmp_path, dataclasses.replace(CONFIG, metric="typo", space=wrong))
+    assert not (tmp_path / "identity.json").exists()
+    assert not (tmp_path / "plan.json").exists()
+    monkeypatch.setattr(runner, "_fit", lambda *_, **__: None)
+    run(tmp_path)
+    assert json.loads((tmp_path / "identity.json").read_text())["metric"] == CONFIG.metric
+    assert len(json.loads((tmp_path / "plan.json").read_text())["points"]) == len(QUALITIES)
+
+
+def test_another_identity_is_refused(tmp_path: Path) -> None:
+    check_identity(tmp_path, {"a": {"b": 1}}, name="x")
+    (tmp_path / "identity.json").write_text('{"a": {"b": 1}}')
+    check_identity(tmp_path, {"a": {"b": 1}}, name="x")
+    with pytest.raises(ConfigError, match=r"a\.b: 1 -> 2"):
+        check_identity(tmp_path, {"a": {"b": 2}}, name="x")
