@@ -36,6 +36,30 @@ def trial_config(config: SweepConfig, point: Point) -> TrialConfig:
     return from_mapping(TrialConfig, apply_point({"sid": config.sid, "gr": config.gr}, point))
 
 
+def check_rungs(config: SweepConfig) -> None:
+    """Refuses to search what the rungs of halving are made of: all trials share them.
+
+    Raises:
+        ConfigError: The space or a fixed point varies the steps of training or of its reports.
+    """
+    if not config.asha.enabled:
+        return
+    entries = [("space", config.space)]
+    entries += [(f"points[{index}]", point) for index, point in enumerate(config.points)]
+    for where, names in entries:
+        for name in names:
+            # A name above one of these replaces it too.
+            if any(f"{fixed}.".startswith(f"{name}.") for fixed in _RUNG_SETTINGS):
+                raise ConfigError(
+                    f"{where} must not vary {' or '.join(_RUNG_SETTINGS)}, got {name}: asha "
+                    "compares trials at the same steps. Set it once under gr for all trials, or "
+                    "set asha.enabled=false."
+                )
+
+
+_RUNG_SETTINGS = ("gr.max_steps", "gr.validation.every")
+
+
 def resolve_point(config: SweepConfig, point: Point, *, dataset: Dataset) -> Resolved:
     """A point as configuration and key; the key ignores where stages run.
 

@@ -19,7 +19,7 @@ from forge_ray.evaluate.floors import evaluate_floors
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.ledger import FinalizeRecord, Ledger, SweepLock, SweepRecords, TrialRecord
 from forge_ray.sweep.report import write_report
-from forge_ray.sweep.resolve import resolve_point, trial_config
+from forge_ray.sweep.resolve import check_rungs, resolve_point, trial_config
 from forge_ray.sweep.runner import SweepJob, run_trials
 from forge_ray.sweep.stages import ForgeStages
 
@@ -55,7 +55,12 @@ def sweep_folder(config: SweepConfig, store: ArtifactStore) -> Path:
 
 
 def run_sweep(config: SweepConfig, store: ArtifactStore) -> SweepResult:
-    """Runs what is left of a sweep, measures the floors and writes the report; Ray must be up."""
+    """Runs what is left of a sweep, measures the floors and writes the report; Ray must be up.
+
+    Raises:
+        ConfigError: The file, the sweep's identity or a point breaks a rule; no trial has run.
+    """
+    check_rungs(config)
     folder = sweep_folder(config, store)
     with SweepLock(folder).held():
         dataset = open_dataset(config, store, folder)

@@ -1,16 +1,20 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import from_mapping
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.config import SweepConfig
-from forge_ray.sweep.resolve import TrialConfig, resolve_point
+from forge_ray.sweep.halving import AshaConfig
+from forge_ray.sweep.resolve import TrialConfig, check_rungs, resolve_point
 from forge_ray.sweep.searcher import Resolved
+from forge_ray.sweep.sweep import run_sweep
 
 CONFIG = SweepConfig(
     name="x",
@@ -76,3 +80,21 @@ def test_a_metric_that_no_row_holds_is_refused(metric: str) -> None:
 def test_mistakes_are_refused(point: dict[str, Any]) -> None:
     with pytest.raises(ConfigError):
         resolve(point)
+
+
+@pytest.mark.parametrize("name", ["gr.max_steps", "gr.validation.every", "gr.validation"])
+def test_steps_that_rungs_are_made_of_are_not_searched(name: str) -> None:
+    searched = dataclasses.replace(CONFIG, space={name: {"choice": [1, 2]}})
+    with pytest.raises(ConfigError, match=f"space must not vary .*got {name}"):
+        check_rungs(searched)
+    with pytest.raises(ConfigError, match=r"points\[1\] must not vary"):
+        check_rungs(dataclasses.replace(CONFIG, points=[{}, {name: 1}]))
+    check_rungs(dataclasses.replace(searched, asha=AshaConfig(enabled=False)))
+    check_rungs(dataclasses.replace(CONFIG, points=[{"gr.max_history": 5}]))
+
+
+def test_such_a_sweep_ends_before_any_work(tmp_path: Path) -> None:
+    searched = dataclasses.replace(CONFIG, space={"gr.max_steps": {"choice": [1, 2]}})
+    with pytest.raises(ConfigError, match="once under gr"):
+        run_sweep(searched, ArtifactStore(str(tmp_path)))
+    assert not list(tmp_path.glob("sweeps/*"))
