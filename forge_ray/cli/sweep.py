@@ -40,7 +40,8 @@ def run(
 ) -> None:
     """Run a sweep, or continue it: the same command resumes after any interruption.
 
-    Exit code 0: every trial ran to an end; 1: stopped before (Ctrl-C, a spent time budget).
+    Exit code 0: every trial ran to an end; 1: stopped before (Ctrl-C, a spent time budget), or
+    trials failed and none is complete.
     """
     from forge_ray.sweep.sweep import run_sweep
 
@@ -48,7 +49,10 @@ def run(
     with connected(verbose=verbose):
         result = run_sweep(config, open_store(store))
     _print_result(config, result.records, as_json=as_json, report=result.report)
-    if not result.is_complete:
+    failure = _failure(result.records)
+    if failure:
+        stderr.print(failure, soft_wrap=True, markup=False, highlight=False)
+    if failure or not result.is_complete:
         raise typer.Exit(1)
 
 
@@ -153,6 +157,18 @@ def _short(row: dict[str, Any], metric: str) -> dict[str, Any]:
     names = ("rank", "trial", "model", "design", hit, metric, f"{metric}_se", *_COLUMNS)
     shown = {name: row[name] for name in names if name in row}
     return {_COLUMNS.get(name, name.replace(f"{metric}_se", "±")): shown[name] for name in shown}
+
+
+def _failure(records: SweepRecords) -> str:
+    """One line where trials failed and none is complete; else empty."""
+    found = counts(records)
+    if found["complete"] or not found["failed"]:
+        return ""
+    reason = next(one.reason for one in records.trials.values() if one.state == "failed")
+    return (
+        f"no trial is complete and {found['failed']} of {len(records.trials)} failed, the first "
+        f"with: {reason}. Remove the cause; the same command tries them again."
+    )
 
 
 def _sentence(records: SweepRecords) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -10,8 +11,9 @@ from typer.testing import CliRunner
 
 from forge_ray.cli.sweep import app
 from forge_ray.errors import ConfigError
-from forge_ray.sweep.ledger import Ledger
-from tests.sweep.records import METRIC
+from forge_ray.sweep.ledger import Ledger, SweepRecords
+from forge_ray.sweep.sweep import SweepResult
+from tests.sweep.records import METRIC, records, trial
 
 
 @pytest.fixture
@@ -50,3 +52,24 @@ def test_remote_store_needs_a_folder(sweep: list[str]) -> None:
     result = CliRunner().invoke(app, ["status", sweep[0], "--store", "s3://bucket/x?region=none"])
     assert isinstance(result.exception, ConfigError)
     assert "folder must be set" in str(result.exception)
+
+
+def run_that_left(
+    found: SweepRecords, sweep: list[str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[int, str]:
+    result = SweepResult(records=found, report=Path("report.html"), is_complete=True)
+    monkeypatch.setattr("forge_ray.cli.sweep.connected", lambda **_: nullcontext())
+    monkeypatch.setattr("forge_ray.sweep.sweep.run_sweep", lambda *_: result)
+    called = CliRunner().invoke(app, ["run", *sweep])
+    return called.exit_code, called.output
+
+
+def test_a_run_without_a_complete_trial_fails(sweep: list[str], monkeypatch) -> None:
+    failed = [trial(1, state="failed", reason="[boom] x"), trial(2, state="failed", reason="y")]
+    code, text = run_that_left(records(trial(0, state="pruned"), *failed), sweep, monkeypatch)
+    assert code == 1
+    assert "2 of 3 failed, the first with: [boom] x" in text
+    code, text = run_that_left(records(*failed, trial(3, value=0.1)), sweep, monkeypatch)
+    assert (code, "the first with" in text) == (0, False)
+    code, _ = run_that_left(records(trial(0, state="pruned")), sweep, monkeypatch)
+    assert code == 0
