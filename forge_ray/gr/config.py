@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,12 +99,16 @@ class GrConfig:
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the model; the others may change when a run resumes."""
-        mapping = to_mapping(self)
-        for name in _RUNNING:
-            del mapping[name]
-        for name in _RUNNING_DATA:
-            del mapping["data"][name]
-        return mapping
+        return without_execution(to_mapping(self))
+
+
+def without_execution(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """A `GrConfig` as mapping, or some of it, less the fields that only say how it runs."""
+    kept = {name: value for name, value in mapping.items() if name not in _RUNNING}
+    if "data" in kept:
+        data = kept["data"].items()
+        kept["data"] = {name: value for name, value in data if name not in _RUNNING_DATA}
+    return kept
 
 
 _RUNNING = ("num_workers", "cpus_per_worker", "use_gpu", "max_failures", "keep_checkpoints")

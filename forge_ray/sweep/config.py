@@ -132,20 +132,29 @@ class SweepConfig:
 
 
 _FIXED = ("sid", "gr", "score", "sampler", "metric", "gate", "asha", "evaluation")
-# Where a stage runs changes nothing of what it computes.
-_RUNNING = {
-    "gr": ("num_workers", "cpus_per_worker", "use_gpu", "max_failures", "keep_checkpoints"),
-    "sid": ("encode",),
-}
 
 
 def identity(config: SweepConfig, *, dataset_key: str) -> dict[str, Any]:
     """The part of a sweep that may not change under its name: space, budget and resources may."""
     mapping = to_mapping(config)
-    for section, names in _RUNNING.items():
-        for name in names:
-            mapping[section].pop(name, None)
-    return {"dataset": dataset_key, **{name: mapping[name] for name in _FIXED}}
+    return without_running({"dataset": dataset_key, **{name: mapping[name] for name in _FIXED}})
+
+
+def without_running(meaning: Mapping[str, Any]) -> dict[str, Any]:
+    """An identity less the settings of where stages run: they change nothing of what is computed.
+
+    One that an earlier version wrote may still hold some.
+    """
+    # Imports torch, which most readers of a sweep file do without.
+    from forge_ray.gr.config import without_execution
+
+    kept = dict(meaning)
+    if "gr" in kept:
+        kept["gr"] = without_execution(kept["gr"])
+    for section, running in (("sid", "encode"), ("evaluation", "batch_users")):
+        if section in kept:
+            kept[section] = {name: one for name, one in kept[section].items() if name != running}
+    return kept
 
 
 def difference(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:

@@ -19,7 +19,7 @@ from typing import Any
 from ray import tune
 
 from forge_ray.errors import ConfigError
-from forge_ray.sweep.config import SweepConfig, difference, identity
+from forge_ray.sweep.config import SweepConfig, difference, identity, without_running
 from forge_ray.sweep.events import SweepCallback
 from forge_ray.sweep.ledger import Ledger, SweepRecords, write_json
 from forge_ray.sweep.plan import extend_plan, quasi_random_points
@@ -238,7 +238,7 @@ def check_identity(folder: Path, content: Mapping[str, Any], *, name: str) -> No
     path = folder / _IDENTITY
     if not path.exists():
         return
-    old = json.loads(path.read_text(encoding="utf-8"))
+    old = without_running(json.loads(path.read_text(encoding="utf-8")))
     changed = difference(old, json.loads(json.dumps(content)))
     if changed:
         raise ConfigError(

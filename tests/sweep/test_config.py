@@ -1,10 +1,18 @@
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from forge_ray.config import from_mapping, load_config, to_mapping
 from forge_ray.errors import ConfigError
-from forge_ray.sweep.config import SweepConfig, difference, identity
+from forge_ray.sweep.config import (
+    EvaluationConfig,
+    SweepConfig,
+    difference,
+    identity,
+    without_running,
+)
 
 SPACE = {"sid.quantizer.kind": {"choice": ["rq_kmeans", "rq_vae"]}}
 
@@ -47,3 +55,24 @@ def test_identity_leaves_space_and_budget_free() -> None:
     other = SweepConfig(name="x", space=SPACE, gr={"lr": 0.1})
     changed = difference(identity(config, dataset_key="d"), identity(other, dataset_key="e"))
     assert changed == ['dataset: "d" -> "e"', "gr.lr: unset -> 0.1"]
+
+
+def test_identity_leaves_out_where_stages_run() -> None:
+    base = SweepConfig(name="x", space=SPACE, gr={"max_steps": 5})
+    moved = dataclasses.replace(
+        base,
+        sid={"encode": {"max_actors": 3}},
+        gr={"max_steps": 5, "num_workers": 2, "data": {"prefetch_batches": 8, "read_cpus": 0.25}},
+        evaluation=EvaluationConfig(batch_users=7),
+    )
+    first, second = (identity(one, dataset_key="d") for one in (base, moved))
+    assert difference(first, second) == []
+    window = dataclasses.replace(base, gr={"max_steps": 5, "data": {"window_batches": 8}})
+    changed = difference(first, identity(window, dataset_key="d"))
+    assert changed == ["gr.data.window_batches: unset -> 8"]
+
+
+def test_an_identity_with_settings_that_left_it_still_matches() -> None:
+    now = identity(SweepConfig(name="x", space=SPACE), dataset_key="d")
+    earlier = {**now, "evaluation": {**now["evaluation"], "batch_users": 64}}
+    assert difference(without_running(earlier), now) == []
