@@ -13,12 +13,13 @@ import json
 import logging
 import math
 import os
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any, Literal
+from typing import IO, Any, Literal
 
 from forge_ray.errors import ConfigError
 
@@ -27,6 +28,8 @@ logger = logging.getLogger(__name__)
 State = Literal["running", "complete", "pruned", "failed"]
 FINISHED: tuple[State, ...] = ("complete", "pruned")
 """States that are never run again. A failed trial is tried again by the next `sweep run`."""
+
+_LOCK_TRIES, _LOCK_PAUSE_S = 10, 0.1
 
 
 @dataclass(kw_only=True)
@@ -257,13 +260,11 @@ class SweepLock:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a+") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
+            if not _acquire(stream):
                 raise ConfigError(
                     f"{self.path} must be free, got a driver that is running this sweep. "
                     "Wait for it, or set another name."
-                ) from error
+                )
             yield
 
     def is_held(self) -> bool:
@@ -271,11 +272,25 @@ class SweepLock:
         if not self.path.exists():
             return False
         with self.path.open("a+") as stream:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return True
-            return False
+            # Shared: those who look do not take each other for a driver.
+            return not _try_lock(stream, fcntl.LOCK_SH)
+
+
+def _acquire(stream: IO[str]) -> bool:
+    # Whoever looks holds the lock for an instant (`is_held`); a driver holds it for good.
+    for _ in range(_LOCK_TRIES):
+        if _try_lock(stream, fcntl.LOCK_EX):
+            return True
+        time.sleep(_LOCK_PAUSE_S)
+    return False
+
+
+def _try_lock(stream: IO[str], kind: int) -> bool:
+    try:
+        fcntl.flock(stream, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def now() -> str:

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import fcntl
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -98,6 +100,20 @@ def test_lock_admits_one_driver(tmp_path: Path) -> None:
         ):
             pass
     assert not lock.is_held()
+
+
+def test_a_look_at_the_lock_stops_no_driver(tmp_path: Path) -> None:
+    lock = SweepLock(tmp_path)
+    with lock.held():
+        pass
+    with lock.path.open("a+") as looking:
+        fcntl.flock(looking, fcntl.LOCK_SH)
+        assert not lock.is_held()  # two who look
+        timer = threading.Timer(0.25, lambda: fcntl.flock(looking, fcntl.LOCK_UN))
+        timer.start()
+        with lock.held():
+            assert lock.is_held()
+        timer.join()
 
 
 def test_values_become_json() -> None:
