@@ -14,7 +14,7 @@ import inspect
 import json
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -106,7 +106,53 @@ def canonical_json(value: Any) -> str:
 
 def to_dotlist(mapping: Mapping[str, Any]) -> list[str]:
     """`{"a.b": value}` as overrides whose values keep their type (`null`, `1e5`, `"on"`)."""
-    return [f"{key}={json.dumps(_plain(value))}" for key, value in mapping.items()]
+    # As YAML, JSON's escapes of characters beyond 16 bits would be two halves.
+    return [
+        f"{key}={json.dumps(_plain(value), ensure_ascii=False)}" for key, value in mapping.items()
+    ]
+
+
+def to_overrides(config: Any) -> list[str]:
+    """The `key=value` items that make `load_config` build this configuration again.
+
+    Args:
+        config: dataclass whose fields all have defaults.
+
+    Returns:
+        One item for each kind of a component and for each value that differs from its default.
+        Quote them for a shell with `shlex.join`.
+    """
+    given = to_mapping(config)
+    leaves = dict(_leaves(given))
+    kinds = load_config(type(config), values=_kinds(given))
+    defaults = dict(_leaves(to_mapping(kinds)))
+    return to_dotlist(
+        {
+            path: value
+            for path, value in leaves.items()
+            if path.rpartition(".")[2] == "kind" or path not in defaults or value != defaults[path]
+        }
+    )
+
+
+def _leaves(mapping: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in mapping.items():
+        # A key that an override could not spell stays inside its mapping.
+        if isinstance(value, Mapping) and value and all(map(_is_plain_key, value)):
+            yield from _leaves(value, f"{at}{name}.")
+        else:
+            yield f"{at}{name}", value
+
+
+def _is_plain_key(key: str) -> bool:
+    return bool(key) and not set(key) & set(".=[]")
+
+
+def _kinds(mapping: Mapping[str, Any]) -> dict[str, Any]:
+    """The mapping with nothing left in it but `kind`."""
+    inner = {name: _kinds(value) for name, value in mapping.items() if isinstance(value, Mapping)}
+    own = {name: value for name, value in mapping.items() if name == "kind"}
+    return own | {name: value for name, value in inner.items() if value}
 
 
 def _plain(value: Any) -> Any:

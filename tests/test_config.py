@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -14,6 +15,7 @@ from forge_ray.config import (
     load_config,
     to_dotlist,
     to_mapping,
+    to_overrides,
     to_yaml,
 )
 from forge_ray.errors import ConfigError
@@ -48,6 +50,7 @@ class Drawing:
     title: str = "untitled"
     scale: int = 1
     out: Path | None = None
+    named: dict[str, Layer] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, int) and self.scale < 1:
@@ -128,3 +131,25 @@ def test_a_dotlist_keeps_the_type_of_a_value(value: object) -> None:
     from omegaconf import OmegaConf
 
     assert OmegaConf.from_dotlist([item]).key == value
+
+
+@pytest.mark.parametrize(
+    "drawing",
+    [
+        Drawing(),
+        Drawing(layer=Layer(shape=Box(sides=[7, 8]), extra=Circle()), title="it's 1e5 $ 😀"),
+        Drawing(named={"a": Layer(), "b.c": Layer(shape=Circle(radius=1e-7))}, out=Path("a b")),
+    ],
+)
+def test_overrides_build_the_configuration_again(drawing: Drawing) -> None:
+    words = shlex.split(shlex.join(to_overrides(drawing)))
+    assert load_config(Drawing, overrides=words) == drawing
+
+
+def test_overrides_name_kinds_and_what_differs_from_the_defaults() -> None:
+    drawing = Drawing(layer=Layer(shape=Box(sides=[7])), scale=2)
+    assert to_overrides(drawing) == [
+        'layer.shape.kind="box"',
+        "layer.shape.sides=[7]",
+        "scale=2",
+    ]

@@ -110,7 +110,12 @@ def event_columns(config: SourcesConfig) -> dict[str, str]:
 
 
 def build_log(
-    config: SourcesConfig, store: ArtifactStore, *, name: str, num_shards: int = 0
+    config: SourcesConfig,
+    store: ArtifactStore,
+    *,
+    name: str,
+    num_shards: int = 0,
+    command: str = "",
 ) -> Artifact:
     """Return the ordered log of these inputs, building it unless the store has it.
 
@@ -119,6 +124,7 @@ def build_log(
         store: where it goes.
         name: name of the artifact.
         num_shards: shards of the log; 0 makes one per 32 MiB of raw interactions, at least 8.
+        command: shell command that repeats the preparation, for the manifest.
 
     Raises:
         DataError: the input breaks a rule; names file, row or column.
@@ -131,7 +137,7 @@ def build_log(
         name,
         _identity(config, inputs, shards),
         produce=lambda writer: _write_log(config, inputs, shards, writer),
-        command="forge-ray data prepare",
+        command=command,
     )
 
 

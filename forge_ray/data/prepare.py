@@ -6,6 +6,7 @@ shard by shard in Ray Data workers. Ray must be running.
 
 from __future__ import annotations
 
+import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -19,12 +20,12 @@ from forge_ray.artifacts import (
     ArtifactWriter,
     open_filesystem,
 )
-from forge_ray.config import to_mapping, to_yaml
+from forge_ray.config import to_mapping, to_overrides, to_yaml
 from forge_ray.data.cut import Stage, write_dataset
 from forge_ray.data.log import build_log
 from forge_ray.data.pairs import PairsConfig
 from forge_ray.data.schema import KIND, Dataset
-from forge_ray.data.sources import SourcesConfig, resolve
+from forge_ray.data.sources import SourcesConfig, absolute, resolve
 from forge_ray.data.splits import LeaveOneOutConfig, SplitConfig, TemporalConfig, stage_days
 from forge_ray.errors import ConfigError
 
@@ -62,12 +63,19 @@ def prepare(config: PrepareConfig, store: ArtifactStore) -> list[Dataset]:
     Raises:
         DataError: the input breaks a rule; names file, row or column.
     """
-    resolved = resolve(config)
+    located = absolute(config)
+    resolved = resolve(located)
     assert isinstance(resolved, PrepareConfig)
     name = config.name or _default_name(resolved)
-    log = build_log(_sources(resolved), store, name=name, num_shards=config.num_shards)
-    stages = _stages(config.split, log)
-    return [_build(resolved, store, log, stage, _stage_name(name, stage)) for stage in stages]
+    # Not the resolved paths: a folder in their place says the same in fewer words.
+    command = shlex.join(["forge-ray", "data", "prepare", *to_overrides(located)])
+    log = build_log(
+        _sources(resolved), store, name=name, num_shards=config.num_shards, command=command
+    )
+    return [
+        _build(resolved, store, log, stage, name=_stage_name(name, stage), command=command)
+        for stage in _stages(config.split, log)
+    ]
 
 
 def open_or_prepare(path_or_ref: str | Path, store: ArtifactStore) -> Dataset:
@@ -131,7 +139,13 @@ def _stage_name(name: str, stage: Stage) -> str:
 
 
 def _build(
-    config: PrepareConfig, store: ArtifactStore, log: Artifact, stage: Stage, name: str
+    config: PrepareConfig,
+    store: ArtifactStore,
+    log: Artifact,
+    stage: Stage,
+    *,
+    name: str,
+    command: str,
 ) -> Dataset:
     split = to_mapping(config.split)
     days = None if stage.days is None else to_mapping(stage.days)
@@ -145,7 +159,7 @@ def _build(
         identity,
         parents=[log.key],
         produce=lambda writer: _produce(config, log, stage, writer),
-        command=f"forge-ray data prepare --config {name}.yaml",
+        command=command,
         schema_version=2,  # 2: users shuffled inside shards
     )
     return Dataset(artifact)

@@ -8,7 +8,8 @@ A folder follows the conventions when it holds `interactions.{csv,tsv,jsonl,parq
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from pathlib import Path
+from typing import Literal, TypeVar
 
 from pyarrow import fs as pafs
 
@@ -17,6 +18,8 @@ from forge_ray.data.checks import check_skip
 from forge_ray.data.importers import FORMATS
 from forge_ray.data.schema import DEFAULT_SPACE
 from forge_ray.errors import ConfigError, DataError
+
+S = TypeVar("S", bound="SourcesConfig")
 
 
 @dataclass(kw_only=True)
@@ -76,6 +79,23 @@ class SourcesConfig:
     def __post_init__(self) -> None:
         """Check the skip list."""
         check_skip(self.skip)
+
+
+def absolute(config: S) -> S:
+    """Spell local paths in full, so that the configuration works from any directory."""
+    return replace(
+        config,
+        source=_absolute(config.source),
+        interactions=replace(config.interactions, path=_absolute(config.interactions.path)),
+        items=replace(config.items, path=_absolute(config.items.path)),
+        vectors={
+            space: replace(one, path=_absolute(one.path)) for space, one in config.vectors.items()
+        },
+    )
+
+
+def _absolute(path: str) -> str:
+    return path if not path or "://" in path else str(Path(path).resolve())
 
 
 def resolve(config: SourcesConfig) -> SourcesConfig:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shlex
 import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -21,7 +22,7 @@ from safetensors.numpy import load as load_tensors
 from safetensors.numpy import save as save_tensors
 
 from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactStore, ArtifactWriter
-from forge_ray.config import from_mapping, to_dotlist, to_mapping
+from forge_ray.config import from_mapping, to_mapping, to_overrides
 from forge_ray.data.schema import Dataset
 from forge_ray.embed.vectors import VectorsConfig, VectorSet, open_vectors
 from forge_ray.errors import ArtifactError, ConfigError, DataError
@@ -126,7 +127,7 @@ def fit_sids(
     """
     identity = _identity(config)
     source = open_vectors(config.vectors, dataset, store)
-    command = _command(dataset, identity)
+    command = _command(dataset, config)
     quantizer_artifact = store.build(
         QUANTIZER_KIND,
         _quantizer_name(config.quantizer),
@@ -206,17 +207,10 @@ def _quantizer_name(config: QuantizerConfig) -> str:
     return f"{config.kind}-{shape}"
 
 
-def _command(dataset: Dataset, identity: Mapping[str, Any]) -> str:
-    words = to_dotlist(dict(_leaves(identity)))
-    return " ".join(["forge-ray sid fit", dataset.artifact.uri, *(f"'{word}'" for word in words)])
-
-
-def _leaves(mapping: Mapping[str, Any], at: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in mapping.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{at}{name}.")
-        else:
-            yield f"{at}{name}", value
+def _command(dataset: Dataset, config: SidConfig) -> str:
+    deciding = replace(config, vectors=config.vectors.canonical(), encode=EncodeConfig())
+    words = ["forge-ray", "sid", "fit", dataset.artifact.uri, *to_overrides(deciding)]
+    return shlex.join(words)
 
 
 def _produce_quantizer(

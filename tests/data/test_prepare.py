@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import csv
+import json
+import shlex
 from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
+from typer.testing import CliRunner
 
 from forge_ray.artifacts import ArtifactStore
-from forge_ray.data.prepare import open_or_prepare
+from forge_ray.cli.data import app
+from forge_ray.config import load_config
+from forge_ray.data.prepare import PrepareConfig, open_or_prepare, prepare
 from forge_ray.data.schema import Dataset
-from tests.data.raw import write_events
+from forge_ray.data.sources import VectorsConfig
+from tests.data.raw import write_events, write_raw
 
 pytestmark = pytest.mark.ray
 
@@ -69,3 +75,29 @@ def test_the_first_users_are_a_sample_of_all(
     assert len(lengths) == 200
     spread = np.std(everyone) / np.sqrt(len(lengths))
     assert abs(lengths.mean() - np.mean(everyone)) < 4 * spread
+
+
+def test_command_and_stored_configuration_give_the_same_dataset(
+    ray_local: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    raw = write_raw(tmp_path / "it's raw")
+    (raw / "vectors.npz").rename(raw / "mini.384.npz")
+    monkeypatch.chdir(tmp_path)
+    config = PrepareConfig(
+        source=raw.name,
+        num_shards=2,
+        vectors={"a.b": VectorsConfig(path=f"{raw.name}/mini.384.npz")},
+    )
+    store = ArtifactStore(tmp_path / "one")
+    (dataset,) = prepare(config, store)
+    (log,) = store.manifests("log")
+    manifest = dataset.artifact.manifest
+    assert log.command == manifest.command
+    monkeypatch.chdir("/")
+    words = shlex.split(manifest.command)
+    assert words[:3] == ["forge-ray", "data", "prepare"]
+    options = ["--store", str(tmp_path / "two"), "--json"]
+    result = CliRunner().invoke(app, [*words[2:], *options], catch_exceptions=False)
+    assert json.loads(result.stdout)[0]["dataset"] == manifest.ref
+    stored = load_config(PrepareConfig, path=dataset.artifact.local("prepare.yaml"))
+    assert prepare(stored, store)[0].key == dataset.key
