@@ -8,7 +8,7 @@ Ray or of files beyond their names.
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +30,7 @@ SKIPPABLE = {
     "unknown_vector": "vectors of items that the catalogue lacks",
     "missing_vector": "items without a vector, with their interactions",
 }
+TimeUnit = Literal["s", "ms", "us", "day"]
 UNKNOWN = -1
 DROPPED = -2
 
@@ -132,8 +133,13 @@ def is_empty(ids: pa.Array) -> NDArray[np.bool_]:
     return _numpy(pc.fill_null(pc.equal(ids, ""), True))
 
 
-def as_timestamps(screen: Screen, column: str) -> NDArray[np.int64]:
-    """Return a time column as int64 (date-time types as seconds), bad values rejected as 0.
+def as_timestamps(screen: Screen, column: str, unit: TimeUnit = "s") -> NDArray[np.int64]:
+    """Return a time column as int64, bad values rejected as 0.
+
+    Args:
+        screen: the chunk under test.
+        column: our name of the column.
+        unit: what date-time types are converted to, rounding down; numbers are taken as they are.
 
     Raises:
         DataError: the column's type cannot hold times, or a value is no whole number >= 0 and its
@@ -142,7 +148,7 @@ def as_timestamps(screen: Screen, column: str) -> NDArray[np.int64]:
     array = _flat(screen.chunk.table[column])
     kind = array.type
     if pa.types.is_timestamp(kind):
-        array = array.cast(pa.timestamp("s", tz=kind.tz), safe=False).cast(pa.int64())
+        array = _since_1970(array, unit)
     elif pa.types.is_string(kind) or pa.types.is_large_string(kind):
         whole = pc.match_substring_regex(array, r"^\s*[+-]?\d{1,18}\s*$")
         array = pc.ascii_ltrim(pc.ascii_trim_whitespace(array), "+")  # Arrow parses no plus sign
@@ -163,6 +169,14 @@ def as_timestamps(screen: Screen, column: str) -> NDArray[np.int64]:
     times = _numpy(pc.fill_null(array, 0)).astype(np.int64)
     screen.reject("negative_timestamp", times < 0, column=column, rule="be >= 0")
     return times
+
+
+def _since_1970(times: pa.Array, unit: TimeUnit) -> pa.Array:
+    if unit != "day":
+        return times.cast(pa.timestamp(unit, tz=times.type.tz), safe=False).cast(pa.int64())
+    # Through whole numbers, which drop the time zone: days begin at midnight UTC.
+    seconds = times.cast(pa.timestamp("s", tz=times.type.tz), safe=False).cast(pa.int64())
+    return seconds.cast(pa.timestamp("s")).cast(pa.date32()).cast(pa.int32()).cast(pa.int64())
 
 
 def as_matrix(screen: Screen, column: str, dim: int | None) -> NDArray[Any]:

@@ -15,7 +15,7 @@ from pyarrow import fs as pafs
 from forge_ray.artifacts import open_filesystem
 from forge_ray.data import tasks
 from forge_ray.data.catalogue import RESERVED, Inputs, vector_dim
-from forge_ray.data.checks import Screen, as_ids, as_matrix, as_timestamps, is_empty
+from forge_ray.data.checks import Screen, TimeUnit, as_ids, as_matrix, as_timestamps, is_empty
 from forge_ray.data.importers import Chunk, RawFile, extra_schema, read_chunks
 from forge_ray.data.log import event_columns, find_inputs
 from forge_ray.data.sources import SourcesConfig, resolve
@@ -77,6 +77,7 @@ def import_data(config: ImportConfig) -> ImportReport:
             section=section,
             extra=extra_schema(files, exclude=reserved) if part == "items" else None,
             dim=vector_dim(files[0], resolved.vectors[space], section) if space else None,
+            unit=resolved.interactions.timestamp_unit,
             skip=frozenset(config.skip),
             output=tasks.Output(filesystem, f"{root}/{part}"),
         )
@@ -117,20 +118,23 @@ def _convert(
     section: str,
     extra: pa.Schema | None,
     dim: int | None,
+    unit: TimeUnit,
     skip: frozenset[str],
     output: tasks.Output,
 ) -> Iterator[pa.Table]:
     chunks = read_chunks(files[number], wanted, field=section, extra=extra)
     for place, chunk in enumerate(chunks):
         screen = Screen(chunk, skip)
-        table = _converted(screen, wanted, dim).filter(pa.array(screen.keep))
+        table = _converted(screen, wanted, dim=dim, unit=unit).filter(pa.array(screen.keep))
         output.write(table, number, place)
         count = pa.array([table.num_rows], pa.int64())
         yield tasks.data_rows(_ROWS, {"part": [part], "rows": count})
         yield tasks.ledger_rows(_ROWS, screen.ledger)
 
 
-def _converted(screen: Screen, wanted: Mapping[str, str], dim: int | None) -> pa.Table:
+def _converted(
+    screen: Screen, wanted: Mapping[str, str], *, dim: int | None, unit: TimeUnit
+) -> pa.Table:
     chunk: Chunk = screen.chunk
     table = chunk.table
     for column, cause in (("user_id", "empty_user"), ("item_id", "empty_item")):
@@ -139,7 +143,7 @@ def _converted(screen: Screen, wanted: Mapping[str, str], dim: int | None) -> pa
             screen.reject(cause, is_empty(ids), column=column, rule="not be empty")
             table = _replaced(table, column, column, ids)
     if "timestamp" in wanted:
-        times = pa.array(as_timestamps(screen, "timestamp"))
+        times = pa.array(as_timestamps(screen, "timestamp", unit))
         table = _replaced(table, "timestamp", "timestamp", times)
     if "vector" in wanted:
         matrix = as_matrix(screen, "vector", dim)

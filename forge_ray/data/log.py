@@ -27,6 +27,7 @@ from forge_ray.data.checks import (
     UNKNOWN,
     ItemIndex,
     Screen,
+    TimeUnit,
     as_ids,
     as_timestamps,
     hash_ids,
@@ -218,6 +219,7 @@ def order_events(
         wanted=event_columns(config),
         index=ray.put(index),
         skip=frozenset(config.skip),
+        unit=config.interactions.timestamp_unit,
         shards=shards,
     )
     ordered = tasks.exchange(
@@ -238,6 +240,7 @@ def _events_of(
     wanted: Mapping[str, str],
     index: ray.ObjectRef[ItemIndex],
     skip: frozenset[str],
+    unit: TimeUnit,
     shards: int,
 ) -> Iterator[pa.Table]:
     items = ray.get(index)
@@ -246,7 +249,7 @@ def _events_of(
         users, ids = as_ids(chunk, "user_id"), as_ids(chunk, "item_id")
         screen.reject("empty_user", is_empty(users), column="user_id", rule="not be empty")
         screen.reject("empty_item", is_empty(ids), column="item_id", rule="not be empty")
-        times = as_timestamps(screen, "timestamp")
+        times = as_timestamps(screen, "timestamp", unit)
         places = items.lookup(ids)
         screen.reject(
             "unknown_item", places == UNKNOWN, column="item_id", rule="be in the catalogue"

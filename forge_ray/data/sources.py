@@ -14,7 +14,7 @@ from typing import Literal, TypeVar
 from pyarrow import fs as pafs
 
 from forge_ray.artifacts import open_filesystem
-from forge_ray.data.checks import check_skip
+from forge_ray.data.checks import TimeUnit, check_skip
 from forge_ray.data.importers import FORMATS
 from forge_ray.data.schema import DEFAULT_SPACE
 from forge_ray.errors import ConfigError, DataError
@@ -34,8 +34,8 @@ class InteractionsConfig:
     """Name of the column with the item's id."""
     timestamp: str = "timestamp"
     """Name of the column with the time."""
-    timestamp_unit: Literal["s", "ms", "us", "day"] = "s"
-    """Unit of whole-number times; date-time columns are read as seconds."""
+    timestamp_unit: TimeUnit = "s"
+    """Unit of whole-number times; date-time columns are converted to it."""
     unsorted: Literal["error", "sort"] = "error"
     """What to do when a user's rows are not in time order within the files, taken in name order."""
 

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from forge_ray.data.checks import Screen, as_timestamps
+from forge_ray.data.checks import Screen, TimeUnit, as_timestamps
 from forge_ray.data.importers import Chunk, RawFile, extra_schema, list_files
 from forge_ray.data.sources import SourcesConfig, resolve
 from forge_ray.errors import DataError
@@ -33,6 +33,31 @@ def test_times_that_fit_no_int64_are_rejected_row_by_row(
     screen = Screen(chunk, SKIP)
     assert as_timestamps(screen, "timestamp").tolist() == expected
     assert screen.keep.tolist() == [bool(one) for one in kept]
+
+
+@pytest.mark.parametrize(
+    ("unit", "expected"),
+    [
+        ("s", [172_799, 172_800, 0]),
+        ("ms", [172_799_999, 172_800_000, 0]),
+        ("us", [172_799_999_000, 172_800_000_000, 0]),
+        ("day", [1, 2, 0]),
+    ],
+)
+@pytest.mark.parametrize("zone", [None, "Asia/Tokyo"])
+def test_date_times_are_converted_to_the_unit_of_the_log(
+    unit: TimeUnit, expected: list[int], zone: str | None
+) -> None:
+    times = pa.array([172_799_999, 172_800_000, None], pa.timestamp("ms", tz=zone))
+    chunk = Chunk(RawFile("log.parquet", "parquet", 0, 1), 1, pa.table({"timestamp": times}))
+    assert as_timestamps(Screen(chunk, SKIP), "timestamp", unit).tolist() == expected
+
+
+def test_a_date_time_before_1970_is_negative_in_days_too() -> None:
+    table = pa.table({"timestamp": pa.array([-1], pa.timestamp("s"))})
+    screen = Screen(Chunk(RawFile("log.parquet", "parquet", 0, 1), 1, table), SKIP)
+    with pytest.raises(DataError, match="must be >= 0"):
+        as_timestamps(screen, "timestamp", "day")
 
 
 def test_columns_that_cannot_be_unified_are_an_error(tmp_path: Path) -> None:
