@@ -35,7 +35,8 @@ class PrepareConfig(SourcesConfig):
     """A dataset: its sources, its split, its pairs."""
 
     name: str = ""
-    """Name of the artifact; by default that of the source folder."""
+    """Name of the artifact; by default that of the source folder, or of the file of interactions
+    without its ending."""
     split: SplitConfig = field(default_factory=LeaveOneOutConfig)
     pairs: PairsConfig = field(default_factory=PairsConfig)
     num_shards: int = 0
@@ -107,8 +108,9 @@ def _is_raw_folder(text: str) -> bool:
 
 
 def _default_name(config: PrepareConfig) -> str:
-    path = (config.source or config.interactions.path).partition("?")[0].rstrip("/")
-    return Path(path).resolve().stem if "://" not in path else path.rsplit("/", 1)[-1]
+    filesystem, path = open_filesystem(config.source or config.interactions.path)
+    is_folder = filesystem.get_file_info(path).type == pafs.FileType.Directory
+    return Path(path).name if is_folder else Path(path).stem
 
 
 def _sources(config: PrepareConfig) -> SourcesConfig:

@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.cli.data import app
 from forge_ray.config import load_config
-from forge_ray.data.prepare import PrepareConfig, open_or_prepare, prepare
+from forge_ray.data.prepare import PrepareConfig, _default_name, open_or_prepare, prepare
 from forge_ray.data.schema import Dataset
-from forge_ray.data.sources import VectorsConfig
+from forge_ray.data.sources import InteractionsConfig, VectorsConfig
 from tests.data.raw import write_events, write_raw
 
 pytestmark = pytest.mark.ray
@@ -101,3 +101,11 @@ def test_command_and_stored_configuration_give_the_same_dataset(
     assert json.loads(result.stdout)[0]["dataset"] == manifest.ref
     stored = load_config(PrepareConfig, path=dataset.artifact.local("prepare.yaml"))
     assert prepare(stored, store)[0].key == dataset.key
+
+
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_a_folder_lends_its_full_name_and_a_file_its_stem(tmp_path: Path, scheme: str) -> None:
+    raw = write_raw(tmp_path / "beauty.v2")
+    assert _default_name(PrepareConfig(source=f"{scheme}{raw}/")) == "beauty.v2"
+    log = InteractionsConfig(path=f"{scheme}{raw}/interactions.csv")
+    assert _default_name(PrepareConfig(interactions=log)) == "interactions"
