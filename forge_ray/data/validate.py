@@ -46,7 +46,8 @@ def validate(config: SourcesConfig) -> list[Finding]:
             reported.
 
     Returns:
-        The findings; an empty list means that `prepare` will accept the files.
+        The findings; an empty list means that `prepare` can read every row. Whether the log is long
+        enough for a split is only known once it is ordered, so only `prepare` says that.
     """
     agreed = {*config.skip, *([UNSORTED] if config.interactions.unsorted == "sort" else [])}
     try:
