@@ -30,7 +30,8 @@ from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError, DataError
 
 ExampleMode = Literal["window", "prefix"]
-"""`window`: rows are pieces of sequences; `prefix`: rows are histories that end in their target."""
+"""`window`: rows are pieces of sequences, every item is a target; `prefix`: rows are histories that
+end in their target."""
 
 
 @dataclass(kw_only=True)

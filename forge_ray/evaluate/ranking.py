@@ -231,30 +231,3 @@ class MetricTotals:
         mean = self.sums[name, metric] / count
         spread = max(self.squares[name, metric] / count - mean**2, 0.0)
         return float(np.sqrt(spread / (count - 1)))
-
-
-def summarise(
-    metrics: Mapping[str, Floats],
-    slices: Mapping[str, npt.NDArray[np.bool_]] | None = None,
-) -> dict[str, float]:
-    """Average per-user metrics overall and by slice; see `MetricTotals.summary` for the names.
-
-    Args:
-        metrics: per-user values [U] by name.
-        slices: masks [U] by name, e.g. `tail_slices(...)`.
-    """
-    totals = MetricTotals()
-    totals.add(metrics, slices)
-    return totals.summary()
-
-
-def coverage(ranked_items: Integers, num_items: int, k: int) -> float:
-    """Share of the catalogue that appears in the first k places of at least one list.
-
-    Args:
-        ranked_items: item index [U, K], −1 where a list is short.
-        num_items: size N of the catalogue.
-        k: cut-off.
-    """
-    shown = ranked_items[:, :k]
-    return len(np.unique(shown[shown >= 0])) / num_items

@@ -66,11 +66,6 @@ class Beams:
         """Whether a slot holds a SID, bool [B, W]."""
         return torch.isfinite(self.scores)
 
-    @property
-    def is_invalid(self) -> Tensor:
-        """Whether a slot holds a SID that no item owns, bool [B, W]."""
-        return self.is_live & (self.sid_rank < 0)
-
 
 @dataclass(frozen=True, slots=True)
 class _Candidates:

@@ -39,8 +39,6 @@ class HitrateReport:
     """Of `hitrate`, over rows."""
     num_rows: int
     """Rows with the target and at least one history item in the gallery."""
-    num_dropped: int
-    """Rows without."""
     gallery_size: int
     """Items searched."""
     method: Literal["exact", "hnsw"]
@@ -110,7 +108,7 @@ def embedding_hitrate(
     method: Literal["exact", "hnsw"] = "exact" if len(gallery.vectors) <= exact_limit else "hnsw"
     rows = np.unique(pairs.row)
     if len(rows) == 0:
-        return HitrateReport(float("nan"), float("nan"), 0, len(targets), len(vectors), method)
+        return HitrateReport(float("nan"), float("nan"), 0, len(vectors), method)
     probability = _pair_probability(gallery, pairs, k=k, method=method)
     # log(1 − 1) = −inf is meant: one certain trigger makes the row certain.
     with np.errstate(divide="ignore"):
@@ -119,7 +117,7 @@ def embedding_hitrate(
     weight = weight[rows]
     mean = float((hit * weight).sum() / weight.sum())
     error = float(np.sqrt((weight**2 * (hit - mean) ** 2).sum()) / weight.sum())
-    return HitrateReport(mean, error, len(rows), len(targets) - len(rows), len(vectors), method)
+    return HitrateReport(mean, error, len(rows), len(vectors), method)
 
 
 @dataclass(frozen=True)

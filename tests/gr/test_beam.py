@@ -31,7 +31,7 @@ def brute_force(
 def assert_consistent(beams: Beams, index: PrefixIndex) -> None:
     """Codes, ranks and scores tell the same story, best first, nothing twice."""
     assert torch.equal(index.find(beams.codes), beams.sid_rank)
-    assert not beams.is_invalid.any()
+    assert (beams.sid_rank[beams.is_live] >= 0).all()
     assert (beams.codes[~beams.is_live] == -1).all()
     assert (beams.scores[:, 1:] <= beams.scores[:, :-1]).all()
     for rank, live in zip(beams.sid_rank, beams.is_live, strict=True):
@@ -143,9 +143,10 @@ def test_unconstrained_search_filtered_equals_constrained_at_full_width() -> Non
     free = beam_search(generator, tokens, mask, index, [6, 30, 120], constrained=False)
     bound = beam_search(generator, tokens, mask, index, full_widths(index))
     assert free.is_live.all()
-    assert (free.is_invalid.sum(dim=1) == 120 - index.num_sids).all()
+    is_owned = free.sid_rank >= 0
+    assert (is_owned.sum(dim=1) == index.num_sids).all()
     for user in range(3):
-        valid = free.sid_rank[user][~free.is_invalid[user]]
+        valid = free.sid_rank[user][is_owned[user]]
         assert torch.equal(valid, bound.sid_rank[user])
 
 

@@ -19,11 +19,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from forge_ray.config import Component
+from forge_ray.data.stream import ExampleMode
 from forge_ray.errors import ConfigError
 from forge_ray.gr.vocab import BOS, Vocab
-
-ExampleMode = Literal["window", "prefix"]
-"""How sequences become rows: `window`, every item of a row is a target; `prefix`, the last is."""
 
 
 @dataclass(kw_only=True)

@@ -18,9 +18,9 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from forge_ray.data.stream import ExampleMode
 from forge_ray.gr.models.base import (
     BeamTree,
-    ExampleMode,
     Generator,
     GeneratorConfig,
     TokenBatch,
