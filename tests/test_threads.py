@@ -66,7 +66,7 @@ def test_a_worker_takes_the_threads_of_its_cpus(ray_local: None, name: str) -> N
         "encoding": ({}, b"", None, Config()),
         "recommending": (Job(),),
         "tokenizing": ("/nonexistent", "", {}, {}, 1.0),
-        "evaluating": ("/nonexistent", "", "", "", "validation", 0, {}, 1.0),
+        "evaluating": ("/nonexistent", "", "validation", 0, {}, 1.0),
     }
     found = ray.get(threads_around.remote(ENTRY_POINTS[name], arguments[name]))
     assert found == (2, 1)

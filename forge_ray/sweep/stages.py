@@ -86,15 +86,15 @@ class ForgeStages:
             history=tuple(result.history),
         )
 
-    def evaluate(self, config: Mapping[str, Any], *, sids: str, model: str) -> StageReport:
+    def evaluate(self, config: Mapping[str, Any], *, model: str) -> StageReport:
         """Validation metrics in one task."""
-        return self.evaluate_split("validation", sids=sids, model=model)
+        return self.evaluate_split("validation", model=model)
 
-    def evaluate_split(self, split: Split, *, sids: str, model: str) -> StageReport:
+    def evaluate_split(self, split: Split, *, model: str) -> StageReport:
         """Metrics of one split in one task; the test split is always whole."""
         cpus, gpus = self.resources.evaluate_cpus, self.resources.evaluate_gpus
         users = self.evaluation.users if split == "validation" else 0
-        arguments = (self.store_uri, self.dataset_key, sids, model, split, users)
+        arguments = (self.store_uri, model, split, users)
         settings = to_mapping(self.evaluation)
         return _spread(evaluate_model, *arguments, settings, cpus, cpus=cpus, gpus=gpus)
 
@@ -132,8 +132,6 @@ def fit_and_score(
 
 def evaluate_model(
     store_uri: str,
-    dataset_key: str,
-    sids: str,
     model: str,
     split: Split,
     users: int,
@@ -144,9 +142,7 @@ def evaluate_model(
 
     Args:
         store_uri: Where the artifacts are.
-        dataset_key: Key of the dataset.
-        sids: Reference of the SID table.
-        model: Reference of the model.
+        model: Reference of the model, which knows its table and dataset.
         split: `validation` or `test`.
         users: How many users, 0 for all.
         evaluation: An `EvaluationConfig` as mapping.
@@ -154,35 +150,29 @@ def evaluate_model(
     """
     import torch
 
-    from forge_ray.gr.beam import default_widths
-    from forge_ray.gr.checkpoint import load_generator, model_config
-    from forge_ray.gr.decoding import SidDecoder
-    from forge_ray.gr.evaluation import Evaluator
-    from forge_ray.sid.fit import open_sids
+    from forge_ray.gr import scoring
+    from forge_ray.gr.source import ModelSource
 
     set_threads(cpus)
     began = time.perf_counter()
     settings = from_mapping(EvaluationConfig, evaluation)
     store = ArtifactStore(store_uri)
-    dataset = Dataset.open(store, dataset_key)
-    table = open_sids(store, sids).table
-    artifact = store.open(model)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    decoder = SidDecoder(
-        load_generator(artifact, table).to(device),
-        table,
-        widths=default_widths(table.num_levels, max_k=max(settings.ks)),
-        max_history=model_config(artifact).max_history,
-        batch_users=settings.batch_users,
-        constrained=True,
-        device=device,
+    source = ModelSource.open(store, model)
+    metrics = scoring.evaluate_model(
+        source,
+        source.dataset,
+        scoring.EvaluationConfig(
+            split=split,
+            ks=list(settings.ks),
+            users=users or None,
+            batch_users=settings.batch_users,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        ),
+        store=store,
+        name=source.name,
     )
-    evaluator = Evaluator(decoder, train_counts=dataset.train_counts(), ks=settings.ks)
-    for batch in dataset.sequence_batches(split, batch_rows=4096, limit=users or None):
-        assert batch.targets is not None  # held-out splits always have targets
-        evaluator.add(batch.items, batch.targets)
     return StageReport(
-        metrics=dict(evaluator.summary()),
+        metrics=dict(metrics),
         seconds={"evaluate": time.perf_counter() - began},
         cpus={"evaluate": cpus},
     )

@@ -175,9 +175,7 @@ def _finalize(job: SweepJob, store: ArtifactStore, dataset: Dataset) -> Finalize
         )
     assert isinstance(job.stages, ForgeStages)
     logger.info("test split: trial %d and the floors", winner.number + 1)
-    measured = job.stages.evaluate_split(
-        "test", sids=winner.artifacts["sids"], model=winner.artifacts["model"]
-    )
+    measured = job.stages.evaluate_split("test", model=winner.artifacts["model"])
     job.ledger.append(
         "finalize",
         key=winner.key,

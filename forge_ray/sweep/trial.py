@@ -57,7 +57,7 @@ class Stages(Protocol):
     ) -> StageReport:
         """Trains a generator on the SIDs (artifact `model`); resumes by name."""
 
-    def evaluate(self, config: Mapping[str, Any], *, sids: str, model: str) -> StageReport:
+    def evaluate(self, config: Mapping[str, Any], *, model: str) -> StageReport:
         """Metrics of the trained generator on the whole validation split."""
 
 
@@ -94,7 +94,7 @@ def run_trial(params: Mapping[str, Any], *, stages: Stages, rules: TrialRules) -
     tune.report(_row("proxy", 0, tokenized, seconds, proxy=tokenized.metrics))
     trained = _train(params, tokenized, seconds, stages=stages, rules=rules)
     model = trained.artifacts["model"]
-    final = stages.evaluate(config, sids=tokenized.artifacts["sids"], model=model)
+    final = stages.evaluate(config, model=model)
     seconds |= final.seconds
     whole = StageReport(
         artifacts={**trained.artifacts, **final.artifacts},

@@ -51,7 +51,7 @@ class StubStages:
                 callback.after_report(None, [row], None)
         return StageReport(metrics={"global_step": self.max_steps}, artifacts={"model": "model/x"})
 
-    def evaluate(self, config: Mapping[str, Any], *, sids: str, model: str) -> StageReport:
+    def evaluate(self, config: Mapping[str, Any], *, model: str) -> StageReport:
         self.note("evaluate", config)
         value = float("nan") if config["kind"] == "nan" else float(config.get("quality", 0.5))
         return StageReport(metrics={"ItemNDCG@10": value, "ItemHit@10": 2 * value})
