@@ -32,7 +32,7 @@ from pyarrow import fs as pafs
 
 from forge_ray.config import canonical_json
 from forge_ray.errors import ArtifactError
-from forge_ray.leases import Lease
+from forge_ray.leases import Lease, list_entries
 
 logger = logging.getLogger(__name__)
 
@@ -350,14 +350,12 @@ class ArtifactStore:
         return found[0]
 
     def _kinds(self) -> list[str]:
-        selector = pafs.FileSelector(self.root, allow_not_found=True)
-        entries = self.filesystem.get_file_info(selector)
+        entries = list_entries(self.filesystem, self.root)
         hidden = (one.base_name for one in entries if one.type == pafs.FileType.Directory)
         return sorted(name for name in hidden if not name.startswith("."))
 
     def _directories(self, kind: str) -> list[str]:
-        selector = pafs.FileSelector(f"{self.root}/{kind}", allow_not_found=True)
-        entries = self.filesystem.get_file_info(selector)
+        entries = list_entries(self.filesystem, f"{self.root}/{kind}")
         return sorted(
             one.path
             for one in entries
@@ -387,10 +385,9 @@ class ArtifactStore:
         return Artifact(manifest, self.filesystem, path)
 
     def _sizes(self, path: str) -> dict[str, int]:
-        selector = pafs.FileSelector(path, recursive=True, allow_not_found=True)
         return {
             one.path[len(path) + 1 :]: one.size
-            for one in self.filesystem.get_file_info(selector)
+            for one in list_entries(self.filesystem, path, recursive=True)
             if one.type == pafs.FileType.File and one.base_name != MANIFEST
         }
 
@@ -404,8 +401,7 @@ class ArtifactStore:
         if not self._renames:
             self._delete(path)
             return path
-        selector = pafs.FileSelector(folder, allow_not_found=True)
-        for entry in self.filesystem.get_file_info(selector):
+        for entry in list_entries(self.filesystem, folder):
             if entry.base_name.startswith(f"{_STAGING}{key[:12]}"):
                 self._delete(entry.path)
         staging = f"{folder}/{_STAGING}{key[:12]}-{uuid.uuid4().hex[:8]}"

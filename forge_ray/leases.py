@@ -10,6 +10,7 @@ limit) two builders make the same content, and publishing keeps one.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -33,6 +34,22 @@ POLL_S = 0.5
 # waits this long after writing its ticket, so that equal times are seen by both sides.
 SETTLE_LOCAL_S = 0.05
 SETTLE_REMOTE_S = 1.2
+_LISTING_TRIES = 20
+
+
+def list_entries(
+    filesystem: pafs.FileSystem, path: str, *, recursive: bool = False
+) -> list[pafs.FileInfo]:
+    """What a folder holds; nothing when it is absent, whatever others do to it meanwhile.
+
+    pyarrow looks whether an absent folder exists only after listing it failed: one that another
+    process creates in between is an error there. It is listed again.
+    """
+    selector = pafs.FileSelector(path, recursive=recursive, allow_not_found=True)
+    for _ in range(_LISTING_TRIES - 1):
+        with contextlib.suppress(FileNotFoundError):
+            return list(filesystem.get_file_info(selector))
+    return list(filesystem.get_file_info(selector))
 
 
 class Lease:
@@ -99,8 +116,7 @@ class Lease:
             time.sleep(POLL_S)
 
     def _tickets(self) -> list[str]:
-        selector = pafs.FileSelector(self._directory, allow_not_found=True)
-        entries = self._filesystem.get_file_info(selector)
+        entries = list_entries(self._filesystem, self._directory)
         tickets = [one for one in entries if one.base_name.endswith(".ticket")]
         tickets.sort(key=lambda one: (one.mtime_ns or 0, one.base_name))
         return [one.base_name.removesuffix(".ticket") for one in tickets]

@@ -215,6 +215,24 @@ def test_a_name_that_would_never_be_found_is_refused(store: ArtifactStore, name:
         build(store, name)
 
 
+def test_a_folder_may_appear_while_it_is_listed(store: ArtifactStore) -> None:
+    folder, stop = Path(store.root, "kind"), threading.Event()
+
+    def flicker() -> None:
+        while not stop.is_set():
+            folder.mkdir(parents=True)
+            folder.rmdir()
+
+    thread = threading.Thread(target=flicker)
+    thread.start()
+    try:
+        for _ in range(20_000):
+            assert leases.list_entries(store.filesystem, str(folder)) == []
+    finally:
+        stop.set()
+        thread.join()
+
+
 def test_an_unknown_scheme_is_refused() -> None:
     with pytest.raises(ArtifactError, match="pyarrow"):
         ArtifactStore("ftp://host/path")
