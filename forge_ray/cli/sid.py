@@ -29,7 +29,7 @@ from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
 from forge_ray.launch.connect import connected
 from forge_ray.sid.fit import SidArtifact, SidConfig, fit_sids, open_sids
-from forge_ray.sid.quality import symbol_quality
+from forge_ray.sid.metrics.quality import symbol_quality
 from forge_ray.sid.table import SidTable
 from forge_ray.threads import set_threads
 

@@ -26,18 +26,17 @@ from forge_ray.config import from_mapping, to_mapping, to_overrides
 from forge_ray.data.schema import Dataset
 from forge_ray.embed.vectors import VectorsConfig, VectorSet, open_vectors
 from forge_ray.errors import ArtifactError, ConfigError, DataError
-from forge_ray.sid.quantizer import (
+from forge_ray.sid.quantizers.base import (
     Int64Array,
     Quantizer,
     QuantizerConfig,
     Report,
     TrainingPairs,
+    TrainingSet,
     ignore_report,
 )
-from forge_ray.sid.random_codes import RandomConfig as RandomConfig
-from forge_ray.sid.resolvers import BucketConfig, ResolverConfig, resolve
-from forge_ray.sid.rq_kmeans import RqKmeansConfig
-from forge_ray.sid.rq_vae import RqVaeConfig as RqVaeConfig
+from forge_ray.sid.quantizers.rq_kmeans import RqKmeansConfig
+from forge_ray.sid.resolvers.base import BucketConfig, ResolverConfig, resolve
 from forge_ray.sid.table import SidTable, code_dtype
 from forge_ray.threads import set_threads
 
@@ -254,7 +253,7 @@ def _produce_quantizer(
 def _fit(config: SidConfig, dataset: Dataset, source: VectorSet, report: Report) -> Quantizer:
     logger.info("fitting %s on %s", _quantizer_name(config.quantizer), dataset.name)
     all_pairs = None
-    if config.quantizer.wants_pairs and dataset.artifact.exists("pairs"):
+    if config.quantizer.pair_sources and dataset.artifact.exists("pairs"):
         pairs = dataset.pairs()
         all_pairs = TrainingPairs(pairs.anchor.astype(np.int64), pairs.positive.astype(np.int64))
     items = training_items(
@@ -265,7 +264,8 @@ def _fit(config: SidConfig, dataset: Dataset, source: VectorSet, report: Report)
     if torch.cuda.is_available():
         quantizer.to("cuda")
     rows = None if all_pairs is None else _pairs_within(all_pairs, items, source.num_items)
-    quantizer.fit(vectors, pairs=rows, report=report)
+    named = {} if rows is None else {"co_occurrence": rows}
+    quantizer.fit(TrainingSet(vectors, pairs=named), report=report)
     return quantizer.to("cpu")
 
 

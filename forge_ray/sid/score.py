@@ -17,16 +17,15 @@ from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter, tim
 from forge_ray.config import to_mapping
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
-from forge_ray.sid.backoff import (
+from forge_ray.sid.metrics.backoff import (
     BackoffBits,
     ProbeData,
     backoff_bits,
     random_codes,
     shuffled_codes,
 )
-from forge_ray.sid.hitrate import HitrateReport, refit_vectors
-from forge_ray.sid.quality import PrefixIds, prefix_ids, symbol_quality
-from forge_ray.sid.score_inputs import (
+from forge_ray.sid.metrics.hitrate import HitrateReport, refit_vectors
+from forge_ray.sid.metrics.inputs import (
     KIND,
     HitrateRows,
     ScoreConfig,
@@ -36,11 +35,12 @@ from forge_ray.sid.score_inputs import (
     load_inputs,
     none_if_nan,
 )
+from forge_ray.sid.metrics.quality import PrefixIds, prefix_ids, symbol_quality
 from forge_ray.sid.table import SidTable
 
 if TYPE_CHECKING:
     from forge_ray.sid.fit import SidArtifact
-    from forge_ray.sid.quantizer import Quantizer
+    from forge_ray.sid.quantizers.base import Quantizer
 
 __all__ = [
     "ScoreConfig",

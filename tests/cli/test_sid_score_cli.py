@@ -16,7 +16,7 @@ from forge_ray.cli.sid_score import score
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.sid.fit import SidConfig, fit_sids
-from forge_ray.sid.rq_kmeans import RqKmeansConfig
+from forge_ray.sid.quantizers.rq_kmeans import RqKmeansConfig
 from tests.evaluate.datasets import topic_dataset
 
 app = typer.Typer()

@@ -7,7 +7,13 @@ import pytest
 
 from forge_ray.config import from_mapping, to_mapping
 from forge_ray.errors import ConfigError, DataError, TrainingError
-from forge_ray.sid.quantizer import CHUNK_ROWS, Quantizer, QuantizerConfig, TrainingPairs
+from forge_ray.sid.quantizers.base import (
+    CHUNK_ROWS,
+    Quantizer,
+    QuantizerConfig,
+    TrainingPairs,
+    TrainingSet,
+)
 
 
 def clustered_vectors(num_items: int = 400, dim: int = 16, *, seed: int = 0) -> np.ndarray:
@@ -22,6 +28,11 @@ def neighbour_pairs(num_items: int = 400) -> TrainingPairs:
     """Pairs of items of the same centre."""
     anchor = np.arange(num_items - 20)
     return TrainingPairs(anchor, anchor + 20)
+
+
+def training_set(vectors: np.ndarray) -> TrainingSet:
+    """Vectors with their neighbours as co-occurrence pairs."""
+    return TrainingSet(vectors, pairs={"co_occurrence": neighbour_pairs(len(vectors))})
 
 
 class QuantizerContract:
@@ -46,7 +57,7 @@ class QuantizerContract:
     @classmethod
     def fit(cls, config: QuantizerConfig, vectors: np.ndarray, *, seed: int = 0) -> Quantizer:
         quantizer = config.build(vectors.shape[1], seed=seed)
-        quantizer.fit(vectors, pairs=neighbour_pairs(len(vectors)))
+        quantizer.fit(training_set(vectors))
         return quantizer
 
     def test_shapes_and_ranges(self, fitted: Quantizer, vectors: np.ndarray) -> None:

@@ -14,7 +14,7 @@ from forge_ray.embed.vectors import VectorsConfig, open_vectors
 from forge_ray.errors import ArtifactError, ConfigError, DataError
 from forge_ray.sid import fit as fit_module
 from forge_ray.sid.fit import SidConfig, fit_sids, load_quantizer, open_sids, training_items
-from forge_ray.sid.quantizer import TrainingPairs
+from forge_ray.sid.quantizers.base import TrainingPairs
 from tests.evaluate.datasets import topic_dataset
 
 SMALL = ["quantizer.levels=2", "quantizer.codebook_size=8"]

@@ -15,7 +15,8 @@ from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.sid import score
 from forge_ray.sid.fit import SidConfig
-from forge_ray.sid.rq_kmeans import RqKmeansConfig
+from forge_ray.sid.quantizers.base import TrainingSet
+from forge_ray.sid.quantizers.rq_kmeans import RqKmeansConfig
 from forge_ray.sid.score import ScoreConfig, load_inputs, score_sids, score_table
 from forge_ray.sid.table import SidTable
 from tests.evaluate.datasets import beauty_dataset, topic_dataset, write_dataset
@@ -41,7 +42,7 @@ def dataset(store: ArtifactStore) -> Dataset:
 @pytest.fixture
 def quantizer(dataset: Dataset) -> Any:
     fitted = RqKmeansConfig(levels=2, codebook_size=16).build(8, seed=0)
-    fitted.fit(dataset.vectors())
+    fitted.fit(TrainingSet(dataset.vectors()))
     return fitted
 
 

@@ -14,13 +14,13 @@ import numpy as np
 import torch
 
 from forge_ray.errors import ConfigError, TrainingError
-from forge_ray.sid.quantizer import (
+from forge_ray.sid.quantizers.base import (
     CHUNK_ROWS,
     FloatArray,
     Quantizer,
     QuantizerConfig,
     Report,
-    TrainingPairs,
+    TrainingSet,
     ignore_report,
     squared_distances,
 )
@@ -60,18 +60,17 @@ class RqKmeans(Quantizer):
 
     def fit(
         self,
-        vectors: FloatArray,
+        data: TrainingSet,
         *,
-        pairs: TrainingPairs | None = None,
         report: Report = ignore_report,
     ) -> None:
-        """Cluster residuals level by level; `pairs` are not used.
+        """Cluster residuals level by level.
 
         Args:
-            vectors: float32 [n, D].
-            pairs: ignored.
+            data: only its vectors are read.
             report: called once per level with the mean squared residual that is left.
         """
+        vectors = data.vectors
         self._check_training_set(vectors)
         self.codebooks = residual_kmeans(
             vectors, self.codebook_sizes, iterations=self.iterations, seed=self.seed, report=report

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forge_ray.data.ragged import Ragged
-from forge_ray.sid import hitrate
-from forge_ray.sid.hitrate import embedding_hitrate, refit_vectors
+from forge_ray.sid.metrics import hitrate
+from forge_ray.sid.metrics.hitrate import embedding_hitrate, refit_vectors
 
 
 def brute_force(vectors: np.ndarray, history: list[int], target: int, k: int) -> float:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forge_ray.data.ragged import Ragged
-from forge_ray.sid.backoff import (
+from forge_ray.sid.metrics.backoff import (
     ProbeData,
     backoff_bits,
     count_transitions,

@@ -13,16 +13,16 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from forge_ray.sid.quantizer import (
+from forge_ray.sid.quantizers.base import (
     FloatArray,
     Int64Array,
     Quantizer,
     QuantizerConfig,
     Report,
-    TrainingPairs,
+    TrainingSet,
     ignore_report,
 )
-from forge_ray.sid.resolvers import random_candidates, splitmix64
+from forge_ray.sid.resolvers.base import random_candidates, splitmix64
 
 
 @dataclass(kw_only=True)
@@ -41,18 +41,17 @@ class RandomCodes(Quantizer):
 
     def fit(
         self,
-        vectors: FloatArray,
+        data: TrainingSet,
         *,
-        pairs: TrainingPairs | None = None,
         report: Report = ignore_report,
     ) -> None:
-        """Average the residuals of each code; `pairs` are not used.
+        """Average the residuals of each code.
 
         Args:
-            vectors: float32 [n, D].
-            pairs: ignored.
+            data: only its vectors are read.
             report: called once per level with the mean squared residual that is left.
         """
+        vectors = data.vectors
         self._check_training_set(vectors)
         codes = self._hash_codes(vectors)
         residual = torch.from_numpy(np.array(vectors, dtype=np.float32))

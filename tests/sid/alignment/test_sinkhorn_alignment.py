@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-from forge_ray.sid.alignment import PairContrast, false_negatives_of
-from forge_ray.sid.sinkhorn import balanced_assignment
+from forge_ray.sid.alignment.pair_contrast import PairContrast, false_negatives_of
+from forge_ray.sid.quantizers.sinkhorn import balanced_assignment
 
 
 def published_assignment(distances: np.ndarray, iterations: int = 5) -> np.ndarray:

@@ -17,13 +17,13 @@ from torch import nn
 from torch.nn import functional
 
 from forge_ray.errors import TrainingError
-from forge_ray.sid.alignment import PairContrast, false_negatives_of
-from forge_ray.sid.quantizer import FloatArray, Report, TrainingPairs, squared_distances
-from forge_ray.sid.rq_kmeans import residual_kmeans
-from forge_ray.sid.sinkhorn import balanced_assignment
+from forge_ray.sid.alignment.pair_contrast import PairContrast, false_negatives_of
+from forge_ray.sid.quantizers.base import FloatArray, Report, TrainingPairs, squared_distances
+from forge_ray.sid.quantizers.rq_kmeans import residual_kmeans
+from forge_ray.sid.quantizers.sinkhorn import balanced_assignment
 
 if TYPE_CHECKING:
-    from forge_ray.sid.rq_vae import RqVae, RqVaeConfig, RqVaeNetwork
+    from forge_ray.sid.quantizers.rq_vae import RqVae, RqVaeConfig, RqVaeNetwork
 
 _REPORTS = 50
 """Points of the loss curve, whatever the number of steps."""

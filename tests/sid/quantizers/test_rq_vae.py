@@ -11,13 +11,14 @@ import torch
 
 from forge_ray.config import from_mapping, load_config
 from forge_ray.errors import ConfigError, DataError, TrainingError
-from forge_ray.sid.quantizer import Quantizer
-from forge_ray.sid.rq_vae import RqVae, RqVaeConfig
-from forge_ray.sid.rq_vae_training import learning_rate, num_steps, quantize
+from forge_ray.sid.quantizers.base import Quantizer, TrainingSet
+from forge_ray.sid.quantizers.rq_vae import RqVae, RqVaeConfig
+from forge_ray.sid.quantizers.rq_vae_training import learning_rate, num_steps, quantize
 from tests.contracts.quantizer_contract import (
     ResidualContract,
     clustered_vectors,
     neighbour_pairs,
+    training_set,
 )
 
 SMALL: dict[str, Any] = {
@@ -41,8 +42,7 @@ def fitted(config: RqVaeConfig, curve: list[dict[str, float]] | None = None) -> 
     quantizer = config.build(16, seed=0)
     points = [] if curve is None else curve
     quantizer.fit(
-        clustered_vectors(),
-        pairs=neighbour_pairs(),
+        training_set(clustered_vectors()),
         report=lambda step, metrics: points.append({"step": step, **metrics}),
     )
     return quantizer
@@ -171,7 +171,7 @@ def test_alignment_brings_pairs_together() -> None:
     shared = {}
     for i2i in (False, True):
         quantizer = small(i2i=i2i, max_steps=300).build(16, seed=0)
-        quantizer.fit(vectors, pairs=pairs)
+        quantizer.fit(TrainingSet(vectors, pairs={"co_occurrence": pairs}))
         decoded = quantizer.decode(quantizer.encode(vectors))
         decoded /= np.linalg.norm(decoded, axis=1, keepdims=True)
         shared[i2i] = (decoded[pairs.anchor] * decoded[pairs.positive]).sum(axis=1).mean()
@@ -197,12 +197,12 @@ def test_loss_falls_and_the_curve_says_what_happened() -> None:
 
 def test_a_diverging_run_stops() -> None:
     with pytest.raises(TrainingError, match="must stay finite"):
-        small(lr=1e30, i2i=False).build(16, seed=0).fit(clustered_vectors())
+        small(lr=1e30, i2i=False).build(16, seed=0).fit(TrainingSet(clustered_vectors()))
 
 
 def test_alignment_without_pairs_is_refused() -> None:
     with pytest.raises(DataError, match=r"Set quantizer\.i2i=false"):
-        small().build(16, seed=0).fit(clustered_vectors())
+        small().build(16, seed=0).fit(TrainingSet(clustered_vectors()))
 
 
 def test_bad_settings_are_refused() -> None:

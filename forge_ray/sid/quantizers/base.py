@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -42,6 +42,18 @@ class TrainingPairs:
 
     def __len__(self) -> int:
         return len(self.anchor)
+
+
+@dataclass(frozen=True, eq=False)
+class TrainingSet:
+    """What a quantizer may read while it is fitted: some items of a catalogue, train part only."""
+
+    vectors: FloatArray
+    """float32 [n, D]."""
+    pairs: Mapping[str, TrainingPairs] = field(default_factory=dict)
+    """Related items as rows of `vectors`, by the name of their source, e.g. `co_occurrence`."""
+    teachers: Mapping[str, FloatArray] = field(default_factory=dict)
+    """Frozen vectors of the same items from another model, float32 [n, t], by teacher."""
 
 
 @dataclass(kw_only=True)
@@ -81,9 +93,9 @@ class QuantizerConfig(Component):
         return tuple(self.sizes) if self.sizes else (self.codebook_size,) * self.levels
 
     @property
-    def wants_pairs(self) -> bool:
-        """Whether fitting uses item-to-item pairs."""
-        return False
+    def pair_sources(self) -> tuple[str, ...]:
+        """Names of the item-to-item pairs that fitting reads; see `TrainingSet.pairs`."""
+        return ()
 
     def build(self, input_dim: int, *, seed: int) -> Quantizer:
         """Make an unfitted quantizer for vectors of width `input_dim`."""
@@ -120,16 +132,15 @@ class Quantizer(ABC):
     @abstractmethod
     def fit(
         self,
-        vectors: FloatArray,
+        data: TrainingSet,
         *,
-        pairs: TrainingPairs | None = None,
         report: Report = ignore_report,
     ) -> None:
         """Learn the codebooks.
 
         Args:
-            vectors: float32 [n, D], n at least the largest codebook.
-            pairs: related items as rows of `vectors`; ignored by kinds that do not align.
+            data: vectors, at least as many as the largest codebook has codes, and what kinds that
+                align read beside them.
             report: called with a step and its metrics, many times.
 
         Raises:

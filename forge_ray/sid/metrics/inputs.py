@@ -21,14 +21,14 @@ from forge_ray.config import to_mapping
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import DEFAULT_SPACE, Dataset, SequenceBatch, VectorBatch
 from forge_ray.errors import ConfigError
-from forge_ray.sid.backoff import (
+from forge_ray.sid.metrics.backoff import (
     ProbeData,
     ProbeRows,
     count_transitions,
     merge_transitions,
     probe_rows,
 )
-from forge_ray.sid.hitrate import HitrateReport, embedding_hitrate
+from forge_ray.sid.metrics.hitrate import HitrateReport, embedding_hitrate
 
 logger = logging.getLogger(__name__)
 

@@ -17,15 +17,14 @@ import torch
 from torch import nn
 
 from forge_ray.errors import ConfigError, DataError
-from forge_ray.sid.quantizer import (
-    FloatArray,
+from forge_ray.sid.quantizers.base import (
     Quantizer,
     QuantizerConfig,
     Report,
-    TrainingPairs,
+    TrainingSet,
     ignore_report,
 )
-from forge_ray.sid.rq_vae_training import train
+from forge_ray.sid.quantizers.rq_vae_training import train
 
 
 @dataclass(kw_only=True)
@@ -129,9 +128,9 @@ class RqVaeConfig(QuantizerConfig):
             )
 
     @property
-    def wants_pairs(self) -> bool:
-        """Whether fitting uses item-to-item pairs."""
-        return self.i2i and self.pair_share > 0
+    def pair_sources(self) -> tuple[str, ...]:
+        """Names of the item-to-item pairs that fitting reads."""
+        return ("co_occurrence",) if self.i2i and self.pair_share > 0 else ()
 
     def build(self, input_dim: int, *, seed: int) -> RqVae:
         """Make an unfitted quantizer for vectors of width `input_dim`."""
@@ -175,16 +174,14 @@ class RqVae(Quantizer):
 
     def fit(
         self,
-        vectors: FloatArray,
+        data: TrainingSet,
         *,
-        pairs: TrainingPairs | None = None,
         report: Report = ignore_report,
     ) -> None:
         """Train network and codebooks.
 
         Args:
-            vectors: float32 [n, D].
-            pairs: related rows of `vectors`; needed with `i2i`.
+            data: vectors, and `co_occurrence` pairs with `i2i`.
             report: called every few steps with losses, usage and gradient norms.
 
         Raises:
@@ -192,15 +189,16 @@ class RqVae(Quantizer):
             DataError: when `i2i` is on and there are no pairs.
             TrainingError: when a loss is not finite.
         """
+        vectors, pairs = data.vectors, data.pairs.get("co_occurrence")
         self._check_training_set(vectors)
-        if self.config.wants_pairs and (pairs is None or not len(pairs)):
+        if self.config.pair_sources and (pairs is None or not len(pairs)):
             raise DataError(
                 "quantizer.i2i must be false for a dataset without item pairs, got true and "
                 "0 pairs. Set quantizer.i2i=false, or prepare the dataset with pairs."
             )
         if self.config.unit_variance:
             self.scale = max(float(np.sqrt(np.square(vectors, dtype=np.float64).mean())), 1e-12)
-        train(self, vectors, pairs if self.config.wants_pairs else None, report)
+        train(self, vectors, pairs if self.config.pair_sources else None, report)
         self._freeze()
 
     def to(self, device: str | torch.device) -> RqVae:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from forge_ray.config import from_mapping
 from forge_ray.errors import ConfigError
-from forge_ray.sid.resolvers import (
+from forge_ray.sid.resolvers.base import (
     BucketConfig,
     ExtraTokenConfig,
     KnnCapConfig,

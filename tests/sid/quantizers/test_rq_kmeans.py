@@ -7,8 +7,8 @@ import pytest
 
 from forge_ray.config import load_config
 from forge_ray.errors import ConfigError
-from forge_ray.sid.quantizer import Quantizer
-from forge_ray.sid.rq_kmeans import RqKmeansConfig
+from forge_ray.sid.quantizers.base import Quantizer, TrainingSet
+from forge_ray.sid.quantizers.rq_kmeans import RqKmeansConfig
 from tests.contracts.quantizer_contract import ResidualContract, clustered_vectors
 
 
@@ -33,7 +33,9 @@ class TestRqKmeans(ResidualContract):
     ) -> None:
         curve: list[float] = []
         quantizer = config.build(16, seed=0)
-        quantizer.fit(vectors, report=lambda step, metrics: curve.append(metrics["residual"]))
+        quantizer.fit(
+            TrainingSet(vectors), report=lambda step, metrics: curve.append(metrics["residual"])
+        )
         assert curve == sorted(curve, reverse=True)
         assert len(curve) == 3
         assert len(np.unique(quantizer.encode(vectors)[:, 0])) == 16
@@ -49,7 +51,7 @@ class TestRqKmeans(ResidualContract):
 def test_duplicate_vectors_do_not_break_fitting() -> None:
     vectors = np.repeat(clustered_vectors(10), 10, axis=0)
     quantizer = RqKmeansConfig(levels=2, codebook_size=32).build(16, seed=0)
-    quantizer.fit(vectors)
+    quantizer.fit(TrainingSet(vectors))
     codes = quantizer.encode(vectors)
     assert np.isfinite(quantizer.decode(codes)).all()
     assert len(np.unique(codes, axis=0)) == 10

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from forge_ray.sid.random_codes import RandomConfig
+from forge_ray.sid.quantizers.base import TrainingSet
+from forge_ray.sid.quantizers.random_codes import RandomConfig
 from tests.contracts.quantizer_contract import QuantizerContract, clustered_vectors
 
 
@@ -19,7 +20,7 @@ class TestRandomCodes(QuantizerContract):
 def test_codes_are_balanced_and_independent_of_meaning() -> None:
     vectors = clustered_vectors(8000)
     quantizer = RandomConfig(levels=2, codebook_size=16).build(16, seed=0)
-    quantizer.fit(vectors)
+    quantizer.fit(TrainingSet(vectors))
     codes = quantizer.encode(vectors)
     for level in range(2):
         counts = np.bincount(codes[:, level], minlength=16)

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from forge_ray.data.ragged import Ragged
-from forge_ray.sid.quality import PrefixIds, prefix_ids
+from forge_ray.sid.metrics.quality import PrefixIds, prefix_ids
 
 _FLOOR = 1e-30
 """Added to a probability before the logarithm: an impossible target costs 100 bits, not infinity.

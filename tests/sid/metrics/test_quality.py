@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forge_ray.sid.quality import gini, gini_histogram, prefix_ids, symbol_quality
+from forge_ray.sid.metrics.quality import gini, gini_histogram, prefix_ids, symbol_quality
 from forge_ray.sid.table import SidTable
 
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=25)

@@ -1,0 +1,1 @@
+"""What a SID table is worth, measured without training a generator."""

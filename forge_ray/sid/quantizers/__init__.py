@@ -1,0 +1,13 @@
+"""Quantizers, one file each: vectors in, codes out. `KINDS` is the registry of `quantizer.kind`."""
+
+from forge_ray.sid.quantizers.base import QuantizerConfig
+from forge_ray.sid.quantizers.random_codes import RandomConfig
+from forge_ray.sid.quantizers.rq_kmeans import RqKmeansConfig
+from forge_ray.sid.quantizers.rq_vae import RqVaeConfig
+
+KINDS: tuple[type[QuantizerConfig], ...] = (
+    RqKmeansConfig,
+    RqVaeConfig,
+    RandomConfig,
+)
+"""Every kind of `QuantizerConfig`; importing this package makes them known to `load_config`."""
