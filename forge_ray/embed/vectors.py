@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -30,32 +30,40 @@ SHARD_ROWS = 262_144
 
 
 @dataclass(kw_only=True)
+class BehaviourConfig:
+    """Train co-occurrence fused into the vectors."""
+
+    alpha: float = 0.0
+    """Weight of behaviour; 0 for none, 0.3 to 0.5 in the source."""
+    dim: int = 256
+    """Components of the co-occurrence SVD."""
+    window: int = 3
+    """Largest distance of two items in a train sequence that counts as co-occurrence."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.alpha < 0:
+            raise ConfigError(
+                f"vectors.behaviour.alpha must be >= 0, got {self.alpha}. Use 0 for none."
+            )
+        for name in ("dim", "window"):
+            if getattr(self, name) < 1:
+                raise ConfigError(
+                    f"vectors.behaviour.{name} must be >= 1, got {getattr(self, name)}. Raise it."
+                )
+
+
+@dataclass(kw_only=True)
 class VectorsConfig:
     """Which item vectors to quantize."""
 
     space: str = "default"
     """Name of a vector space of the dataset."""
-    behaviour_alpha: float = 0.0
-    """Weight of train co-occurrence fused into the vectors; 0 for none, 0.3 to 0.5 in the source.
-    """
-    behaviour_dim: int = 256
-    """Components of the co-occurrence SVD."""
-    behaviour_window: int = 3
-    """Largest distance of two items in a train sequence that counts as co-occurrence."""
-
-    def __post_init__(self) -> None:
-        """Check ranges."""
-        if self.behaviour_alpha < 0:
-            raise ConfigError(
-                f"vectors.behaviour_alpha must be >= 0, got {self.behaviour_alpha}. Use 0 for none."
-            )
-        for name in ("behaviour_dim", "behaviour_window"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"vectors.{name} must be >= 1, got {getattr(self, name)}.")
+    behaviour: BehaviourConfig = field(default_factory=BehaviourConfig)
 
     def canonical(self) -> VectorsConfig:
         """The same vectors, unused fields at their defaults: equal inputs share keys."""
-        return replace(self) if self.behaviour_alpha else VectorsConfig(space=self.space)
+        return replace(self) if self.behaviour.alpha else VectorsConfig(space=self.space)
 
 
 @dataclass(frozen=True)
@@ -117,7 +125,7 @@ def open_vectors(config: VectorsConfig, dataset: Dataset, store: ArtifactStore) 
         num_items=dataset.num_items,
         dim=dataset.vector_dim(config.space),
     )
-    if config.behaviour_alpha == 0:
+    if config.behaviour.alpha == 0:
         return plain
     artifact = store.build(
         KIND,
@@ -126,7 +134,7 @@ def open_vectors(config: VectorsConfig, dataset: Dataset, store: ArtifactStore) 
         parents=(dataset.key,),
         produce=lambda writer: _write_fused(config, dataset, plain, writer),
         command=f"forge-ray sid fit {dataset.artifact.uri} "
-        f"vectors.behaviour_alpha={config.behaviour_alpha}",
+        f"vectors.behaviour.alpha={config.behaviour.alpha}",
     )
     files = tuple(artifact.files("vectors"))
     return replace(plain, key=artifact.key, filesystem=artifact.filesystem, files=files)
@@ -138,10 +146,10 @@ def _write_fused(
     """Fuse in memory: 4·N·(2D + 2d) bytes beside the sparse counts; N up to some millions."""
     logger.info("fusing co-occurrence into the vectors of %s items", f"{plain.num_items:,}")
     sequences = (batch.items for batch in dataset.sequence_batches("train"))
-    counts = cooccurrence(sequences, plain.num_items, window=config.behaviour_window)
-    behaviour = behaviour_vectors(counts, config.behaviour_dim)
+    counts = cooccurrence(sequences, plain.num_items, window=config.behaviour.window)
+    behaviour = behaviour_vectors(counts, config.behaviour.dim)
     vectors = plain.take(np.arange(plain.num_items))
-    fused = fuse(vectors, behaviour, alpha=config.behaviour_alpha)
+    fused = fuse(vectors, behaviour, alpha=config.behaviour.alpha)
     schema = vectors_schema(plain.dim, "float32")
     for shard in range(math.ceil(plain.num_items / SHARD_ROWS)):
         rows = slice(shard * SHARD_ROWS, (shard + 1) * SHARD_ROWS)

@@ -263,11 +263,15 @@ def optuna_values(point: Mapping[str, Value]) -> dict[str, Any]:
 
 
 def label_point(point: Mapping[str, Value]) -> str:
-    """A point on one line for people: `rq_vae levels=3 bucket`; a kind speaks for itself."""
+    """A point on one line for people: `rq_vae levels=3 behaviour.alpha=0.5 bucket`.
+
+    A kind speaks for itself; a field deep inside a section keeps the name that it belongs to.
+    """
     words = []
     for name, value in point.items():
-        last = name.rsplit(".", 1)[-1]
-        words.append(_short(value) if last == "kind" else f"{last}={_short(value)}")
+        parts = name.split(".")
+        label = ".".join(parts[max(2, len(parts) - 2) :]) or parts[-1]
+        words.append(_short(value) if parts[-1] == "kind" else f"{label}={_short(value)}")
     return " ".join(words)
 
 

@@ -10,7 +10,7 @@ import pytest
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import from_mapping, load_config, to_mapping
 from forge_ray.data.schema import Dataset
-from forge_ray.embed.vectors import VectorsConfig, open_vectors
+from forge_ray.embed.vectors import BehaviourConfig, VectorsConfig, open_vectors
 from forge_ray.errors import ArtifactError, ConfigError, DataError
 from forge_ray.sid import fit as fit_module
 from forge_ray.sid.fit import SidConfig, fit_sids, load_quantizer, open_sids, training_items
@@ -74,10 +74,10 @@ def test_only_what_differs_is_computed(
     assert capped.key != first.key
     # Neither how work is spread nor a switch that is off decides the codes.
     spread = fit_sids(config(*SMALL, "encode.batch_rows=7"), dataset, store)
-    unused = fit_sids(config(*SMALL, "vectors.behaviour_window=9"), dataset, store)
+    unused = fit_sids(config(*SMALL, "vectors.behaviour.window=9"), dataset, store)
     assert spread.key == unused.key == first.key
     assert calls == []
-    for change in ("seed=1", "quantizer.iterations=3", "vectors.behaviour_alpha=0.5"):
+    for change in ("seed=1", "quantizer.iterations=3", "vectors.behaviour.alpha=0.5"):
         assert fit_sids(config(*SMALL, change), dataset, store).key != first.key
     assert len(calls) == 3
 
@@ -126,7 +126,7 @@ def test_errors_name_the_field(dataset: Dataset, store: ArtifactStore) -> None:
 
 
 def test_fused_vectors_are_an_artifact_of_their_own(dataset: Dataset, store: ArtifactStore) -> None:
-    fused = VectorsConfig(behaviour_alpha=0.5, behaviour_dim=8)
+    fused = VectorsConfig(behaviour=BehaviourConfig(alpha=0.5, dim=8))
     source = open_vectors(fused, dataset, store)
     assert source.key != dataset.key
     everything = source.take(np.arange(source.num_items))

@@ -113,6 +113,8 @@ def test_label_is_one_short_line() -> None:
     assert label_point({"sid.quantizer.kind": "rq_vae", "gr.lr": 0.00123456}) == (
         "rq_vae lr=0.00123"
     )
+    deep = {"sid.quantizer.levels": 3, "sid.vectors.behaviour.alpha": 0.5}
+    assert label_point(deep) == "levels=3 behaviour.alpha=0.5"
 
 
 @pytest.mark.parametrize(
