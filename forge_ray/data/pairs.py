@@ -1,7 +1,7 @@
 """Item-to-item pairs: which items occur near each other in the train part.
 
-The counting kernels are pure; the two Ray steps around them count per log shard and merge per
-range of anchors, so that no process holds more than one shard's pairs.
+The counting kernels are in `data/cooccurrence.py`; the two Ray steps around them count per log
+shard and merge per range of anchors, so that no process holds more than one shard's pairs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import ray.data
 from numpy.typing import NDArray
 
 from forge_ray.data import tasks
+from forge_ray.data.cooccurrence import PairCounts, count_pairs, merge_counts
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import PAIRS_SCHEMA
 from forge_ray.errors import ConfigError
@@ -45,47 +46,6 @@ class PairsConfig:
                     f"pairs.{name} must be >= {least}, got {getattr(self, name)}. "
                     f"Use pairs.window=0 to make no pairs."
                 )
-
-
-@dataclass(frozen=True, slots=True)
-class PairCounts:
-    """Distinct ordered pairs and how often they occur.
-
-    Attributes:
-        keys: ``[P]`` int64 ``anchor * num_items + positive``, sorted.
-        counts: ``[P]`` int64.
-    """
-
-    keys: NDArray[np.int64]
-    counts: NDArray[np.int64]
-
-
-def count_pairs(items: Ragged, *, window: int, num_items: int) -> PairCounts:
-    """Count ordered pairs of different items within ``window`` places of one history.
-
-    Every occurrence counts in both directions, so the counts are symmetric.
-
-    Args:
-        items: histories of item indices in time order.
-        window: largest distance.
-        num_items: catalogue size N, below 2^31.
-    """
-    values, rows = items.values.astype(np.int64), items.row_ids
-    found = []
-    for distance in range(1, window + 1):
-        left, right = values[:-distance], values[distance:]
-        near = (rows[:-distance] == rows[distance:]) & (left != right)
-        found += [left[near] * num_items + right[near], right[near] * num_items + left[near]]
-    keys = np.concatenate(found) if found else np.empty(0, dtype=np.int64)
-    return PairCounts(*np.unique(keys, return_counts=True))
-
-
-def merge_counts(keys: NDArray[np.int64], counts: NDArray[np.int64]) -> PairCounts:
-    """Add up counts of equal keys."""
-    distinct, place = np.unique(keys, return_inverse=True)
-    sums = np.zeros(len(distinct), dtype=np.int64)
-    np.add.at(sums, place, counts)
-    return PairCounts(distinct, sums)
 
 
 def strongest(pairs: PairCounts, train_counts: NDArray[np.int64], config: PairsConfig) -> pa.Table:

@@ -8,7 +8,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from forge_ray.data.pairs import PairsConfig, count_pairs, merge_counts, strongest
+from forge_ray.data.cooccurrence import count_pairs, merge_counts
+from forge_ray.data.pairs import PairsConfig, strongest
 from forge_ray.data.ragged import Ragged
 
 LOGS = st.lists(st.lists(st.integers(0, 6), max_size=7), min_size=1, max_size=6)
