@@ -161,10 +161,14 @@ class ArtifactWriter:
 
     filesystem: pafs.FileSystem
     root: str
+    scratch: str
+    """Folder inside `filesystem` that a killed build leaves to the next one of the same key, and
+    that publishing deletes; only the holder of the lease touches it. It may not exist yet."""
 
-    def __init__(self, filesystem: pafs.FileSystem, root: str) -> None:
+    def __init__(self, filesystem: pafs.FileSystem, root: str, scratch: str) -> None:
         self.filesystem = filesystem
         self.root = root
+        self.scratch = scratch
 
     def path(self, *parts: str) -> str:
         """Path for a file inside `filesystem`; its folder exists afterwards."""
@@ -303,7 +307,8 @@ class ArtifactStore:
             if found is not None:
                 return found
             path = f"{self.root}/{kind}/{name}-{key[:12]}"
-            writer = ArtifactWriter(self.filesystem, self._staging(path, key))
+            scratch = f"{self.root}/.scratch/{kind}-{key[:12]}"
+            writer = ArtifactWriter(self.filesystem, self._staging(path, key), scratch)
             info = produce(writer) or ArtifactInfo()
             manifest = Manifest(
                 kind=kind,
@@ -319,7 +324,9 @@ class ArtifactStore:
                 command=command,
                 schema_version=schema_version,
             )
-            return self._publish(writer, path, manifest)
+            artifact = self._publish(writer, path, manifest)
+            self._delete(scratch)
+            return artifact
 
     def manifests(self, kind: str | None = None) -> list[Manifest]:
         """Manifests of all published artifacts (of one kind), oldest first."""

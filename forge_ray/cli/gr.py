@@ -30,7 +30,7 @@ from forge_ray.cli.inputs import open_data
 from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
-from forge_ray.sid.fit import SIDS_KIND
+from forge_ray.sid.storage import SIDS_KIND
 from forge_ray.sid.table import SidTable
 
 app = typer.Typer(no_args_is_help=True, help="Train, evaluate and use generative retrieval.")

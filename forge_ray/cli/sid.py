@@ -28,8 +28,10 @@ from forge_ray.cli.sid_score import score
 from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
 from forge_ray.launch.connect import connected
-from forge_ray.sid.fit import SidArtifact, SidConfig, fit_sids, open_sids
+from forge_ray.sid.config import SidConfig
+from forge_ray.sid.fit import fit_sids
 from forge_ray.sid.metrics.quality import symbol_quality
+from forge_ray.sid.storage import SidArtifact, open_sids
 from forge_ray.sid.table import SidTable
 from forge_ray.threads import set_threads
 
@@ -91,7 +93,11 @@ def fit_summary(sids: SidArtifact) -> dict[str, Any]:
     """What `sid fit` prints: identity, quality before resolution, and where the time went."""
     raw = symbol_quality(sids.raw.codes, sids.raw.codebook_sizes).to_metrics()
     resolved = symbol_quality(sids.table.codes, sids.table.codebook_sizes).to_metrics()
-    measured = {**sids.quantizer_artifact.manifest.metrics, **sids.artifact.manifest.metrics}
+    measured = {
+        name: value
+        for artifact in (sids.quantizer_artifact, sids.codes_artifact, sids.artifact)
+        for name, value in artifact.manifest.metrics.items()
+    }
     levels = range(1, sids.raw.num_levels + 1)
     return {
         **table_facts(sids),

@@ -24,8 +24,8 @@ from forge_ray.cli.inputs import open_data
 from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
-from forge_ray.sid.fit import open_sids
 from forge_ray.sid.score import ScoreConfig, ScoreSplit, load_inputs, score_sids, score_table
+from forge_ray.sid.storage import open_sids
 from forge_ray.sid.table import SidTable
 
 _COLUMNS = {

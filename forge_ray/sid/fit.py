@@ -1,31 +1,27 @@
-"""From vectors to a SID table, in two cached artifacts: the quantizer, and the resolved table.
+"""From vectors to a SID table, in three cached artifacts: quantizer, codes, resolved table.
 
-The only module of `sid` that knows Ray beside `score`: fitting runs where it is called, encoding
-runs as a Ray Data map over the vector shards. A Ray must be up when the catalogue is larger than
-`encode.local_items`.
+Fitting runs where it is called, encoding as Ray Data actors over the vector shards. A Ray must be
+up when the catalogue is larger than `encode.local_items`.
 """
 
 from __future__ import annotations
 
-import json
 import logging
 import shlex
 import time
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from typing import Any, cast
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
-from safetensors.numpy import load as load_tensors
-from safetensors.numpy import save as save_tensors
 
 from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactStore, ArtifactWriter
-from forge_ray.config import from_mapping, to_mapping, to_overrides
+from forge_ray.config import to_mapping, to_overrides
 from forge_ray.data.schema import Dataset
-from forge_ray.embed.vectors import VectorsConfig, VectorSet, open_vectors
-from forge_ray.errors import ArtifactError, ConfigError, DataError
+from forge_ray.embed.vectors import VectorSet, open_vectors
+from forge_ray.sid.config import EncodeConfig, SidConfig
+from forge_ray.sid.encode import encode_catalogue
 from forge_ray.sid.quantizers.base import (
     Int64Array,
     Quantizer,
@@ -35,77 +31,19 @@ from forge_ray.sid.quantizers.base import (
     TrainingSet,
     ignore_report,
 )
-from forge_ray.sid.quantizers.rq_kmeans import RqKmeansConfig
-from forge_ray.sid.resolvers.base import BucketConfig, ResolverConfig, resolve
-from forge_ray.sid.table import SidTable, code_dtype
-from forge_ray.threads import set_threads
+from forge_ray.sid.resolvers.base import resolve
+from forge_ray.sid.storage import (
+    CODES_KIND,
+    QUANTIZER_KIND,
+    SIDS_KIND,
+    QuantizerState,
+    SidArtifact,
+    assemble,
+    load_quantizer,
+)
+from forge_ray.sid.table import SidTable
 
 logger = logging.getLogger(__name__)
-
-QUANTIZER_KIND = "quantizer"
-SIDS_KIND = "sids"
-_STATE = "quantizer.safetensors"
-_FACTS = "quantizer.json"
-
-
-@dataclass(kw_only=True)
-class EncodeConfig:
-    """How encoding is spread over the cluster; none of it changes a code."""
-
-    local_items: int = 50_000
-    """Catalogues up to this size are encoded in the calling process: actors take longer to start.
-    """
-    max_actors: int = 64
-    """Most encoder actors; the cluster's free CPUs bound it as well."""
-    cpus_per_actor: float = 1.0
-    gpus_per_actor: float = 0.0
-    batch_rows: int = 16_384
-    """Vectors an actor reads and encodes at once."""
-
-
-@dataclass(kw_only=True)
-class SidConfig:
-    """Everything that decides a SID table, and how to spread the work."""
-
-    quantizer: QuantizerConfig = field(default_factory=RqKmeansConfig)
-    resolver: ResolverConfig = field(default_factory=BucketConfig)
-    vectors: VectorsConfig = field(default_factory=VectorsConfig)
-    seed: int = 0
-    """The only seed of fitting: initial weights, k-means starts, samples and batches."""
-    encode: EncodeConfig = field(default_factory=EncodeConfig)
-
-    def __post_init__(self) -> None:
-        """Check the seed."""
-        if self.seed < 0:
-            raise ConfigError(f"seed must be >= 0, got {self.seed}. Use another seed.")
-
-
-@dataclass(frozen=True)
-class SidArtifact:
-    """A resolved SID table with its lineage."""
-
-    table: SidTable
-    """Codes after collision resolution; what generators are trained on."""
-    raw: SidTable
-    """Codes as the quantizer gave them; what usage is measured on."""
-    artifact: Artifact
-    """Kind `sids`."""
-    quantizer_artifact: Artifact
-    """Kind `quantizer`."""
-
-    @property
-    def key(self) -> str:
-        """Content key of the resolved table."""
-        return self.artifact.key
-
-    @property
-    def config(self) -> SidConfig:
-        """The configuration that both artifacts were built from."""
-        return from_mapping(SidConfig, self.artifact.manifest.config)
-
-    def load_quantizer(self) -> Quantizer:
-        """Load the fitted quantizer."""
-        return load_quantizer(self.quantizer_artifact)
 
 
 def fit_sids(
@@ -116,7 +54,7 @@ def fit_sids(
     Args:
         config: quantizer, vectors, resolver and seed.
         dataset: the prepared dataset.
-        store: where both artifacts go.
+        store: where the artifacts go.
         report: called while the quantizer trains; not called when it is already there.
 
     Raises:
@@ -127,69 +65,33 @@ def fit_sids(
     identity = _identity(config)
     source = open_vectors(config.vectors, dataset, store)
     command = _command(dataset, config)
-    quantizer_artifact = store.build(
+    name = _quantizer_name(config.quantizer)
+    decides_codes = {part: identity[part] for part in ("quantizer", "vectors", "seed")}
+    quantizer = store.build(
         QUANTIZER_KIND,
-        _quantizer_name(config.quantizer),
-        {name: identity[name] for name in ("quantizer", "vectors", "seed")},
+        name,
+        decides_codes,
         parents=tuple(dict.fromkeys((dataset.key, source.key))),
         produce=lambda writer: _produce_quantizer(config, dataset, source, writer, report),
         command=command,
     )
-    artifact = store.build(
-        SIDS_KIND,
-        f"{_quantizer_name(config.quantizer)}-{config.resolver.kind}",
-        identity,
-        parents=(quantizer_artifact.key, dataset.key),
-        produce=lambda writer: _produce_sids(config, dataset, source, quantizer_artifact, writer),
+    codes = store.build(
+        CODES_KIND,
+        name,
+        decides_codes,
+        parents=(quantizer.key, dataset.key),
+        produce=lambda writer: _produce_codes(config, source, quantizer, writer),
         command=command,
     )
-    return _opened(artifact, quantizer_artifact)
-
-
-def open_sids(store: ArtifactStore, ref: str) -> SidArtifact:
-    """Open a stored SID table.
-
-    Args:
-        store: the store that holds the table and its quantizer.
-        ref: directory, `sids/name-key12`, name or key prefix.
-
-    Raises:
-        ArtifactError: when `ref` names no SID table, or its quantizer is gone.
-    """
-    artifact = store.open(ref, kind=SIDS_KIND)
-    if artifact.manifest.kind != SIDS_KIND:
-        raise ArtifactError(
-            f"{ref} must be an artifact of kind {SIDS_KIND!r}, got {artifact.manifest.kind!r}. "
-            f"List them with `forge-ray artifacts ls {SIDS_KIND}`."
-        )
-    parent = artifact.manifest.parents[0]
-    quantizer = store.find(QUANTIZER_KIND, parent)
-    if quantizer is None:
-        raise ArtifactError(
-            f"{artifact.uri} must have its quantizer {parent[:12]} in {store.uri}, got none. "
-            f"Rebuild it: {artifact.manifest.command}"
-        )
-    return _opened(artifact, quantizer)
-
-
-def load_quantizer(artifact: Artifact) -> Quantizer:
-    """Load a fitted quantizer from an artifact of kind `quantizer`; needs no configuration file."""
-    facts = json.loads(artifact.local(_FACTS).read_text())
-    return _restore(facts, artifact.local(_STATE).read_bytes())
-
-
-def _restore(facts: Mapping[str, Any], state: bytes) -> Quantizer:
-    schema = QuantizerConfig.choices()[facts["quantizer"]["kind"]]
-    config = cast(QuantizerConfig, from_mapping(schema, facts["quantizer"]))
-    quantizer = config.build(facts["input_dim"], seed=facts["seed"])
-    quantizer.load_state_dict(load_tensors(state))
-    return quantizer
-
-
-def _opened(artifact: Artifact, quantizer_artifact: Artifact) -> SidArtifact:
-    return SidArtifact(
-        SidTable.open(artifact), SidTable.open(quantizer_artifact), artifact, quantizer_artifact
+    sids = store.build(
+        SIDS_KIND,
+        f"{name}-{config.resolver.kind}",
+        identity,
+        parents=(codes.key, dataset.key),
+        produce=lambda writer: _produce_sids(config, dataset, source, quantizer, codes, writer),
+        command=command,
     )
+    return assemble(sids, codes, quantizer)
 
 
 def _identity(config: SidConfig) -> dict[str, Any]:
@@ -227,25 +129,27 @@ def _produce_quantizer(
         report(step, metrics)
 
     quantizer = _fit(config, dataset, source, record)
-    fitted = time.monotonic()
-    state = save_tensors(quantizer.state_dict())
-    facts = {
-        "quantizer": to_mapping(config.quantizer),
-        "input_dim": source.dim,
-        "seed": config.seed,
-    }
-    codes = _encode(_restore(facts, state), facts, state, source, config.encode)
-    encoded = time.monotonic()
-    table = SidTable.from_codes(codes, quantizer.codebook_sizes, parent=source.key)
-    table.save(writer)
-    with writer.open(_STATE) as stream:
-        stream.write(state)
-    with writer.open(_FACTS) as stream:
-        stream.write(json.dumps(facts, indent=2).encode())
+    QuantizerState.of(quantizer, config.quantizer).save(writer)
     metrics = {
-        "seconds_fit": round(fitted - started, 3),
-        "seconds_encode": round(encoded - fitted, 3),
+        "seconds_fit": round(time.monotonic() - started, 3),
         "loss_curve": curve,
+        **quantizer.facts(),
+    }
+    return ArtifactInfo(rows={"items": source.num_items}, metrics=metrics)
+
+
+def _produce_codes(
+    config: SidConfig, source: VectorSet, quantizer: Artifact, writer: ArtifactWriter
+) -> ArtifactInfo:
+    started = time.monotonic()
+    state = QuantizerState.open(quantizer)
+    encoding = encode_catalogue(state, source, config.encode, writer)
+    sizes = state.load().codebook_sizes
+    SidTable.from_codes(encoding.codes, sizes, parent=quantizer.key).save(writer)
+    metrics = {
+        "seconds_encode": round(time.monotonic() - started, 3),
+        "shards": encoding.shards,
+        "shards_resumed": encoding.shards_resumed,
     }
     return ArtifactInfo(rows={"items": source.num_items}, metrics=metrics)
 
@@ -313,15 +217,18 @@ def _produce_sids(
     dataset: Dataset,
     source: VectorSet,
     quantizer_artifact: Artifact,
+    codes_artifact: Artifact,
     writer: ArtifactWriter,
 ) -> ArtifactInfo:
     started = time.monotonic()
-    raw = SidTable.open(quantizer_artifact)
+    raw = SidTable.open(codes_artifact)
     quantizer = load_quantizer(quantizer_artifact)
+    order = quantizer.item_order(source.num_items)
     wanted = int(getattr(config.resolver, "candidates", 0)) + 1
 
     def candidates(rows: Int64Array) -> Int64Array:
-        return quantizer.last_level_candidates(source.take(rows), wanted)
+        items = rows if order is None else order[rows]
+        return quantizer.last_level_candidates(source.take(items), wanted)
 
     resolution = resolve(
         config.resolver,
@@ -334,83 +241,8 @@ def _produce_sids(
         resolution.codes,
         resolution.codebook_sizes,
         resolver=config.resolver.kind,
-        parent=quantizer_artifact.key,
+        parent=codes_artifact.key,
     )
     table.save(writer)
     metrics = {**resolution.report, "seconds_resolve": round(time.monotonic() - started, 3)}
     return ArtifactInfo(rows={"items": table.num_items}, metrics=metrics)
-
-
-def _encode(
-    quantizer: Quantizer,
-    facts: Mapping[str, Any],
-    state: bytes,
-    source: VectorSet,
-    config: EncodeConfig,
-) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """Codes of every item [N, L], complete and in index order."""
-    shape = (source.num_items, quantizer.num_levels)
-    codes = np.zeros(shape, dtype=code_dtype(quantizer.codebook_sizes))
-    seen = np.zeros(source.num_items, dtype=bool)
-    is_local = source.num_items <= config.local_items
-    batches = (
-        ((batch.indices, quantizer.encode(batch.vectors)) for batch in source.batches())
-        if is_local
-        else _encode_on_ray(facts, state, source, config)
-    )
-    rows = 0
-    for indices, batch_codes in batches:
-        codes[indices] = batch_codes
-        seen[indices] = True
-        rows += len(indices)
-    if rows != source.num_items or not seen.all():
-        raise DataError(
-            f"vectors must hold each of {source.num_items} items once, got {rows} rows and "
-            f"{int((~seen).sum())} items without any. Run `forge-ray data validate`."
-        )
-    return codes
-
-
-class _Encoder:
-    """A Ray Data actor that reads vector shards and yields their codes."""
-
-    quantizer: Quantizer
-
-    def __init__(
-        self, facts: Mapping[str, Any], state: bytes, source: VectorSet, config: EncodeConfig
-    ) -> None:
-        set_threads(config.cpus_per_actor)
-        self.source = source
-        self.batch_rows = config.batch_rows
-        self.quantizer = _restore(facts, state)
-        if torch.cuda.is_available():
-            self.quantizer.to("cuda")
-
-    def __call__(self, shard: dict[str, npt.NDArray[Any]]) -> Iterator[dict[str, Any]]:
-        part = replace(self.source, files=tuple(str(path) for path in shard["path"]))
-        for batch in part.batches(self.batch_rows):
-            yield {"item_index": batch.indices, "codes": self.quantizer.encode(batch.vectors)}
-
-
-def _encode_on_ray(
-    facts: Mapping[str, Any], state: bytes, source: VectorSet, config: EncodeConfig
-) -> Iterator[tuple[Int64Array, Int64Array]]:
-    import ray.data
-
-    # Actors read the shards themselves: with a reading step before them, one free CPU would hold
-    # either the reader or the encoder, and each would wait for the other.
-    # Ray Data schedules with SPREAD, which keeps its actors out of the placement group of a trial
-    # that calls this: there, a one-CPU actor would wait for ever for the CPU the trial holds.
-    shards = ray.data.from_items([{"path": path} for path in source.files])
-    encoded = shards.map_batches(
-        _Encoder,
-        fn_constructor_args=(dict(facts), state, source, config),
-        batch_size=1,
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=min(config.max_actors, len(source.files))
-        ),
-        num_cpus=config.cpus_per_actor,
-        num_gpus=config.gpus_per_actor or None,
-    )
-    for batch in encoded.iter_batches(batch_size=None, batch_format="numpy"):
-        yield batch["item_index"], batch["codes"]

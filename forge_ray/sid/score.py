@@ -39,7 +39,7 @@ from forge_ray.sid.metrics.quality import PrefixIds, prefix_ids, symbol_quality
 from forge_ray.sid.table import SidTable
 
 if TYPE_CHECKING:
-    from forge_ray.sid.fit import SidArtifact
+    from forge_ray.sid.storage import SidArtifact
     from forge_ray.sid.quantizers.base import Quantizer
 
 __all__ = [
@@ -160,7 +160,7 @@ def score_sids(
 
 
 def _quantizer(sids: SidArtifact) -> Quantizer:
-    from forge_ray.sid.fit import load_quantizer  # Ray and torch: only where SIDs are ours
+    from forge_ray.sid.storage import load_quantizer  # torch: only where SIDs are ours
 
     return load_quantizer(sids.quantizer_artifact)
 

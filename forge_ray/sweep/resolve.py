@@ -10,7 +10,7 @@ from forge_ray.config import from_mapping, to_mapping
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.gr.config import GrConfig
-from forge_ray.sid.fit import SidConfig
+from forge_ray.sid.config import SidConfig
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.gate import infeasible_reason
 from forge_ray.sweep.searcher import Resolved

@@ -63,7 +63,7 @@ class ForgeStages:
         """Runs a nested Ray Train job from the trial's process."""
         from forge_ray.gr.config import GrConfig
         from forge_ray.gr.train import train_generator
-        from forge_ray.sid.fit import open_sids
+        from forge_ray.sid.storage import open_sids
 
         set_threads(1)
         typed = from_mapping(GrConfig, config["gr"])
@@ -107,7 +107,8 @@ def fit_and_score(
     cpus: float,
 ) -> StageReport:
     """Fits SIDs and computes their proxies; a Ray task."""
-    from forge_ray.sid.fit import SidConfig, fit_sids
+    from forge_ray.sid.config import SidConfig
+    from forge_ray.sid.fit import fit_sids
     from forge_ray.sid.score import ScoreConfig, score_sids
 
     set_threads(cpus)

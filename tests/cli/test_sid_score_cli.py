@@ -15,7 +15,8 @@ from forge_ray.artifacts import ArtifactStore
 from forge_ray.cli.sid_score import score
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
-from forge_ray.sid.fit import SidConfig, fit_sids
+from forge_ray.sid.config import SidConfig
+from forge_ray.sid.fit import fit_sids
 from forge_ray.sid.quantizers.rq_kmeans import RqKmeansConfig
 from tests.evaluate.datasets import topic_dataset
 

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from forge_ray.artifacts import ArtifactStore
+from forge_ray.artifacts import ArtifactStore, ArtifactWriter
 from forge_ray.config import from_mapping, load_config, to_mapping
 from forge_ray.data.schema import Dataset
-from forge_ray.embed.vectors import BehaviourConfig, VectorsConfig, open_vectors
+from forge_ray.embed.vectors import BehaviourConfig, VectorsConfig, VectorSet, open_vectors
 from forge_ray.errors import ArtifactError, ConfigError, DataError
 from forge_ray.sid import fit as fit_module
-from forge_ray.sid.fit import SidConfig, fit_sids, load_quantizer, open_sids, training_items
+from forge_ray.sid.config import EncodeConfig, SidConfig
+from forge_ray.sid.encode import encode_catalogue
+from forge_ray.sid.fit import fit_sids, training_items
 from forge_ray.sid.quantizers.base import TrainingPairs
+from forge_ray.sid.storage import QuantizerState, load_quantizer, open_sids
 from tests.evaluate.datasets import topic_dataset
 
 SMALL = ["quantizer.levels=2", "quantizer.codebook_size=8"]
@@ -35,8 +41,8 @@ def test_table_lineage_and_reload(dataset: Dataset, store: ArtifactStore) -> Non
     assert sids.table.num_items == dataset.num_items
     assert sids.table.resolver == "knn_cap"
     assert sids.raw.resolver == "none"
-    assert sids.table.parent == sids.raw.key == sids.quantizer_artifact.key
-    assert sids.raw.parent == dataset.key
+    assert sids.table.parent == sids.raw.key == sids.codes_artifact.key
+    assert sids.raw.parent == sids.quantizer_artifact.key
     assert sids.artifact.manifest.parents == (sids.raw.key, dataset.key)
     occupancy = np.unique(sids.table.prefix_keys(2), return_counts=True)[1]
     assert occupancy.max() <= 8 + sids.artifact.manifest.metrics["unplaced"]
@@ -197,3 +203,37 @@ def test_encoding_on_ray_equals_encoding_here(
     remove_placement_group(group)
     assert key == here.key
     assert np.array_equal(codes, here.raw.codes)
+
+
+@pytest.mark.ray
+def test_a_killed_encoding_continues_with_the_missing_shards(
+    ray_local: None, dataset: Dataset, store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = fit_sids(config(*SMALL, "vectors.behaviour.alpha=0.5"), dataset, store)
+    source = split_shards(open_vectors(here.config.vectors, dataset, store), store, shards=3)
+    state = QuantizerState.open(here.quantizer_artifact)
+    settings = EncodeConfig(local_items=0, max_actors=1)
+    writer = ArtifactWriter(store.filesystem, f"{store.root}/half", f"{store.root}/.scratch/half")
+    whole = encode_catalogue(state, source, settings, writer)
+    assert (whole.shards, whole.shards_resumed) == (3, 0)
+    assert np.array_equal(whole.codes, here.raw.codes)
+    # As after a kill: one shard is missing, another was being written.
+    folder = f"{writer.scratch}/codes-00001.npz"
+    store.filesystem.move(folder, f"{writer.scratch}/.codes-00001.npz-partial")
+    again = encode_catalogue(state, source, settings, writer)
+    assert again.shards_resumed == 2
+    assert np.array_equal(again.codes, whole.codes)
+
+
+def split_shards(source: VectorSet, store: ArtifactStore, *, shards: int) -> VectorSet:
+    """The same vectors in several files."""
+    vectors = source.take(np.arange(source.num_items))
+    rows = np.array_split(np.arange(source.num_items), shards)
+    store.filesystem.create_dir(f"{store.root}/split")
+    paths = []
+    for number, part in enumerate(rows):
+        paths.append(f"{store.root}/split/part-{number}.parquet")
+        values = pa.FixedSizeListArray.from_arrays(pa.array(vectors[part].ravel()), source.dim)
+        table = pa.table({"item_index": pa.array(part, pa.int32()), "vector": values})
+        pq.write_table(table, paths[-1])
+    return dataclasses.replace(source, filesystem=store.filesystem, files=tuple(paths))

@@ -14,7 +14,7 @@ from forge_ray.artifacts import ArtifactStore
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.sid import score
-from forge_ray.sid.fit import SidConfig
+from forge_ray.sid.config import SidConfig
 from forge_ray.sid.quantizers.base import TrainingSet
 from forge_ray.sid.quantizers.rq_kmeans import RqKmeansConfig
 from forge_ray.sid.score import ScoreConfig, load_inputs, score_sids, score_table

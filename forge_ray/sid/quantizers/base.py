@@ -213,6 +213,21 @@ class Quantizer(ABC):
 
         return _in_chunks(nearest, vectors, device=self.device, width=width)
 
+    def item_order(self, num_items: int) -> Int64Array | None:
+        """Say whose vector codes each item; None: its own, as in every quantizer but a control.
+
+        Args:
+            num_items: catalogue size N.
+
+        Returns:
+            int64 [N]: item i gets the codes of the vector of item `order[i]`.
+        """
+        return None
+
+    def facts(self) -> dict[str, Any]:
+        """Return what the fit should leave in the manifest: JSON numbers, text and lists."""
+        return {}
+
     def to(self, device: str | torch.device) -> Quantizer:
         """Move the codebooks to a device and return self."""
         self.codebooks = [codebook.to(device) for codebook in self.codebooks]
