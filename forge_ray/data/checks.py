@@ -296,19 +296,3 @@ def _search(haystack: NDArray[np.bytes_], needles: NDArray[np.bytes_]) -> NDArra
     places = np.searchsorted(haystack, needles)
     places[places == len(haystack)] = 0
     return np.where(haystack[places] == needles, places, -1)
-
-
-def hash_ids(ids: NDArray[np.bytes_]) -> NDArray[np.uint64]:
-    """Hash ids ``[n]`` to uint64, the same on every machine and whatever the padding.
-
-    FNV-1a over the bytes, column by column, then the finaliser of splitmix64 so that low bits are
-    usable as a partition number.
-    """
-    letters = ids.view(np.uint8).reshape(len(ids), -1) if len(ids) else np.empty((0, 0), np.uint8)
-    state = np.full(len(ids), 0xCBF29CE484222325, dtype=np.uint64)
-    for column in letters.T:
-        mixed = (state ^ column) * np.uint64(0x100000001B3)
-        state = np.where(column != 0, mixed, state)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return state ^ (state >> np.uint64(31))

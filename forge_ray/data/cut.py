@@ -22,7 +22,7 @@ from pyarrow import fs as pafs
 
 from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactWriter
 from forge_ray.data import tasks
-from forge_ray.data.checks import hash_ids, to_bytes
+from forge_ray.data.hashing import hash_ids
 from forge_ray.data.pairs import PairsConfig, write_pairs
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import (
@@ -146,7 +146,7 @@ def _cut_shard(number: int, *, cut: _Cut) -> Iterator[pa.Table]:
 
 def _shuffled(table: pa.Table) -> pa.Table:
     """Users in an order that their ids fix but do not show: the first n are a random sample."""
-    hashes = hash_ids(to_bytes(table["user_id"].combine_chunks()))
+    hashes = hash_ids(table["user_id"])
     # Remixed: some bits of the hash chose the shard, others choose between held-out parts.
     return table.take(np.argsort(hashes * np.uint64(0x9E3779B97F4A7C15), kind="stable"))
 
@@ -156,7 +156,7 @@ def _apply(cut: _Cut, table: pa.Table) -> Splits:
     if not isinstance(cut.split, TemporalConfig):
         return leave_one_out(items, times)
     assert cut.stage.days is not None
-    hashes = hash_ids(to_bytes(table["user_id"].combine_chunks()))
+    hashes = hash_ids(table["user_id"])
     # The low bits chose the shard; the high ones are independent of it.
     draw = (hashes >> np.uint64(32)).astype(np.float64) / 2.0**32
     return temporal(

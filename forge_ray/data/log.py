@@ -30,11 +30,11 @@ from forge_ray.data.checks import (
     TimeUnit,
     as_ids,
     as_timestamps,
-    hash_ids,
     is_empty,
     to_bytes,
     to_strings,
 )
+from forge_ray.data.hashing import hash_ids
 from forge_ray.data.importers import RawFile, fingerprint, list_files, read_chunks, require_columns
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.sources import SourcesConfig
@@ -279,7 +279,7 @@ def _shard_ledger(ledger: tasks.Ledger) -> pa.Table:
 def shard_of(users: pa.Array, shards: int) -> NDArray[np.int32]:
     """Return the shard of each user id ``[n]`` int32, by a hash of the id."""
     encoded = users.dictionary_encode()
-    places = (hash_ids(to_bytes(encoded.dictionary)) % np.uint64(shards)).astype(np.int32)
+    places = (hash_ids(encoded.dictionary) % np.uint64(shards)).astype(np.int32)
     return np.asarray(places[encoded.indices.to_numpy()])
 
 

@@ -25,6 +25,7 @@ from pyarrow import fs as pafs
 from forge_ray.artifacts import open_filesystem
 from forge_ray.config import to_yaml
 from forge_ray.data import tasks
+from forge_ray.data.hashing import unit_uniform
 from forge_ray.errors import ConfigError, DataError
 
 logger = logging.getLogger(__name__)
@@ -250,7 +251,7 @@ class World:
 
         The link stays in the topic or leads to the next topic with the same parent.
         """
-        draw = _mix(items * _LINKS + which, self.config.seed)
+        draw = unit_uniform(items * _LINKS + which, salt=self.config.seed)
         topics = items % self.config.num_topics
         topics = np.where(which == 0, topics, self.neighbour(topics, np.ones_like(topics)))
         return self.places(topics, draw, np.zeros(len(items)))
@@ -269,17 +270,9 @@ class World:
 
     def release_days(self, items: NDArray[np.int64]) -> NDArray[np.float64]:
         """Return the day each item appears ``[n]``: 0, or late for cold items, or never."""
-        cold = _mix(items, self.config.seed + 1) < self.config.cold_share
-        days = self.config.num_days * (0.5 + 0.75 * _mix(items, self.config.seed + 2))
+        cold = unit_uniform(items, salt=self.config.seed + 1) < self.config.cold_share
+        days = self.config.num_days * (0.5 + 0.75 * unit_uniform(items, salt=self.config.seed + 2))
         return np.where(cold, days, 0.0)
-
-
-def _mix(values: NDArray[np.int64], salt: int) -> NDArray[np.float64]:
-    """Hash integers ``[n]`` to uniform numbers in [0, 1) (splitmix64)."""
-    state = values.astype(np.uint64) + np.uint64((salt * 0x9E3779B97F4A7C15 + 1) % 2**64)
-    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return ((state ^ (state >> np.uint64(31))) >> np.uint64(11)).astype(np.float64) / 2.0**53
 
 
 # ---- items ----
@@ -320,7 +313,7 @@ def _titles(config: SyntheticConfig, items: NDArray[np.int64]) -> NDArray[np.str
     parents = topics // config.branching[-1]
     color = np.char.add(np.array(_COLORS)[parents % len(_COLORS)], " ")
     thing = np.char.add(np.array(_THINGS)[topics % config.branching[-1] % len(_THINGS)], " ")
-    number = _mix(place, config.seed + 3) * 10_000
+    number = unit_uniform(place, salt=config.seed + 3) * 10_000
     return np.char.add(np.char.add(color, thing), number.astype(np.int64).astype(str))
 
 
