@@ -11,6 +11,12 @@ from dataclasses import dataclass, field
 
 import torch
 
+IDENTITY = "identity"
+"""Source of batches that are no pairs: the items of a reconstruction step with themselves."""
+INTERACTIONS = "interactions"
+"""Source of (user, item) events of the train part, each with another item of the user and another
+user of the item."""
+
 
 @dataclass(frozen=True, eq=False)
 class View:
@@ -32,7 +38,66 @@ class View:
     """int64 [B, L], the assignment used while training."""
 
 
-def _alone(rows: torch.Tensor) -> torch.Tensor:
+@dataclass(frozen=True, eq=False)
+class UserView:
+    """Users on one side of a batch of the source `interactions`, B rows."""
+
+    users: torch.Tensor
+    """int64 [B] user indices."""
+    inputs: torch.Tensor
+    """float32 [B, D_u], e.g. the mean of the vectors of the user's train items."""
+    teachers: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """Frozen vectors of the users, float32 [B, t], by teacher."""
+
+
+@dataclass(frozen=True, eq=False)
+class KnownPairs:
+    """Related items, to be looked up for any two items of a batch; 8 bytes a pair."""
+
+    keys: torch.Tensor
+    """int64 [P], sorted: smaller item · num_items + larger item."""
+    num_items: int
+
+    @classmethod
+    def of(cls, anchor: torch.Tensor, positive: torch.Tensor, *, num_items: int) -> KnownPairs:
+        """Index pairs of items, in either order and with repetitions.
+
+        Args:
+            anchor: int64 [P] items.
+            positive: int64 [P] items.
+            num_items: more than the largest item; its square must fit 63 bits.
+        """
+        low, high = torch.minimum(anchor, positive), torch.maximum(anchor, positive)
+        return cls(torch.unique(low * num_items + high), num_items)
+
+    def between(self, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+        """Mark the related pairs among two lists of items.
+
+        Args:
+            rows: int64 [B] items.
+            columns: int64 [C] items.
+
+        Returns:
+            bool [B, C].
+        """
+        if not len(self.keys):
+            return torch.zeros(len(rows), len(columns), dtype=torch.bool, device=rows.device)
+        low = torch.minimum(rows[:, None], columns)
+        wanted = low * self.num_items + torch.maximum(rows[:, None], columns)
+        place = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)
+        return self.keys[place] == wanted
+
+
+Gather = Callable[[torch.Tensor], torch.Tensor]
+"""Concatenates the rows of all workers, [B, …] → [world·B, …], in rank order, equal B on each.
+
+The gradient of a gathered row is the sum over the workers; they then average their gradients. So a
+loss that is a mean over local rows against gathered columns trains as on the concatenated batch.
+"""
+
+
+def alone(rows: torch.Tensor) -> torch.Tensor:
+    """The gather of a single worker: the rows themselves."""
     return rows
 
 
@@ -41,13 +106,20 @@ class AlignmentBatch:
     """One batch of pairs from one source."""
 
     source: str
-    """Where the pairs come from: `identity`, `co_occurrence`, `swing`, …"""
+    """Where the pairs come from: `identity`, `co_occurrence`, `swing`, `interactions`, …"""
     anchor: View
     positive: View
     """The related items; the same object as `anchor` for the source `identity`."""
     teachers: Mapping[str, torch.Tensor] = field(default_factory=dict)
-    """Frozen vectors of the anchors, float32 [B, t], by teacher."""
-    gather: Callable[[torch.Tensor], torch.Tensor] = _alone
-    """Concatenates the rows of all workers, [B, …] → [world·B, …], with gradient; this worker's
-    rows start at `rank`·B."""
+    """Frozen vectors of the anchors, float32 [B, t], by teacher; zero where it knows none."""
+    user: UserView | None = None
+    """Users who chose the anchors; only of the source `interactions`."""
+    user_positive: UserView | None = None
+    """Other users who chose the anchors."""
+    known: KnownPairs | None = None
+    """Related items of the train part, for losses that leave them out of the negatives."""
+    progress: float = 1.0
+    """Share of the training steps that are done, for weights that change."""
+    gather: Gather = alone
     rank: int = 0
+    """This worker's rows start at `rank`·B of the gathered ones."""
