@@ -39,6 +39,11 @@ class TrainingPairs:
     """int64 [P] rows."""
     positive: Int64Array
     """int64 [P] rows."""
+    user: Int64Array | None = None
+    """int64 [P] rows of `TrainingSet.users` who chose the anchor and the positive; only of the
+    source `interactions`."""
+    user_positive: Int64Array | None = None
+    """int64 [P] rows of other users who chose the anchor."""
 
     def __len__(self) -> int:
         return len(self.anchor)
@@ -54,6 +59,10 @@ class TrainingSet:
     """Related items as rows of `vectors`, by the name of their source, e.g. `co_occurrence`."""
     teachers: Mapping[str, FloatArray] = field(default_factory=dict)
     """Frozen vectors of the same items from another model, float32 [n, t], by teacher."""
+    users: FloatArray | None = None
+    """float32 [m, D_u] of users, for kinds that read the pair source `interactions`."""
+    user_teachers: Mapping[str, FloatArray] = field(default_factory=dict)
+    """Frozen vectors of the same users, float32 [m, t], by teacher."""
 
 
 @dataclass(kw_only=True)
