@@ -6,8 +6,9 @@
 from forge_ray.embed.teachers.artifact import Teacher, load_teacher
 from forge_ray.embed.teachers.base import TeacherConfig
 from forge_ray.embed.teachers.ppmi_svd import PpmiSvdConfig
+from forge_ray.embed.teachers.sasrec import SasRecTeacherConfig
 
-KINDS: tuple[type[TeacherConfig], ...] = (PpmiSvdConfig,)
+KINDS: tuple[type[TeacherConfig], ...] = (PpmiSvdConfig, SasRecTeacherConfig)
 """Every kind of `TeacherConfig`; importing this package makes them known to `load_config`."""
 
 __all__ = ["KINDS", "Teacher", "TeacherConfig", "load_teacher"]
