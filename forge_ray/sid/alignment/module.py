@@ -91,7 +91,7 @@ class Alignment(nn.Module):
     def scales(self) -> dict[str, float]:
         """The inverse temperatures that are learned, by term, for the log."""
         scales = {
-            name: float(term.scale)
+            name: float(torch.as_tensor(term.scale).detach())
             for name, term in self.named_terms()
             if term.log_scale is not None
         }
@@ -127,7 +127,7 @@ class Alignment(nn.Module):
         """Add the user tensors to both sides and return the user side's own loss."""
         if self.users is None:
             return {}
-        inputs = torch.cat([view.inputs for view in users]).float()
+        inputs = _full({"users": torch.cat([view.inputs for view in users])})["users"]
         coded = self.users(inputs, gather=batch.gather)
         for name, rows in (("user_z", coded.latents), ("user_z_q", coded.quantized)):
             anchor[name], positive[name] = rows.chunk(2)

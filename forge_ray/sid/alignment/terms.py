@@ -268,8 +268,8 @@ class Term(nn.Module):
         excluded = unknown if excluded is None else excluded | unknown
         losses = info_nce(self.scale * (rows @ columns.T), rank=batch.rank, excluded=excluded)
         # The workers' mean must be the mean over all rows with a teacher, wherever they are.
-        share = len(known_columns) / known_columns.sum().clamp(min=1)
-        return torch.where(known, losses, 0.0).mean() * share
+        share = known_columns.to(losses.dtype).mean().clamp(min=1 / len(known_columns))
+        return torch.where(known, losses, 0.0).mean() / share
 
     def _rows(self, sides: Sides, end: _End) -> torch.Tensor:
         if self.projector is None or not self._projects(end):
