@@ -8,8 +8,9 @@ from typing import Literal
 import numpy as np
 import scipy.sparse as sp
 
+from forge_ray.data.cooccurrence import window_counts
 from forge_ray.data.ragged import Ragged
-from forge_ray.embed.behaviour import behaviour_vectors, cooccurrence
+from forge_ray.embed.behaviour import behaviour_vectors
 from forge_ray.embed.teachers.base import (
     FloatArray,
     TeacherConfig,
@@ -44,7 +45,7 @@ class PpmiSvdConfig(TeacherConfig):
         Returns:
             Unit item vectors (zero without neighbours) of min(dim, N - 1) columns.
         """
-        counts = cooccurrence([log.items], log.num_items, window=self.window)
+        counts = window_counts([log.items], log.num_items, window=self.window)
         items = behaviour_vectors(counts, self.dim)
         metrics = {"items_with_neighbours": float((np.diff(counts.indptr) > 0).mean())}
         report(0, metrics)
