@@ -80,7 +80,7 @@ def test_only_what_differs_is_computed(
     assert capped.key != first.key
     # Neither how work is spread nor a switch that is off decides the codes.
     spread = fit_sids(config(*SMALL, "encode.batch_rows=7"), dataset, store)
-    unused = fit_sids(config(*SMALL, "vectors.behaviour.window=9"), dataset, store)
+    unused = fit_sids(config(*SMALL, "vectors.counts.window=9"), dataset, store)
     assert spread.key == unused.key == first.key
     assert calls == []
     for change in ("seed=1", "quantizer.iterations=3", "vectors.behaviour.alpha=0.5"):
@@ -104,7 +104,7 @@ def test_every_kind_and_resolver_goes_through(dataset: Dataset, store: ArtifactS
     for kind in ("rq_kmeans", "random", "rq_vae"):
         options = [f"quantizer.kind={kind}", *SMALL]
         if kind == "rq_vae":
-            options += ["quantizer.i2i=false", "quantizer.max_steps=5"]
+            options += ["quantizer.alignment.kind=none", "quantizer.max_steps=5"]
         for resolver in ("bucket", "extra_token", "knn_cap"):
             sids = fit_sids(config(*options, f"resolver.kind={resolver}"), dataset, store)
             assert sids.table.num_levels == (3 if resolver == "extra_token" else 2)
@@ -112,7 +112,7 @@ def test_every_kind_and_resolver_goes_through(dataset: Dataset, store: ArtifactS
 
 
 def test_alignment_needs_pairs(dataset: Dataset, store: ArtifactStore) -> None:
-    with pytest.raises(DataError, match=r"quantizer\.i2i=false"):
+    with pytest.raises(DataError, match=r"quantizer\.alignment\.kind=none"):
         fit_sids(config("quantizer.kind=rq_vae", *SMALL), dataset, store)
 
 

@@ -1,158 +1,43 @@
 """RQ-VAE: an encoder, residual codebooks in its latent space, a decoder, aligned with behaviour.
 
-Knows the configuration, the network and inference. `rq_vae_training` holds the training loop.
-Source: FORGE (arXiv 2509.20904), section 3.1, and its public code; a field says where we differ.
+Knows inference and how a training is put together; `rq_vae_training` does a step, `rq_vae_run` the
+loop, `rq_vae_batches` what a step sees.
+Source: FORGE (arXiv 2509.20904), section 3.1, and its public code; see `RqVaeConfig`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from itertools import pairwise
-from typing import Any, Literal
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
-from forge_ray.errors import ConfigError, DataError
+from forge_ray.data.permutation import permuted
+from forge_ray.errors import DataError
+from forge_ray.sid.alignment.batch import KnownPairs
+from forge_ray.sid.alignment.module import AlignmentDims
 from forge_ray.sid.quantizers.base import (
+    FloatArray,
     Quantizer,
-    QuantizerConfig,
     Report,
     TrainingSet,
     ignore_report,
 )
-from forge_ray.sid.quantizers.rq_vae_training import train
+from forge_ray.sid.quantizers.rq_vae_batches import BatchPlan, Feed, plan_batches
+from forge_ray.sid.quantizers.rq_vae_config import RqVaeConfig
+from forge_ray.sid.quantizers.rq_vae_network import RqVaeNetwork
+from forge_ray.sid.quantizers.rq_vae_run import Kept, Run, RunHooks
+from forge_ray.sid.quantizers.rq_vae_training import State, Trainer
+from forge_ray.sid.quantizers.workers import Workers
 
+__all__ = ["DataFacts", "RqVae", "RqVaeConfig", "data_facts"]
 
-@dataclass(kw_only=True)
-class RqVaeConfig(QuantizerConfig):
-    """Network, losses, switches and schedule of the RQ-VAE; defaults are FORGE's unless said."""
-
-    kind: Literal["rq_vae"] = "rq_vae"
-    hidden: list[int] = field(default_factory=lambda: [256, 256])
-    """Widths of the encoder's hidden layers; the decoder mirrors them."""
-    latent_dim: int = 64
-    """Width d of latents and codewords."""
-    unit_variance: bool = True
-    """Divide inputs by their overall standard deviation, so that losses of unit-length vectors are
-    of order one. FORGE: false."""
-
-    commitment: Literal["cumulative", "residual"] = "cumulative"
-    """What moves the codebooks without `ema`: `cumulative` pulls every level's running sum to the
-    latent (FORGE); `residual` pulls each codeword to its own residual (LC-Rec, LETTER)."""
-    encoder_commitment: float = 0.5
-    """Weight of the commitment term that moves the encoder."""
-    codebook_commitment: float = 0.5
-    """Weight of the commitment term that moves the codebooks; unused with `ema`."""
-
-    sinkhorn: bool = True
-    """Balanced assignment while training; inference always takes the nearest codeword."""
-    sinkhorn_iterations: int = 5
-    sinkhorn_sharpness: float = 10.0
-    kmeans_init: bool = True
-    """Start the codebooks with residual k-means of the untrained encoder's latents. FORGE: written,
-    not run."""
-    kmeans_vectors: int = 8192
-    """Most latents for the initial k-means, raised to the largest codebook."""
-    dead_code_restart: bool = True
-    """Move codes that no item chose to random residuals of the batch. FORGE: inert by default."""
-    restart_every: int = 50
-    """Steps over which a code must be chosen at least once."""
-    ema: bool = True
-    """Codebooks follow running means of their residuals instead of the commitment gradient: more
-    even usage and better neighbourhoods at equal steps. FORGE: true at release, later false."""
-    ema_decay: float = 0.99
-
-    i2i: bool = True
-    """Align with item-to-item pairs (contrastive steps)."""
-    mixing: Literal["alternate", "masked"] = "alternate"
-    """`alternate`: a step is either reconstruction or contrast (FORGE). `masked`: every step holds
-    rows of both (TorchEasyRec)."""
-    pair_share: float = 0.8
-    """Share of contrastive steps (`alternate`) or of pair rows in a batch (`masked`). FORGE: the
-    loaders' lengths, about 0.7 on its data."""
-    pair_batch_size: int = 512
-    """Pairs per contrastive step (`alternate`); its cost grows with the square. FORGE: 2048, on
-    GPUs."""
-    i2i_weight: float = 1.0
-    temperature: float = 0.07
-    """Initial temperature of the three contrastive terms, learned from there."""
-    max_scale: float | None = 100.0
-    """Bound of the inverse temperature (TorchEasyRec: 100). FORGE: null."""
-    normalize_inputs: bool = True
-    """Contrast with unit raw inputs. FORGE: false, on inputs that are nearly unit length."""
-    mask_false_negatives: bool = True
-    """Leave in-batch negatives that share an item with the pair out. FORGE: false."""
-
-    batch_size: int = 2048
-    """Rows per reconstruction step (`alternate`), or per step in all (`masked`)."""
-    epochs: int = 150
-    """Passes over the vectors by reconstruction steps, at most `max_steps` in all."""
-    max_steps: int = 800
-    """Bound on all optimiser steps of either type."""
-    lr: float = 4e-3
-    """Peak rate of AdamW. FORGE: 2e-3 at this batch size, over far more steps."""
-    min_lr: float = 1e-7
-    warmup: float = 0.1
-    """Share of the steps with linearly rising learning rate; cosine decay after it. FORGE: 0.27."""
-    weight_decay: float = 1e-4
-    """On matrices, codebooks included; none on biases and temperatures."""
-
-    def __post_init__(self) -> None:
-        """Check shares, counts and combinations."""
-        super().__post_init__()
-        for name in (
-            "latent_dim",
-            "batch_size",
-            "pair_batch_size",
-            "epochs",
-            "max_steps",
-            "restart_every",
-        ):
-            if getattr(self, name) < 1:
-                raise ConfigError(
-                    f"quantizer.{name} must be >= 1, got {getattr(self, name)}. Raise it."
-                )
-        for name in ("pair_share", "warmup", "ema_decay"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ConfigError(
-                    f"quantizer.{name} must be in [0, 1), got {getattr(self, name)}. Lower it."
-                )
-        if self.temperature <= 0 or self.lr <= 0:
-            raise ConfigError(
-                "quantizer.temperature and quantizer.lr must be > 0, "
-                f"got {self.temperature} and {self.lr}. Raise them."
-            )
-
-    @property
-    def pair_sources(self) -> tuple[str, ...]:
-        """Names of the item-to-item pairs that fitting reads."""
-        return ("co_occurrence",) if self.i2i and self.pair_share > 0 else ()
-
-    def build(self, input_dim: int, *, seed: int) -> RqVae:
-        """Make an unfitted quantizer for vectors of width `input_dim`."""
-        return RqVae(self, input_dim, seed=seed)
-
-
-class RqVaeNetwork(nn.Module):
-    """Encoder and decoder MLPs and one embedding table per level."""
-
-    encoder: nn.Sequential
-    decoder: nn.Sequential
-    codebooks: nn.ParameterList
-
-    def __init__(self, config: RqVaeConfig, input_dim: int) -> None:
-        super().__init__()
-        widths = [input_dim, *config.hidden, config.latent_dim]
-        self.encoder = _mlp(widths)
-        self.decoder = _mlp(widths[::-1])
-        tables = [torch.empty(size, config.latent_dim) for size in config.codebook_sizes]
-        self.codebooks = nn.ParameterList(
-            nn.Parameter(nn.init.kaiming_uniform_(table, a=5**0.5)) for table in tables
-        )
+_CHUNK = 65_536
+"""Rows read at once where all vectors are read."""
 
 
 class RqVae(Quantizer):
@@ -160,6 +45,8 @@ class RqVae(Quantizer):
 
     config: RqVaeConfig
     network: RqVaeNetwork
+    kept: Kept
+    """Which state of its training the model is in."""
     scale: float
     """Inputs are divided by it before the encoder, decoder outputs multiplied."""
 
@@ -167,6 +54,7 @@ class RqVae(Quantizer):
         super().__init__(input_dim, config.codebook_sizes, seed=seed)
         self.config = config
         self.scale = 1.0
+        self.kept = Kept()
         # Layers draw their weights from the global generator; the fork leaves it untouched.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
@@ -178,28 +66,105 @@ class RqVae(Quantizer):
         *,
         report: Report = ignore_report,
     ) -> None:
-        """Train network and codebooks.
+        """Train network and codebooks in this process, and keep the last state.
 
         Args:
-            data: vectors, and `co_occurrence` pairs with `i2i`.
+            data: vectors, and the pairs, teachers and users that `alignment` reads.
             report: called every few steps with losses, usage and gradient norms.
 
         Raises:
             ConfigError: when there are fewer vectors than codes.
-            DataError: when `i2i` is on and there are no pairs.
+            DataError: when pairs or teachers that the alignment reads are missing.
             TrainingError: when a loss is not finite.
         """
-        vectors, pairs = data.vectors, data.pairs.get("co_occurrence")
-        self._check_training_set(vectors)
-        if self.config.pair_sources and (pairs is None or not len(pairs)):
+        self.train(data, RunHooks(report=report))
+
+    def train(self, data: TrainingSet, hooks: RunHooks, state: State | None = None) -> None:
+        """Train in this process, from the start or from a saved state.
+
+        Args:
+            data: as for `fit`.
+            hooks: reports, measurements and saves.
+            state: what `hooks.save` took before; None starts anew.
+        """
+        self.prepare(data)
+        plan = self.plan(data)
+        run = Run(self.trainer(plan.total, data_facts(self.config, data)), hooks)
+        if state is None:
+            run.trainer.start(self.start_rows(data))
+        else:
+            run.restore(state)
+        self.keep(run.finish(Feed(data, plan).batches(run.trainer.step)))
+
+    def prepare(self, data: TrainingSet) -> None:
+        """Check a training set and take the scale of its vectors; reads it in chunks."""
+        self._check_training_set(data.vectors)
+        for source in self.config.pair_sources:
+            if source not in data.pairs or not len(data.pairs[source]):
+                raise DataError(
+                    f"quantizer.alignment must be none for a dataset without {source} pairs, got "
+                    f"{self.config.alignment.kind!r} and 0 pairs. Set "
+                    "quantizer.alignment.kind=none, or prepare the dataset with pairs."
+                )
+        missing = sorted(set(self.config.alignment.teachers) - set(data.teachers))
+        if missing:
             raise DataError(
-                "quantizer.i2i must be false for a dataset without item pairs, got true and "
-                "0 pairs. Set quantizer.i2i=false, or prepare the dataset with pairs."
+                f"a training set must hold the teachers that quantizer.alignment reads, got none "
+                f"of {', '.join(missing)}. Give their vectors."
             )
         if self.config.unit_variance:
-            self.scale = max(float(np.sqrt(np.square(vectors, dtype=np.float64).mean())), 1e-12)
-        train(self, vectors, pairs if self.config.pair_sources else None, report)
+            self.scale = max(_root_mean_square(data.vectors), 1e-12)
+
+    def plan(self, data: TrainingSet) -> BatchPlan:
+        """The steps of a run over a training set."""
+        sources = self.config.pair_sources
+        return plan_batches(
+            self.config,
+            len(data.vectors),
+            {name: len(data.pairs[name]) for name in sources},
+            shares=self.config.alignment.sources,
+            seed=self.seed,
+        )
+
+    def start_rows(self, data: TrainingSet) -> FloatArray:
+        """The vectors whose latents the codebooks start from."""
+        wanted = max(self.config.kmeans_vectors, *self.codebook_sizes)
+        count = min(len(data.vectors), wanted if self.config.kmeans_init else 0)
+        rows = permuted(np.arange(count), len(data.vectors), key=(self.seed, 1 << 20))
+        return np.asarray(data.vectors[np.sort(rows)], dtype=np.float32)
+
+    def trainer(self, total: int, facts: DataFacts, workers: Workers | None = None) -> Trainer:
+        """Set up the training of this model on the device that it is on."""
+        config = self.config
+        dims = AlignmentDims(
+            inputs=self.input_dim,
+            latents=config.latent_dim,
+            middle=config.hidden[-1] if config.hidden else config.latent_dim,
+            teachers=facts.teachers,
+            users=facts.users,
+        )
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.seed)
+            alignment = config.alignment.build(dims)
+        return Trainer(self, alignment, total=total, known=facts.known, workers=workers)
+
+    def keep(self, kept: Kept) -> None:
+        """Take the weights that a run chose; the quantizer is fitted afterwards."""
+        self.network.load_state_dict(kept.weights)
+        self.kept = kept
         self._freeze()
+
+    @contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Let a model in training encode and decode like a fitted one, for a while."""
+        self._freeze()
+        yield
+        self.codebooks = []
+        self.network.train().requires_grad_(True)
+
+    def facts(self) -> dict[str, Any]:
+        """Which state was kept, and what was measured of it."""
+        return {"kept_step": self.kept.step, "kept_metrics": dict(self.kept.metrics)}
 
     def to(self, device: str | torch.device) -> RqVae:
         """Move network and codebooks to a device and return self."""
@@ -234,8 +199,37 @@ class RqVae(Quantizer):
         return vectors
 
 
-def _mlp(widths: list[int]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for before, after in pairwise(widths):
-        layers += [nn.Linear(before, after), nn.ReLU()]
-    return nn.Sequential(*layers[:-1])
+@dataclass(frozen=True, eq=False)
+class DataFacts:
+    """What a trainer must know of its training set before the first batch."""
+
+    teachers: dict[str, int]
+    """Width by teacher."""
+    users: int
+    """Width of user vectors, 0 for none."""
+    known: KnownPairs | None
+    """Related items, 8 bytes a pair, where a loss leaves them out of the negatives."""
+
+
+def data_facts(config: RqVaeConfig, data: TrainingSet) -> DataFacts:
+    """Sum up a training set for `RqVae.trainer`."""
+    terms = config.alignment.list_terms().values()
+    is_read = config.hamr.weight > 0 or any(term.mask == "known" for term in terms)
+    items = [(p.anchor, p.positive) for p in data.pairs.values() if p.user is None]
+    known = None
+    if is_read and items:
+        ends = [torch.from_numpy(np.concatenate(side)) for side in zip(*items, strict=True)]
+        known = KnownPairs.of(ends[0], ends[1], num_items=len(data.vectors))
+    return DataFacts(
+        teachers={name: array.shape[1] for name, array in data.teachers.items()},
+        users=0 if data.users is None else data.users.shape[1],
+        known=known,
+    )
+
+
+def _root_mean_square(vectors: FloatArray) -> float:
+    """Over all numbers, in float64, by chunks: the vectors may be mapped from a file."""
+    total = 0.0
+    for start in range(0, len(vectors), _CHUNK):
+        total += float(np.square(vectors[start : start + _CHUNK], dtype=np.float64).sum())
+    return float(np.sqrt(total / vectors.size))

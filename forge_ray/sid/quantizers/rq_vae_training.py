@@ -1,103 +1,355 @@
-"""The training loop of the RQ-VAE: step types, losses, assignment, restarts and schedule.
+"""One training step of the RQ-VAE, the same for one process and for many workers.
 
-Single process. B rows, L levels, d latent width, K codes of a level.
+Losses, optimiser and what moves codebooks. `rq_vae_run` feeds it; who started the process, and
+where batches come from, is somebody else's.
 Source: FORGE (arXiv 2509.20904) and its public code; formulas as in `RqVaeConfig`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, TypeAlias
 
-import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from forge_ray.errors import TrainingError
-from forge_ray.sid.alignment.pair_contrast import PairContrast, false_negatives_of
-from forge_ray.sid.quantizers.base import FloatArray, Report, TrainingPairs, squared_distances
-from forge_ray.sid.quantizers.rq_kmeans import residual_kmeans
-from forge_ray.sid.quantizers.sinkhorn import balanced_assignment
+from forge_ray.sid.alignment.batch import IDENTITY, AlignmentBatch, KnownPairs, UserView, View
+from forge_ray.sid.alignment.diversity import CodeDiversity
+from forge_ray.sid.alignment.hamr import hamming_margin
+from forge_ray.sid.alignment.recon import reconstruction_loss
+from forge_ray.sid.quantizers.base import FloatArray
+from forge_ray.sid.quantizers.rq_vae_batches import StepBatch, StepRows, UserRows
+from forge_ray.sid.quantizers.rq_vae_codebooks import (
+    Restarts,
+    RunningMeans,
+    random_depths,
+    start_from_kmeans,
+)
+from forge_ray.sid.quantizers.rq_vae_network import Quantized, quantize
+from forge_ray.sid.quantizers.workers import Workers
 
 if TYPE_CHECKING:
-    from forge_ray.sid.quantizers.rq_vae import RqVae, RqVaeConfig, RqVaeNetwork
+    from forge_ray.sid.alignment.module import Alignment
+    from forge_ray.sid.quantizers.rq_vae import RqVae
+    from forge_ray.sid.quantizers.rq_vae_config import RqVaeConfig
 
-_REPORTS = 50
-"""Points of the loss curve, whatever the number of steps."""
 _RESTART_UNTIL = 0.8
 """Share of the steps after which codes are left to settle."""
-_INIT_ITERATIONS = 15
+
+State: TypeAlias = "dict[str, Any]"
+"""Everything a run needs to go on: tensors, numbers and lists, for `torch.save`."""
 
 
-@dataclass(frozen=True, eq=False)
-class Quantized:
-    """One batch after the codebooks."""
+class Trainer:
+    """One optimiser over network and alignment, and the bookkeeping between steps."""
 
-    reconstruction: torch.Tensor
-    """float32 [B, D], with straight-through gradient to the encoder."""
-    commitment: torch.Tensor
-    """Scalar, mean over levels."""
-    codes: list[torch.Tensor]
-    """Training assignment, int64 [B] per level."""
-    nearest: list[torch.Tensor]
-    """Inference assignment, int64 [B] per level."""
-    residuals: list[torch.Tensor]
-    """What each level had to code, float32 [B, d] per level, without gradient."""
-    gap: torch.Tensor
-    """Scalar: mean squared distance of latent and codeword sum over the latent's mean square."""
+    model: RqVae
+    alignment: Alignment
+    optimizer: torch.optim.AdamW
+    diversity: CodeDiversity | None
+    means: RunningMeans | None
+    restarts: Restarts | None
+    is_finite: torch.Tensor
+    """Scalar bool: no loss of this worker was NaN or infinite so far."""
+    step: int
+    """Steps done."""
+
+    def __init__(
+        self,
+        model: RqVae,
+        alignment: Alignment,
+        *,
+        total: int,
+        known: KnownPairs | None = None,
+        workers: Workers | None = None,
+    ) -> None:
+        """Set up a run.
+
+        Args:
+            model: its network is on the device to train on.
+            alignment: losses of pairs; moved to that device.
+            total: steps of the run.
+            known: related items, for alignments that need them.
+            workers: the processes that train together; this one alone by default.
+        """
+        self.model, self.config, self.total = model, model.config, total
+        self.workers = workers or Workers()
+        self.device = model.network.codebooks[0].device
+        self.alignment = alignment.to(self.device)
+        self.known = known
+        self.diversity = None
+        if self.config.diversity.weight:
+            diversity = CodeDiversity(self.config.diversity, self.config.codebook_sizes)
+            self.diversity = diversity.to(self.device)
+        model.network.train().requires_grad_(True)
+        self.optimizer = build_optimizer(self.config, model.network, alignment)
+        books = list(model.network.codebooks)
+        self.means = (
+            RunningMeans(books, self.config.ema_decay, self.workers) if self.config.ema else None
+        )
+        self.restarts = (
+            Restarts(books, seed=model.seed, workers=self.workers)
+            if self.config.dead_code_restart
+            else None
+        )
+        self.is_finite = torch.tensor(True, device=self.device)
+        self.step = 0
+
+    @torch.no_grad()
+    def start(self, sample: FloatArray) -> None:
+        """Place the codebooks before the first step.
+
+        Args:
+            sample: float32 [n, D] training vectors, the same on all workers.
+        """
+        if self.config.kmeans_init:
+            inputs = torch.from_numpy(sample).to(self.device) / self.model.scale
+            latents = self.model.network.encoder(inputs).cpu().numpy()
+            start_from_kmeans(
+                list(self.model.network.codebooks),
+                latents,
+                seed=self.model.seed,
+                workers=self.workers,
+            )
+
+    def advance(self, batch: StepBatch, *, measure: bool) -> dict[str, torch.Tensor]:
+        """Run one optimiser step.
+
+        Args:
+            batch: this worker's share of the step.
+            measure: also measure codebooks and usage.
+
+        Returns:
+            Scalars without gradient: losses, and what `measure` adds.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, self.step, self.total)
+        losses, quantized = self._losses(batch)
+        loss = torch.stack(list(losses.values())).sum()
+        self.is_finite &= torch.isfinite(loss.detach())
+        self.optimizer.zero_grad()
+        torch.autograd.backward(loss)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        self.workers.average_gradients(parameters)
+        if self.config.clip_norm is not None:
+            nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        metrics = {name: value.detach() for name, value in losses.items()}
+        if measure:
+            metrics |= self._measured(quantized)
+        self.optimizer.step()
+        self._move_codebooks(quantized)
+        self.step += 1
+        return metrics
+
+    def state(self) -> State:
+        """Everything that `restore` needs; independent of the number of workers."""
+        usage = [] if self.restarts is None else self.restarts.usage
+        return {
+            "step": self.step,
+            "network": self.model.network.state_dict(),
+            "alignment": self.alignment.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "diversity": {} if self.diversity is None else self.diversity.state_dict(),
+            "counts": [] if self.means is None else self.means.counts,
+            "usage": [self.workers.total(one.clone()) for one in usage],
+        }
+
+    def restore(self, state: State) -> None:
+        """Continue where `state` was taken."""
+        self.step = state["step"]
+        self.model.network.load_state_dict(state["network"])
+        self.alignment.load_state_dict(state["alignment"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.diversity is not None:
+            self.diversity.load_state_dict(state["diversity"])
+        if self.means is not None:
+            self.means.counts = [one.to(self.device) for one in state["counts"]]
+        if self.restarts is not None and self.workers.rank == 0:
+            # Totals over all workers; the others go on from zero.
+            self.restarts.usage = [one.to(self.device) for one in state["usage"]]
+
+    def check_finite(self) -> None:
+        """Stop a run whose loss left the numbers, on all workers at once.
+
+        Raises:
+            TrainingError: when a loss was NaN or infinite.
+        """
+        if not self.workers.least(self.is_finite.to(torch.int32)):
+            raise TrainingError(
+                f"quantizer loss must stay finite, got one that is not by step {self.step} of "
+                f"{self.total}. Lower quantizer.lr or check the vectors with `forge-ray data "
+                "validate`."
+            )
+
+    def _losses(self, batch: StepBatch) -> tuple[dict[str, torch.Tensor], Quantized]:
+        inputs = torch.from_numpy(batch.vectors).to(self.device, non_blocking=True)
+        inputs = inputs / self.model.scale
+        network = self.model.network
+        quantized = quantize(
+            network,
+            network.encode(inputs),
+            self.config,
+            workers=self.workers,
+            depths=self._depths(batch.rows),
+        )
+        losses = {"commitment": quantized.commitment}
+        num_plain = len(batch.rows.plain)
+        if num_plain:
+            losses["reconstruction"] = reconstruction_loss(
+                self.config.reconstruction,
+                quantized.reconstruction[:num_plain],
+                inputs[:num_plain],
+                temperature=self.config.reconstruction_temperature,
+                gather=self.workers.gather,
+                rank=self.workers.rank,
+            )
+        losses |= self._spread(batch, quantized)
+        return losses | self._aligned(batch, inputs, quantized), quantized
+
+    def _spread(self, batch: StepBatch, quantized: Quantized) -> dict[str, torch.Tensor]:
+        """Losses that keep codes apart, whatever the items' relations."""
+        losses: dict[str, torch.Tensor] = {}
+        if self.diversity is not None:
+            books = list(self.model.network.codebooks)
+            if self.step % self.config.diversity.every == 0:
+                self.diversity.regroup(books, seed=self.model.seed)
+            losses["diversity"] = self.diversity(quantized.codes, books)
+        if self.config.hamr.weight:
+            losses["hamr"] = hamming_margin(
+                self.config.hamr,
+                quantized.latents,
+                torch.stack(quantized.codes, dim=1),
+                torch.from_numpy(batch.rows.all).to(self.device),
+                known=self.known,
+                gather=self.workers.gather,
+            )
+        return losses
+
+    def _aligned(
+        self, batch: StepBatch, inputs: torch.Tensor, quantized: Quantized
+    ) -> dict[str, torch.Tensor]:
+        """Losses of the plain rows with themselves, and of the step's pairs."""
+        rows = batch.rows
+        split = [len(rows.plain), len(rows.anchor), len(rows.positive)]
+        plain, anchor, positive = _views(rows, inputs, quantized, split)
+        losses: dict[str, torch.Tensor] = {}
+        if len(rows.plain) and self.alignment.reads_identity:
+            known = {name: value[: split[0]] for name, value in batch.teachers.items()}
+            losses |= self.alignment(self._batch(IDENTITY, (plain, plain), known))
+        if len(rows.anchor):
+            known = {name: value[split[0] :] for name, value in batch.teachers.items()}
+            losses |= self.alignment(
+                self._batch(rows.source, (anchor, positive), known, batch.users)
+            )
+        return losses
+
+    def _batch(
+        self,
+        source: str,
+        sides: tuple[View, View],
+        teachers: Mapping[str, FloatArray],
+        users: tuple[UserRows, UserRows] | None = None,
+    ) -> AlignmentBatch:
+        user, other = (None, None) if users is None else map(self._user_view, users)
+        return AlignmentBatch(
+            source=source,
+            anchor=sides[0],
+            positive=sides[1],
+            teachers=self._tensors(teachers),
+            user=user,
+            user_positive=other,
+            known=self.known,
+            progress=self.step / self.total,
+            gather=self.workers.gather,
+            rank=self.workers.rank,
+        )
+
+    def _user_view(self, rows: UserRows) -> UserView:
+        users = torch.from_numpy(rows.users).to(self.device)
+        inputs = torch.from_numpy(rows.vectors).to(self.device)
+        return UserView(users, inputs, self._tensors(rows.teachers))
+
+    def _tensors(self, arrays: Mapping[str, FloatArray]) -> dict[str, torch.Tensor]:
+        return {name: torch.from_numpy(value).to(self.device) for name, value in arrays.items()}
+
+    def _depths(self, rows: StepRows) -> torch.Tensor | None:
+        """Levels of each row that the decoder sees; drawn for the global batch."""
+        if not self.config.random_depth:
+            return None
+        parts, rank, size = [], self.workers.rank, self.workers.size
+        for part, mine in enumerate((rows.plain, rows.anchor, rows.positive)):
+            drawn = random_depths(
+                len(mine) * size,
+                len(self.config.codebook_sizes),
+                self.config.random_depth,
+                seed=(self.model.seed, self.step, part),
+            )
+            parts.append(drawn[rank * len(mine) : (rank + 1) * len(mine)])
+        return torch.cat(parts).to(self.device)
+
+    def _measured(self, quantized: Quantized) -> dict[str, torch.Tensor]:
+        books = list(self.model.network.codebooks)
+        gradients = [book.grad.square().sum() for book in books if book.grad is not None]
+        norm = torch.stack(gradients).sum().sqrt() if gradients else torch.zeros(())
+        metrics = {"codebook_gradient": norm, "latent_gap": quantized.gap.detach()}
+        for level, (book, code) in enumerate(zip(books, quantized.nearest, strict=True), start=1):
+            counts = self.workers.total(torch.bincount(code, minlength=len(book)))
+            most = min(len(book), len(code) * self.workers.size)
+            metrics[f"batch_usage_level_{level}"] = (counts > 0).sum() / most
+        return metrics
+
+    def _move_codebooks(self, quantized: Quantized) -> None:
+        if self.means is not None:
+            self.means.update(quantized)
+        if self.restarts is None:
+            return
+        self.restarts.observe(quantized)
+        done = self.step + 1
+        if done % self.config.restart_every == 0:
+            if done <= _RESTART_UNTIL * self.total:
+                counts = [] if self.means is None else self.means.counts
+                self.restarts.restart(
+                    quantized, step=self.step, counts=counts, optimizer=self.optimizer
+                )
+            self.restarts.forget()
 
 
-@dataclass(frozen=True, eq=False)
-class Batch:
-    """Rows of one step: reconstruction rows first, then anchors, then positives."""
-
-    plain: torch.Tensor
-    """int64 rows to reconstruct."""
-    anchor: torch.Tensor
-    """int64 rows of pair anchors."""
-    positive: torch.Tensor
-    """int64 rows of pair positives."""
-
-
-def train(model: RqVae, vectors: FloatArray, pairs: TrainingPairs | None, report: Report) -> None:
-    """Train a model in place.
-
-    Args:
-        model: the RQ-VAE; its network is on the device to train on.
-        vectors: float32 [n, D].
-        pairs: rows for the contrastive steps, or None for reconstruction alone.
-        report: called about 50 times with step number and metrics.
-
-    Raises:
-        TrainingError: when the loss is not finite.
-    """
-    trainer = _Trainer(model, vectors)
-    total = num_steps(model.config, len(vectors), has_pairs=pairs is not None)
-    every = max(1, total // _REPORTS)
-    batches = _batches(model.config, len(vectors), pairs, total, seed=model.seed)
-    for step, batch in enumerate(batches):
-        metrics = trainer.step(batch, step, total)
-        if (step + 1) % every == 0 or step + 1 == total:
-            report(step + 1, metrics)
+def _views(
+    rows: StepRows, inputs: torch.Tensor, quantized: Quantized, split: list[int]
+) -> tuple[View, ...]:
+    """The batch cut into plain rows, anchors and positives."""
+    items = torch.from_numpy(rows.all).to(inputs.device)
+    columns = (
+        items,
+        inputs,
+        quantized.latents,
+        quantized.quantized,
+        quantized.reconstruction,
+        quantized.middle,
+        torch.stack(quantized.codes, dim=1),
+    )
+    return tuple(
+        View(*part) for part in zip(*(torch.split(c, split) for c in columns), strict=True)
+    )
 
 
-def num_steps(config: RqVaeConfig, num_vectors: int, *, has_pairs: bool) -> int:
-    """Count optimiser steps: `epochs` of reconstruction plus the pair share, bounded.
-
-    Args:
-        config: batch sizes, epochs and mixing.
-        num_vectors: training vectors.
-        has_pairs: whether contrastive steps are mixed in.
-    """
-    plain_share = 1 - config.pair_share if has_pairs else 1.0
-    if config.mixing == "masked":
-        per_epoch = math.ceil(num_vectors / max(1, round(config.batch_size * plain_share)))
-        return max(1, min(config.max_steps, config.epochs * per_epoch))
-    per_epoch = math.ceil(num_vectors / config.batch_size)
-    return max(1, min(config.max_steps, math.ceil(config.epochs * per_epoch / plain_share)))
+def build_optimizer(
+    config: RqVaeConfig, network: nn.Module, alignment: nn.Module
+) -> torch.optim.AdamW:
+    """AdamW with decay on tensors of two and more dimensions only; codebooks left out with EMA."""
+    parameters = [*network.named_parameters(), *alignment.named_parameters()]
+    if config.ema:
+        own = {id(p) for n, p in network.named_parameters() if n.startswith("codebooks")}
+        parameters = [(name, one) for name, one in parameters if id(one) not in own]
+    decayed = [p for _, p in parameters if p.ndim >= 2]
+    plain = [p for _, p in parameters if p.ndim < 2]
+    groups = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": plain, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.lr)
 
 
 def learning_rate(config: RqVaeConfig, step: int, total: int) -> float:
@@ -107,263 +359,3 @@ def learning_rate(config: RqVaeConfig, step: int, total: int) -> float:
         return config.lr * (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1.0, total - warmup)
     return config.min_lr + (config.lr - config.min_lr) * (1 + math.cos(math.pi * done)) / 2
-
-
-def quantize(network: RqVaeNetwork, latents: torch.Tensor, config: RqVaeConfig) -> Quantized:
-    """Assign a batch of latents [B, d] to codes and decode the result.
-
-    The running sum q_l carries gradient to the codebooks through the commitment alone; the decoder
-    sees the straight-through value, whose gradient goes to the encoder.
-    """
-    target = latents.detach()
-    residual = target
-    total = torch.zeros_like(target)
-    losses, codes, nearest, residuals = [], [], [], []
-    for codebook in network.codebooks:
-        distances = squared_distances(residual, codebook.detach())
-        closest = distances.argmin(dim=1)
-        code = _assign(distances, closest, config)
-        word = functional.embedding(code, codebook)
-        residuals.append(residual)
-        before = total.detach()
-        total = total + word
-        quantized = total if config.commitment == "cumulative" else before + word
-        losses.append(_commitment(latents, quantized, config))
-        residual = residual - word.detach()
-        codes.append(code)
-        nearest.append(closest)
-    straight_through = latents + (total - latents).detach()
-    gap = residual.square().mean() / target.square().mean().clamp(min=1e-12)
-    return Quantized(
-        network.decoder(straight_through),
-        torch.stack(losses).mean(),
-        codes,
-        nearest,
-        residuals,
-        gap,
-    )
-
-
-def _assign(distances: torch.Tensor, closest: torch.Tensor, config: RqVaeConfig) -> torch.Tensor:
-    if not config.sinkhorn:
-        return closest
-    return balanced_assignment(
-        distances, iterations=config.sinkhorn_iterations, sharpness=config.sinkhorn_sharpness
-    )
-
-
-def _commitment(
-    latents: torch.Tensor, quantized: torch.Tensor, config: RqVaeConfig
-) -> torch.Tensor:
-    loss = config.encoder_commitment * functional.mse_loss(latents, quantized.detach())
-    if config.ema:
-        return loss
-    return loss + config.codebook_commitment * functional.mse_loss(quantized, latents.detach())
-
-
-class _Trainer:
-    """One optimiser over network and temperatures, and the bookkeeping between steps."""
-
-    model: RqVae
-    inputs: torch.Tensor
-    """float32 [n, D], scaled."""
-    contrast: PairContrast
-    optimizer: torch.optim.AdamW
-    usage: list[torch.Tensor]
-    """Items per code and level since the last look, by inference assignment."""
-    counts: list[torch.Tensor]
-    """EMA of items per code."""
-    generator: torch.Generator
-
-    def __init__(self, model: RqVae, vectors: FloatArray) -> None:
-        config = model.config
-        device = model.network.codebooks[0].device
-        self.model = model
-        self.inputs = torch.from_numpy(np.array(vectors, dtype=np.float32)).to(device)
-        self.inputs /= model.scale
-        self.contrast = PairContrast(
-            temperature=config.temperature,
-            max_scale=config.max_scale,
-            normalize_inputs=config.normalize_inputs,
-        ).to(device)
-        self.generator = torch.Generator().manual_seed(model.seed)
-        model.network.train().requires_grad_(True)
-        if config.kmeans_init:
-            self._init_codebooks()
-        self.optimizer = self._build_optimizer()
-        self.usage = [torch.zeros(len(c), dtype=torch.int64, device=device) for c in self.books]
-        self.counts = [torch.ones(len(c), device=device) for c in self.books]
-
-    @property
-    def books(self) -> list[nn.Parameter]:
-        return list(self.model.network.codebooks)
-
-    def step(self, batch: Batch, step: int, total: int) -> dict[str, float]:
-        """Run one optimiser step and return its metrics."""
-        config = self.model.config
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(config, step, total)
-        losses, quantized = self._losses(batch)
-        loss = torch.stack(list(losses.values())).sum()
-        if not torch.isfinite(loss):
-            raise TrainingError(
-                f"quantizer loss must stay finite, got {loss.item()} at step {step + 1} of {total}."
-                " Lower quantizer.lr or check the vectors with `forge-ray data validate`."
-            )
-        self.optimizer.zero_grad()
-        torch.autograd.backward(loss)
-        metrics = self._metrics(losses, quantized)
-        self.optimizer.step()
-        self._after_step(quantized, step, total)
-        return metrics
-
-    def _losses(self, batch: Batch) -> tuple[dict[str, torch.Tensor], Quantized]:
-        rows = torch.cat([batch.plain, batch.anchor, batch.positive])
-        inputs = self.inputs[rows]
-        network, config = self.model.network, self.model.config
-        quantized = quantize(network, network.encoder(inputs), config)
-        losses = {"commitment": quantized.commitment}
-        split = [len(batch.plain), len(batch.anchor), len(batch.positive)]
-        plain, raw_a, raw_b = torch.split(inputs, split)
-        plain_out, out_a, out_b = torch.split(quantized.reconstruction, split)
-        if len(plain):
-            losses["reconstruction"] = functional.mse_loss(plain_out, plain)
-        if len(batch.anchor):
-            masked = config.mask_false_negatives
-            excluded = false_negatives_of(batch.anchor, batch.positive) if masked else None
-            excluded = None if excluded is None else excluded.to(inputs.device)
-            i2i = self.contrast((out_a, out_b), (raw_a, raw_b), false_negatives=excluded)
-            losses["contrastive"] = config.i2i_weight * i2i
-        return losses, quantized
-
-    def _metrics(self, losses: dict[str, torch.Tensor], quantized: Quantized) -> dict[str, float]:
-        gradients = [book.grad for book in self.books if book.grad is not None]
-        norm = sum(float(g.square().sum()) for g in gradients) ** 0.5
-        metrics = {name: float(value.detach()) for name, value in losses.items()}
-        metrics |= {"codebook_gradient": norm, "latent_gap": float(quantized.gap)}
-        for level, code in enumerate(quantized.nearest, start=1):
-            used = len(torch.bincount(code).nonzero()) / min(len(self.books[level - 1]), len(code))
-            metrics[f"batch_usage_level_{level}"] = used
-        return metrics
-
-    def _after_step(self, quantized: Quantized, step: int, total: int) -> None:
-        config = self.model.config
-        if config.ema:
-            self._move_averages(quantized)
-        if not config.dead_code_restart:
-            return
-        for usage, code in zip(self.usage, quantized.nearest, strict=True):
-            usage += torch.bincount(code, minlength=len(usage))
-        if (step + 1) % config.restart_every == 0:
-            if step + 1 <= _RESTART_UNTIL * total:
-                self._restart_dead(quantized)
-            for usage in self.usage:
-                usage.zero_()
-
-    @torch.no_grad()
-    def _move_averages(self, quantized: Quantized) -> None:
-        decay = self.model.config.ema_decay
-        for level, book in enumerate(self.books):
-            code, residual = quantized.codes[level], quantized.residuals[level]
-            fresh = torch.bincount(code, minlength=len(book)).float()
-            sums = (book * self.counts[level][:, None]).mul_(decay)
-            sums.index_add_(0, code, residual, alpha=1 - decay)
-            self.counts[level].mul_(decay).add_(fresh, alpha=1 - decay)
-            # A code that nobody chose keeps its place: its sum and its count decay alike.
-            means = sums / self.counts[level].clamp(min=1e-30)[:, None]
-            book.copy_(torch.where((fresh > 0)[:, None], means, book))
-
-    @torch.no_grad()
-    def _restart_dead(self, quantized: Quantized) -> None:
-        """Put codes that nobody chose onto random residuals, with a little noise against ties."""
-        for level, book in enumerate(self.books):
-            dead = torch.nonzero(self.usage[level] == 0).flatten()
-            residual = quantized.residuals[level]
-            rows = torch.randint(len(residual), (len(dead),), generator=self.generator)
-            noise = torch.randn(len(dead), book.shape[1], generator=self.generator)
-            noise *= 0.01 / book.shape[1] ** 0.5
-            book[dead] = residual[rows.to(book.device)] + noise.to(book.device)
-            self.counts[level][dead] = 1.0
-            # Momentum of the abandoned position would drag the code away from its new one.
-            for moment in ("exp_avg", "exp_avg_sq"):
-                state = self.optimizer.state[book].get(moment)
-                if state is not None:
-                    state[dead] = 0.0
-
-    @torch.no_grad()
-    def _init_codebooks(self) -> None:
-        config, network = self.model.config, self.model.network
-        wanted = min(len(self.inputs), max(config.kmeans_vectors, *config.codebook_sizes))
-        rows = torch.randperm(len(self.inputs), generator=self.generator)[:wanted]
-        latents = network.encoder(self.inputs[rows.to(self.inputs.device)]).cpu().numpy()
-        books = residual_kmeans(
-            latents, config.codebook_sizes, iterations=_INIT_ITERATIONS, seed=self.model.seed
-        )
-        for book, start in zip(self.books, books, strict=True):
-            book.copy_(start)
-
-    def _build_optimizer(self) -> torch.optim.AdamW:
-        config = self.model.config
-        parameters = [*self.model.network.named_parameters(), *self.contrast.named_parameters()]
-        if config.ema:
-            parameters = [(n, p) for n, p in parameters if not n.startswith("codebooks")]
-        decayed = [p for _, p in parameters if p.ndim >= 2]
-        plain = [p for _, p in parameters if p.ndim < 2]
-        groups = [
-            {"params": decayed, "weight_decay": config.weight_decay},
-            {"params": plain, "weight_decay": 0.0},
-        ]
-        return torch.optim.AdamW(groups, lr=config.lr)
-
-
-def _batches(
-    config: RqVaeConfig,
-    num_vectors: int,
-    pairs: TrainingPairs | None,
-    total: int,
-    *,
-    seed: int,
-) -> Iterator[Batch]:
-    """The rows of every step, fixed by the seed."""
-    generator = torch.Generator().manual_seed(seed + 1)
-    none = torch.zeros(0, dtype=torch.int64)
-    if pairs is None:
-        for rows in _shuffled(num_vectors, config.batch_size, total, generator):
-            yield Batch(rows, none, none)
-        return
-    anchor, positive = torch.from_numpy(pairs.anchor), torch.from_numpy(pairs.positive)
-    if config.mixing == "masked":
-        num_plain = max(1, round(config.batch_size * (1 - config.pair_share)))
-        num_pairs = max(2, (config.batch_size - num_plain) // 2)
-        plain = _shuffled(num_vectors, num_plain, total, generator)
-        pair_rows = _shuffled(len(pairs), num_pairs, total, generator)
-        for rows, chosen in zip(plain, pair_rows, strict=True):
-            yield Batch(rows, anchor[chosen], positive[chosen])
-        return
-    plain = _shuffled(num_vectors, config.batch_size, total, generator)
-    pair_rows = _shuffled(len(pairs), config.pair_batch_size, total, generator)
-    for is_pair in _step_types(total, config.pair_share, generator):
-        if is_pair:
-            chosen = next(pair_rows)
-            yield Batch(none, anchor[chosen], positive[chosen])
-        else:
-            yield Batch(next(plain), none, none)
-
-
-def _step_types(total: int, pair_share: float, generator: torch.Generator) -> list[bool]:
-    """Contrastive steps in exact proportion, in random order."""
-    kinds = torch.arange(total) < round(total * pair_share)
-    return kinds[torch.randperm(total, generator=generator)].tolist()
-
-
-def _shuffled(
-    num_rows: int, batch_size: int, num_batches: int, generator: torch.Generator
-) -> Iterator[torch.Tensor]:
-    """Batches that pass over all rows before any row repeats, at most `num_batches` of them."""
-    size = min(batch_size, num_rows)
-    queue = torch.zeros(0, dtype=torch.int64)
-    for _ in range(num_batches):
-        if len(queue) < size:
-            queue = torch.cat([queue, torch.randperm(num_rows, generator=generator)])
-        yield queue[:size]
-        queue = queue[size:]

@@ -13,7 +13,9 @@ from forge_ray.config import from_mapping, load_config
 from forge_ray.errors import ConfigError, DataError, TrainingError
 from forge_ray.sid.quantizers.base import Quantizer, TrainingSet
 from forge_ray.sid.quantizers.rq_vae import RqVae, RqVaeConfig
-from forge_ray.sid.quantizers.rq_vae_training import learning_rate, num_steps, quantize
+from forge_ray.sid.quantizers.rq_vae_batches import num_steps
+from forge_ray.sid.quantizers.rq_vae_network import quantize
+from forge_ray.sid.quantizers.rq_vae_training import learning_rate
 from tests.contracts.quantizer_contract import (
     ResidualContract,
     clustered_vectors,
@@ -32,6 +34,10 @@ SMALL: dict[str, Any] = {
     "max_steps": 120,
     "restart_every": 10,
 }
+
+
+NEAREST = {"kind": "nearest"}
+NONE = {"kind": "none"}
 
 
 def small(**changes: Any) -> RqVaeConfig:
@@ -71,7 +77,7 @@ class TestRqVae(ResidualContract):
 
 
 def test_commitment_equals_the_published_formula() -> None:
-    config = small(sinkhorn=False, ema=False)
+    config = small(assignment=NEAREST, ema=False)
     network = RqVae(config, 16, seed=0).network
     z = network.encoder(torch.from_numpy(clustered_vectors(64))).detach()
     batch = quantize(network, z, config)
@@ -83,6 +89,8 @@ def test_commitment_equals_the_published_formula() -> None:
     assert torch.allclose(batch.commitment, torch.stack(expected).mean(), atol=1e-6)
 
 
+LAST = {"kind": "sinkhorn_last"}
+
 # Every field that is not about size or name, with a value other than the small default.
 CHANGES: dict[str, Any] = {
     "levels": 3,
@@ -92,26 +100,31 @@ CHANGES: dict[str, Any] = {
     "latent_dim": 4,
     "unit_variance": False,
     "commitment": "residual",
+    "commitment_loss": "cosine",
     "encoder_commitment": 0.1,
     "codebook_commitment": 0.1,
-    "sinkhorn": False,
-    "sinkhorn_iterations": 1,
-    "sinkhorn_sharpness": 2.0,
+    "reconstruction": "cosine",
+    "reconstruction_temperature": 0.5,
+    "rotation_trick": True,
+    "random_depth": 0.5,
+    "assignment": NEAREST,
+    "assignment.iterations": {"iterations": 1},
+    "assignment.sharpness": {"sharpness": 2.0},
+    "assignment.last": LAST,
+    "assignment.last.iterations": {**LAST, "iterations": 1},
+    "assignment.last.epsilon": {**LAST, "epsilon": 0.3},
     "kmeans_init": False,
     "kmeans_vectors": 50,
     "dead_code_restart": False,
     "restart_every": 3,
-    "ema": None,
+    "ema": False,
     "ema_decay": 0.5,
-    "i2i": False,
+    "alignment": NONE,
+    "diversity": {"weight": 0.1},
+    "hamr": {"weight": 1.0},
     "mixing": "masked",
     "pair_share": 0.2,
     "pair_batch_size": 32,
-    "i2i_weight": 0.1,
-    "temperature": 0.5,
-    "max_scale": 3.0,
-    "normalize_inputs": None,
-    "mask_false_negatives": None,
     "batch_size": 64,
     "epochs": 1,
     "max_steps": 60,
@@ -119,30 +132,36 @@ CHANGES: dict[str, Any] = {
     "min_lr": 1e-3,
     "warmup": 0.6,
     "weight_decay": 0.3,
+    "clip_norm": 0.01,
+    "precision": "bf16",
 }
 # Fields that act only under another one.
 UNDER: dict[str, dict[str, Any]] = {
     "commitment": {"ema": False},
     "codebook_commitment": {"ema": False},
+    "diversity": {"ema": False},
+    "reconstruction_temperature": {"reconstruction": "contrastive"},
+    "assignment.last.iterations": {"assignment": LAST},
+    "assignment.last.epsilon": {"assignment": LAST},
     "min_lr": {"warmup": 0.0},
     # Without k-means start and balancing some codes are never chosen, so that restarts happen.
-    "dead_code_restart": {"kmeans_init": False, "sinkhorn": False},
-    "restart_every": {"kmeans_init": False, "sinkhorn": False},
+    "dead_code_restart": {"kmeans_init": False, "assignment": NEAREST},
+    "restart_every": {"kmeans_init": False, "assignment": NEAREST},
 }
-SIZES_ONLY = {"kind", "max_train_vectors"}
+# `selection` acts with a measurement: test_the_best_model_is_kept.
+ELSEWHERE = {"kind", "max_train_vectors", "selection"}
 
 
 def test_every_field_is_listed() -> None:
     names = {one.name for one in dataclasses.fields(RqVaeConfig)}
-    assert names == set(CHANGES) | SIZES_ONLY
+    assert names == {name.split(".")[0] for name in CHANGES} | ELSEWHERE
 
 
 @pytest.mark.parametrize("name", sorted(CHANGES))
 def test_every_switch_changes_the_result(name: str) -> None:
     base = {"max_steps": 40, **UNDER.get(name, {})}
     before = small(**base)
-    value = not getattr(before, name) if CHANGES[name] is None else CHANGES[name]
-    after = small(**{**base, name: value})
+    after = small(**{**base, name.split(".")[0]: CHANGES[name]})
     first, second = fitted(before).state_dict(), fitted(after).state_dict()
     same = first.keys() == second.keys() and all(
         first[key].shape == second[key].shape and np.array_equal(first[key], second[key])
@@ -156,7 +175,11 @@ def test_restart_revives_dead_codes() -> None:
     used = {}
     for restart in (False, True):
         config = small(
-            kmeans_init=False, sinkhorn=False, i2i=False, ema=False, dead_code_restart=restart
+            kmeans_init=False,
+            assignment=NEAREST,
+            alignment=NONE,
+            ema=False,
+            dead_code_restart=restart,
         )
         codes = fitted(config).encode(vectors)
         used[restart] = len(np.unique(codes[:, 0]))
@@ -169,25 +192,25 @@ def test_alignment_brings_pairs_together() -> None:
     pairs = neighbour_pairs()
     pairs = dataclasses.replace(pairs, positive=(pairs.anchor + 10) % 400)
     shared = {}
-    for i2i in (False, True):
-        quantizer = small(i2i=i2i, max_steps=300).build(16, seed=0)
+    for kind in ("none", "forge_i2i"):
+        quantizer = small(alignment={"kind": kind}, max_steps=300).build(16, seed=0)
         quantizer.fit(TrainingSet(vectors, pairs={"co_occurrence": pairs}))
         decoded = quantizer.decode(quantizer.encode(vectors))
         decoded /= np.linalg.norm(decoded, axis=1, keepdims=True)
-        shared[i2i] = (decoded[pairs.anchor] * decoded[pairs.positive]).sum(axis=1).mean()
-    assert shared[True] > shared[False] + 0.1
+        shared[kind] = (decoded[pairs.anchor] * decoded[pairs.positive]).sum(axis=1).mean()
+    assert shared["forge_i2i"] > shared["none"] + 0.1
 
 
 def test_decoding_without_alignment_keeps_the_signal() -> None:
     vectors = clustered_vectors()
-    quantizer = fitted(small(i2i=False, max_steps=200))
+    quantizer = fitted(small(alignment=NONE, max_steps=200))
     error = np.square(quantizer.decode(quantizer.encode(vectors)) - vectors).sum()
     assert error < 0.6 * np.square(vectors - vectors.mean(0)).sum()
 
 
 def test_loss_falls_and_the_curve_says_what_happened() -> None:
     curve: list[dict[str, float]] = []
-    fitted(small(i2i=False, max_steps=200), curve)
+    fitted(small(alignment=NONE, max_steps=200), curve)
     assert curve[-1]["reconstruction"] < 0.7 * curve[0]["reconstruction"]
     assert curve[-1]["step"] == 200
     assert 40 <= len(curve) <= 60
@@ -197,11 +220,11 @@ def test_loss_falls_and_the_curve_says_what_happened() -> None:
 
 def test_a_diverging_run_stops() -> None:
     with pytest.raises(TrainingError, match="must stay finite"):
-        small(lr=1e30, i2i=False).build(16, seed=0).fit(TrainingSet(clustered_vectors()))
+        small(lr=1e30, alignment=NONE).build(16, seed=0).fit(TrainingSet(clustered_vectors()))
 
 
 def test_alignment_without_pairs_is_refused() -> None:
-    with pytest.raises(DataError, match=r"Set quantizer\.i2i=false"):
+    with pytest.raises(DataError, match=r"Set quantizer\.alignment\.kind=none"):
         small().build(16, seed=0).fit(TrainingSet(clustered_vectors()))
 
 
@@ -210,7 +233,12 @@ def test_bad_settings_are_refused() -> None:
         "pair_share=1.0": "pair_share must be in",
         "latent_dim=0": "latent_dim must be >= 1",
         "restart_every=0": "restart_every must be >= 1",
-        "temperature=0": "must be > 0",
+        "lr=0": "lr must be > 0",
+        "clip_norm=0": "clip_norm must be > 0",
+        "random_depth=2": "random_depth must be in",
+        "assignment.sharpness=0": r"assignment\.sharpness must be > 0",
+        "diversity.weight=0.1": r"Set quantizer\.ema=false",
+        "selection.checks=-1": r"selection\.checks must be >= 0",
     }.items():
         with pytest.raises(ConfigError, match=text):
             load_config(RqVaeConfig, overrides=[override])
