@@ -179,6 +179,7 @@ class Events:
 
     @classmethod
     def of(cls, log: TrainLog, device: torch.device) -> Events:
+        """Lay out the events of a log."""
         counts = log.item_counts()
         share = np.log(np.maximum(counts, 1) / counts.sum())
         arrays = (
