@@ -8,7 +8,7 @@ from forge_ray.embed.vectors import VectorsConfig
 from forge_ray.errors import ConfigError
 from forge_ray.sid.quantizers.base import QuantizerConfig
 from forge_ray.sid.quantizers.rq_kmeans import RqKmeansConfig
-from forge_ray.sid.resolvers.base import BucketConfig, ResolverConfig
+from forge_ray.sid.resolvers import BucketConfig, ResolverConfig
 
 
 @dataclass(kw_only=True)

@@ -31,7 +31,7 @@ from forge_ray.sid.quantizers.base import (
     TrainingSet,
     ignore_report,
 )
-from forge_ray.sid.resolvers.base import resolve
+from forge_ray.sid.resolve import resolve_catalogue
 from forge_ray.sid.storage import (
     CODES_KIND,
     QUANTIZER_KIND,
@@ -39,7 +39,6 @@ from forge_ray.sid.storage import (
     QuantizerState,
     SidArtifact,
     assemble,
-    load_quantizer,
 )
 from forge_ray.sid.table import SidTable
 
@@ -222,20 +221,13 @@ def _produce_sids(
 ) -> ArtifactInfo:
     started = time.monotonic()
     raw = SidTable.open(codes_artifact)
-    quantizer = load_quantizer(quantizer_artifact)
-    order = quantizer.item_order(source.num_items)
-    wanted = int(getattr(config.resolver, "candidates", 0)) + 1
-
-    def candidates(rows: Int64Array) -> Int64Array:
-        items = rows if order is None else order[rows]
-        return quantizer.last_level_candidates(source.take(items), wanted)
-
-    resolution = resolve(
+    resolution = resolve_catalogue(
         config.resolver,
-        raw.codes.astype(np.int64),
-        raw.codebook_sizes,
-        item_ids=dataset.item_ids(),
-        candidates=candidates,
+        raw,
+        dataset=dataset,
+        source=source,
+        state=QuantizerState.open(quantizer_artifact),
+        local_items=config.encode.local_items,
     )
     table = SidTable.from_codes(
         resolution.codes,

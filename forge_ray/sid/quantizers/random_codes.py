@@ -13,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from forge_ray.data.hashing import hashed_orders, splitmix64
 from forge_ray.sid.quantizers.base import (
     FloatArray,
     Int64Array,
@@ -22,7 +23,6 @@ from forge_ray.sid.quantizers.base import (
     TrainingSet,
     ignore_report,
 )
-from forge_ray.sid.resolvers.base import random_candidates, splitmix64
 
 
 @dataclass(kw_only=True)
@@ -89,7 +89,7 @@ class RandomCodes(Quantizer):
             int64 [n, min(limit, K_L)].
         """
         size = self.codebook_sizes[-1]
-        return random_candidates(_hash_rows(vectors), size, limit, seed=self.seed)
+        return hashed_orders(_hash_rows(vectors), size, limit, seed=self.seed)
 
     def _hash_codes(self, vectors: FloatArray) -> Int64Array:
         state = _hash_rows(vectors)
