@@ -71,13 +71,15 @@ def window_counts(histories: Iterable[Ragged], num_items: int, *, window: int) -
 
     Returns:
         Symmetric float64 [N, N] counts without self pairs. Takes 12 bytes per ordered pair, three
-        times that while the last batches are added.
+        times that while the last parts are added, and blocks of `BLOCK_ENTRIES`.
     """
-    return add_up(
-        (_as_matrix(count_pairs(batch, window=window, num_items=num_items), num_items)
-         for batch in histories),
-        num_items,
-    )  # fmt: skip
+    parts = (
+        _as_matrix(count_pairs(piece, window=window, num_items=num_items), num_items)
+        for batch in histories
+        for rows in _blocks(2 * window * batch.lengths)
+        for piece in [batch.take(np.arange(rows.start, rows.stop))]
+    )
+    return add_up(parts, num_items)
 
 
 def swing_scores(
