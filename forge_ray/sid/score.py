@@ -35,12 +35,12 @@ from forge_ray.sid.metrics.inputs import (
     load_inputs,
     none_if_nan,
 )
-from forge_ray.sid.metrics.quality import PrefixIds, prefix_ids, symbol_quality
+from forge_ray.sid.metrics.quality import prefix_ids, symbol_quality
 from forge_ray.sid.table import SidTable
 
 if TYPE_CHECKING:
-    from forge_ray.sid.storage import SidArtifact
     from forge_ray.sid.quantizers.base import Quantizer
+    from forge_ray.sid.storage import SidArtifact
 
 __all__ = [
     "ScoreConfig",
@@ -57,6 +57,7 @@ _TABLE_FIGURES = (
     "num_items",
     "num_sids",
     "uniqueness",
+    "coverage",
     "gini",
     "colliding_items",
     "max_bucket",
@@ -100,10 +101,9 @@ def score_table(
             f"table must code the dataset's {dataset.num_items} items, got {table.num_items}. "
             "Score the table on the dataset it was fitted on."
         )
-    codes = np.asarray(table.codes)
     scores: Scores = {"split": inputs.split}
     with timed(scores, "quality_seconds"):
-        scores |= _quality(table, table if raw is None else raw, prefix_ids(codes))
+        scores |= _quality(table, table if raw is None else raw)
     with timed(scores, "backoff_seconds"):
         scores |= _backoff(table, inputs.probe, config)
     with timed(scores, "hitrate_seconds"):
@@ -165,8 +165,8 @@ def _quantizer(sids: SidArtifact) -> Quantizer:
     return load_quantizer(sids.quantizer_artifact)
 
 
-def _quality(table: SidTable, raw: SidTable, prefixes: PrefixIds) -> Scores:
-    final = symbol_quality(table.codes, table.codebook_sizes, prefixes=prefixes).to_metrics()
+def _quality(table: SidTable, raw: SidTable) -> Scores:
+    final = symbol_quality(np.asarray(table.codes), table.codebook_sizes).to_metrics()
     before = final
     if raw is not table:
         before = symbol_quality(np.asarray(raw.codes), raw.codebook_sizes).to_metrics()

@@ -23,7 +23,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from forge_ray.data.ragged import Ragged
-from forge_ray.sid.metrics.quality import PrefixIds, prefix_ids
+from forge_ray.sid.metrics.quality import PrefixIds, distinct_rows, prefix_ids
 
 _FLOOR = 1e-30
 """Added to a probability before the logarithm: an impossible target costs 100 bits, not infinity.
@@ -323,10 +323,10 @@ def random_codes(
     buckets = prefix_ids(codes)
     num_sids = buckets.counts[-1]
     shape = (2 * num_sids, len(codebook_sizes))
-    drawn = np.unique(rng.integers(0, codebook_sizes, size=shape), axis=0)
+    drawn = distinct_rows(rng.integers(0, codebook_sizes, size=shape))
     if len(drawn) < num_sids:
         # The space is nearly full: the table's own SIDs are as random as any, once permuted.
-        drawn = np.unique(codes, axis=0).astype(np.int64)
+        drawn = distinct_rows(codes).astype(np.int64)
     sids = rng.permutation(drawn)[:num_sids]
     return rng.permutation(sids[buckets.ids[-1]])
 

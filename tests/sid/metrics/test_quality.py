@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forge_ray.sid.metrics import quality
 from forge_ray.sid.metrics.quality import gini, gini_histogram, prefix_ids, symbol_quality
 from forge_ray.sid.table import SidTable
 
@@ -27,6 +29,13 @@ def test_gini_equals_mean_absolute_difference(counts: list[int]) -> None:
     n = np.array(counts, float)
     naive = np.abs(n[:, None] - n[None]).mean() / (2 * n.mean())
     assert gini(np.array(counts)) == pytest.approx(naive, abs=1e-12)
+
+
+@given(COUNTS)
+def test_gini_equals_the_area_under_the_lorenz_curve(counts: list[int]) -> None:
+    lorenz = np.concatenate([[0.0], np.cumsum(np.sort(counts)) / sum(counts)])
+    area = np.trapezoid(lorenz, dx=1 / len(counts))
+    assert gini(np.array(counts)) == pytest.approx(1 - 2 * area, abs=1e-12)
 
 
 @given(COUNTS, st.integers(2, 50))
@@ -57,18 +66,22 @@ def test_prefix_ids_number_distinct_prefixes_in_order(seed: int) -> None:
 @given(st.integers(0, 2**32 - 1))
 def test_report_equals_counting_by_hand(seed: int) -> None:
     codes, sizes = draw_codes(seed)
-    report = symbol_quality(codes, sizes)
+    with mock.patch.object(quality, "_BLOCK", 4):  # runs cross blocks at every depth
+        report = symbol_quality(codes, sizes)
     buckets = Counter(map(tuple, codes.tolist()))
     groups = Counter(tuple(row[:-1]) for row in codes.tolist())
     assert report.num_sids == len(buckets)
     assert report.uniqueness == len(buckets) / len(codes)
     assert report.max_bucket == max(buckets.values())
+    assert report.coverage == pytest.approx(len(buckets) / np.prod(sizes))
+    assert report.gini == pytest.approx(gini(np.array(list(buckets.values()))))
     assert report.max_group == max(groups.values())
     colliding = sum(size for size in buckets.values() if size > 1)
     assert report.colliding_items == pytest.approx(colliding / len(codes))
     for level, usage in enumerate(report.levels):
         share = np.array(list(Counter(codes[:, level].tolist()).values())) / len(codes)
         assert usage.dead == sizes[level] - len(share)
+        assert usage.prefixes == len({tuple(row[: level + 1]) for row in codes.tolist()})
         assert usage.perplexity == pytest.approx(np.prod(share**-share))
         assert 0 <= usage.entropy <= 1 + 1e-12
 
@@ -79,6 +92,21 @@ def test_permuting_items_changes_nothing(seed: int) -> None:
     shuffled = np.random.default_rng(seed).permutation(codes)
     before = symbol_quality(codes, sizes).to_metrics()
     assert symbol_quality(shuffled, sizes).to_metrics() == pytest.approx(before)
+
+
+@pytest.mark.parametrize("size", [300, 1 << 16])
+def test_wide_keys_and_keys_beyond_63_bits_give_the_same_figures(size: int) -> None:
+    codes = np.random.default_rng(0).integers(0, 3, size=(500, 4))
+    narrow = symbol_quality(codes, [3, 3, 3, 3])
+    wide = symbol_quality(codes, [size, size, size, size])
+    names = ("num_sids", "gini", "colliding_items", "max_bucket", "mean_bucket", "max_group")
+    for name in names:
+        assert getattr(wide, name) == getattr(narrow, name)
+    assert [level.prefixes for level in wide.levels] == [level.prefixes for level in narrow.levels]
+    assert [level.dead for level in wide.levels] == [size - 3] * 4
+    far = codes * (1 << 20)
+    assert prefix_ids(far).counts == prefix_ids(codes).counts
+    assert np.array_equal(prefix_ids(far).ids, prefix_ids(codes).ids)
 
 
 @pytest.mark.parametrize(
