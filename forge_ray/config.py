@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from forge_ray.errors import ConfigError
@@ -204,15 +204,42 @@ def _structured(schema: Any, given: Any, *, at: str) -> DictConfig:
         return node
     cls = schema if isinstance(schema, type) else type(schema)
     for name, hint in typing.get_type_hints(cls).items():
-        family = _dataclass_in(hint)
-        if family is None or name not in given or not isinstance(given[name], DictConfig):
+        if name not in given:
             continue
         default = _default_of(schema, name)
         here = f"{at}.{name}" if at else name
-        chosen = _choose(family, given[name], default, at=here)
-        keep = default is not None and type(default) is chosen
-        node[name] = _structured(default if keep else chosen, given[name], at=here)
+        family, inner = _dataclass_in(hint), _value_class(hint)
+        if family is not None and isinstance(given[name], DictConfig):
+            node[name] = _chosen(family, given[name], default, at=here)
+        elif inner is not None and isinstance(given[name], DictConfig):
+            for key, value in given[name].items():
+                if isinstance(value, DictConfig):
+                    before = (default or {}).get(key)
+                    node[name][key] = _chosen(inner, value, before, at=f"{here}.{key}")
+        elif inner is not None and _holds_mappings(given[name]):
+            # A list replaces its default, so it is complete here; merged again it would lose kinds.
+            node[name] = _typed_entries(inner, given.pop(name), at=here)
     return node
+
+
+def _chosen(family: type, given: DictConfig, default: Any, *, at: str) -> DictConfig:
+    """The node of the kind that `given` asks for, at `default` where that is of this kind."""
+    chosen = _choose(family, given, default, at=at)
+    keep = default is not None and type(default) is chosen
+    return _structured(default if keep else chosen, given, at=at)
+
+
+def _holds_mappings(given: Any) -> bool:
+    return isinstance(given, ListConfig) and all(isinstance(one, DictConfig) for one in given)
+
+
+def _typed_entries(family: type, given: ListConfig, *, at: str) -> list[Any]:
+    """The mappings of a list as nodes of their kinds."""
+    nodes = [
+        (_chosen(family, value, None, at=f"{at}.{place}"), value)
+        for place, value in enumerate(given)
+    ]
+    return [OmegaConf.merge(node, value) for node, value in nodes]
 
 
 def _default_of(schema: Any, name: str) -> Any:
@@ -229,6 +256,12 @@ def _dataclass_in(hint: Any) -> type | None:
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     classes = [one for one in options if isinstance(one, type) and dataclasses.is_dataclass(one)]
     return classes[0] if len(classes) == 1 else None
+
+
+def _value_class(hint: Any) -> type | None:
+    """The dataclass X in `dict[str, X]` or `list[X]`, else None."""
+    values = typing.get_args(hint)[-1:] if typing.get_origin(hint) in (dict, list) else ()
+    return _dataclass_in(values[0]) if values else None
 
 
 def _is_union(hint: Any) -> bool:

@@ -51,6 +51,9 @@ class Drawing:
     scale: int = 1
     out: Path | None = None
     named: dict[str, Layer] = field(default_factory=dict)
+    shapes: list[Shape] = field(default_factory=list)
+    by_name: dict[str, Shape] = field(default_factory=dict)
+    layers: list[Layer] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if isinstance(self.scale, int) and self.scale < 1:
@@ -78,6 +81,20 @@ def test_kind_switches_the_component_from_every_source(tmp_path: Path) -> None:
     assert optional.layer.extra == Box()
 
 
+def test_kinds_are_chosen_inside_lists_and_mappings(tmp_path: Path) -> None:
+    file = tmp_path / "drawing.yaml"
+    file.write_text(
+        "shapes: [{kind: box, sides: [3]}, {kind: circle}]\n"
+        "by_name: {door: {kind: box}, sun: {kind: circle, radius: 2}}\n"
+        "layers: [{shape: {kind: box}}, {}]"
+    )
+    drawing = load_config(Drawing, path=file, overrides=["by_name.door.sides=[9]"])
+    assert drawing.shapes == [Box(sides=[3]), Circle()]
+    assert drawing.by_name == {"door": Box(sides=[9]), "sun": Circle(radius=2.0)}
+    assert drawing.layers == [Layer(shape=Box()), Layer()]
+    assert load_config(Drawing, overrides=["shapes=[{kind: box}]"]).shapes == [Box()]
+
+
 def test_later_sources_win(tmp_path: Path) -> None:
     file = tmp_path / "drawing.yaml"
     file.write_text("title: file\nscale: 3")
@@ -95,6 +112,12 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("scale=1.5", ["scale", "1.5"]),
         ("scale=0", ["scale must be >= 1, got 0"]),
         ("scale", ["key=value"]),
+        ("shapes=[{kind: bax}]", ["shapes.0.kind", "circle, box", "'bax'", "'box'"]),
+        ("shapes=[{kind: box, radius: 1}]", ["radius", "sides"]),
+        ("by_name.a.kind=bax", ["by_name.a.kind", "'box'"]),
+        ("by_name.sun={kind: circle, radios: 1}", ["by_name.sun.radios", "radius"]),
+        ("by_name.sun={radius: 1}", ["by_name.sun.kind must be one of", "None"]),
+        ("layers=[{shap: 1}]", ["shap", "shape"]),
         ("layer.shape.sides=[1]", ["layer.shape.sides", "radius"]),
     ],
 )
@@ -138,6 +161,8 @@ def test_a_dotlist_keeps_the_type_of_a_value(value: object) -> None:
     [
         Drawing(),
         Drawing(layer=Layer(shape=Box(sides=[7, 8]), extra=Circle()), title="it's 1e5 $ 😀"),
+        Drawing(shapes=[Box(sides=[]), Circle(radius=2.5)], by_name={"sun": Box(), "x": Circle()}),
+        Drawing(layers=[Layer(extra=Box()), Layer()], by_name={"x.y": Box(sides=[4])}),
         Drawing(named={"a": Layer(), "b.c": Layer(shape=Circle(radius=1e-7))}, out=Path("a b")),
     ],
 )

@@ -128,7 +128,12 @@ class Alignment(nn.Module):
         if self.users is None:
             return {}
         inputs = _full({"users": torch.cat([view.inputs for view in users])})["users"]
-        coded = self.users(inputs, gather=batch.gather)
+
+        def gather(rows: torch.Tensor) -> torch.Tensor:
+            # All users, then all the others, as one worker has them: codebooks start on rows.
+            return torch.cat([batch.gather(half) for half in rows.chunk(2)])
+
+        coded = self.users(inputs, gather=gather)
         for name, rows in (("user_z", coded.latents), ("user_z_q", coded.quantized)):
             anchor[name], positive[name] = rows.chunk(2)
         return {"users": self.users.config.weight * coded.loss}

@@ -6,7 +6,6 @@ of all workers.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -170,6 +169,7 @@ class Sides:
         self.users = None
         if batch.user is not None and batch.user_positive is not None:
             self.users = (batch.user.users, batch.user_positive.users)
+        self._sharing: torch.Tensor | None = None
         self._columns: dict[tuple[int, str, bool], torch.Tensor] = {}
 
     def rows(self, side: int, name: str, *, unit: bool) -> torch.Tensor:
@@ -184,11 +184,16 @@ class Sides:
             self._columns[key] = self.batch.gather(self.rows(side, name, unit=unit))
         return self._columns[key]
 
-    @functools.cached_property
+    @property
     def sharing(self) -> torch.Tensor:
         """Pairs that have an item or a user in common with a local pair, bool [B, C]."""
-        found = share_an_end(self.items, self.batch)
-        return found if self.users is None else found | share_an_end(self.users, self.batch)
+        # No cached_property: in Python 3.10 and 3.11 it holds a lock while other workers' threads
+        # would have to gather.
+        if self._sharing is None:
+            self._sharing = share_an_end(self.items, self.batch)
+            if self.users is not None:
+                self._sharing = self._sharing | share_an_end(self.users, self.batch)
+        return self._sharing
 
 
 class Term(nn.Module):

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import torch
 
 from forge_ray.sid.alignment import AlignmentBatch, KnownPairs, UserView, View
+from forge_ray.sid.alignment.batch import Gather
 
 INPUTS, LATENTS, MIDDLE, USERS, TEACHER = 6, 4, 5, 7, 4
 NUM_ITEMS, NUM_USERS = 9, 5
@@ -73,3 +77,26 @@ def share_of(batch: AlignmentBatch, rank: int, size: int) -> AlignmentBatch:
         user_positive=user(batch.user_positive),
         rank=rank,
     )
+
+
+def run_workers(size: int, work: Callable[[int, Gather], torch.Tensor]) -> list[torch.Tensor]:
+    """Run `work(rank, gather)` for every rank, each in a thread, with a gather that meets.
+
+    Gradients flow through the gathered rows into every worker's graph and add up there, as the sum
+    that a gather across processes sends back.
+    """
+    barrier = threading.Barrier(size, timeout=30)
+    slots: list[torch.Tensor] = [torch.empty(0)] * size
+
+    def gather_of(rank: int) -> Gather:
+        def gather(rows: torch.Tensor) -> torch.Tensor:
+            slots[rank] = rows
+            barrier.wait()
+            gathered = torch.cat(slots)
+            barrier.wait()
+            return gathered
+
+        return gather
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(lambda rank: work(rank, gather_of(rank)), range(size)))

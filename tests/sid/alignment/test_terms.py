@@ -11,6 +11,7 @@ import torch
 
 from forge_ray.errors import ConfigError
 from forge_ray.sid.alignment import AlignmentBatch, AlignmentDims, KnownPairs, TermConfig
+from forge_ray.sid.alignment.batch import Gather
 from forge_ray.sid.alignment.module import Alignment
 from forge_ray.sid.alignment.users import UserTokenizerConfig
 from tests.sid.alignment import references
@@ -21,6 +22,7 @@ from tests.sid.alignment.batches import (
     TEACHER,
     USERS,
     random_batch,
+    run_workers,
     share_of,
 )
 
@@ -166,15 +168,19 @@ def test_workers_together_equal_one_process(name: str, size: int) -> None:
     }
     term = own.get(name) or TermConfig(**TERMS[name])
     whole = with_gradients(random_batch(term.source, 12))
-    alone, together = build(term), build(term)
+    alone, modules = build(term), [build(term) for _ in range(size)]
     torch.autograd.backward(torch.stack(list(alone(whole).values())).sum())
 
     copy = with_gradients(random_batch(term.source, 12))
-    losses = [
-        torch.stack(list(together(one).values())).sum() for one in shares(copy, size, together)
-    ]
+
+    def total(rank: int, gather: Gather) -> torch.Tensor:
+        part = replace(share_of(copy, rank, size), gather=gather)
+        return torch.stack(list(modules[rank](part).values())).sum()
+
+    losses = run_workers(size, total)
     torch.autograd.backward(torch.stack(losses).mean())
-    expected, found = gradients(whole, alone), gradients(copy, together)
+    expected = gradients(whole, [alone])
+    found = gradients(copy, modules)
     assert expected.keys() == found.keys()
     assert any(value.abs().max() > 1e-6 for value in expected.values())
     for key, value in expected.items():
@@ -188,39 +194,17 @@ def with_gradients(batch: AlignmentBatch) -> AlignmentBatch:
     return batch
 
 
-def gradients(batch: AlignmentBatch, module: Alignment) -> dict[str, torch.Tensor]:
-    found = {f"parameter {n}": p.grad for n, p in module.named_parameters()}
+def gradients(batch: AlignmentBatch, modules: list[Alignment]) -> dict[str, torch.Tensor]:
+    """Of the tensors of a batch, and of parameters as the sum over workers."""
+    found: dict[str, torch.Tensor] = {}
+    for module in modules:
+        for name, parameter in module.named_parameters():
+            if parameter.grad is not None:
+                found[name] = found.get(name, torch.zeros(())) + parameter.grad
     for side, view in (("a", batch.anchor), ("b", batch.positive)):
-        found |= {f"{side} {name}": getattr(view, name).grad for name in FIELDS.values()}
-    return {name: value for name, value in found.items() if value is not None}
-
-
-def shares(batch: AlignmentBatch, size: int, module: Alignment) -> list[AlignmentBatch]:
-    """The batches of some workers whose gather is simulated in this process.
-
-    A first pass records what every worker would gather, in order; the second hands out the
-    concatenation, whose gradient flows to all of them as the sum that a real gather sends back.
-    """
-    parts = [share_of(batch, rank, size) for rank in range(size)]
-    sent: list[list[torch.Tensor]] = []
-    # The user side starts on the first batch it gathers: that must be all workers' rows.
-    module(batch)
-    for part in parts:
-        calls: list[torch.Tensor] = []
-
-        def record(rows: torch.Tensor, calls: list[torch.Tensor] = calls) -> torch.Tensor:
-            calls.append(rows)
-            return torch.cat([rows] * size)
-
-        module(replace(part, gather=record))
-        sent.append(calls)
-    gathered = [torch.cat(rows) for rows in zip(*sent, strict=True)]
-
-    def replayer() -> Any:
-        queue = iter(gathered)
-        return lambda rows: next(queue)
-
-    return [replace(part, gather=replayer()) for part in parts]
+        sent = {f"{side} {name}": getattr(view, name).grad for name in FIELDS.values()}
+        found |= {name: value for name, value in sent.items() if value is not None}
+    return found
 
 
 @pytest.mark.parametrize(
