@@ -24,6 +24,7 @@ from forge_ray.cli.console import (
     stderr,
 )
 from forge_ray.cli.inputs import open_data
+from forge_ray.cli.sid_extend import extend
 from forge_ray.cli.sid_score import score
 from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
@@ -37,6 +38,7 @@ from forge_ray.threads import set_threads
 
 app = typer.Typer(no_args_is_help=True, help="Fit, score and show semantic IDs.")
 app.command()(score)
+app.command()(extend)
 
 _BUCKET_EDGES = (1, 2, 3, 5, 10, 20, 50, 100)
 _SHOWN_METRICS = ("seconds_fit", "seconds_encode", "seconds_resolve", "moved", "unplaced")

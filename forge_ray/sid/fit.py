@@ -31,7 +31,7 @@ from forge_ray.sid.quantizers.base import (
     TrainingSet,
     ignore_report,
 )
-from forge_ray.sid.resolve import resolve_catalogue
+from forge_ray.sid.resolve import Published, resolve_catalogue
 from forge_ray.sid.storage import (
     CODES_KIND,
     QUANTIZER_KIND,
@@ -64,33 +64,83 @@ def fit_sids(
     identity = _identity(config)
     source = open_vectors(config.vectors, dataset, store)
     command = _command(dataset, config)
-    name = _quantizer_name(config.quantizer)
-    decides_codes = {part: identity[part] for part in ("quantizer", "vectors", "seed")}
     quantizer = store.build(
         QUANTIZER_KIND,
-        name,
-        decides_codes,
+        _quantizer_name(config.quantizer),
+        {part: identity[part] for part in ("quantizer", "vectors", "seed")},
         parents=tuple(dict.fromkeys((dataset.key, source.key))),
         produce=lambda writer: _produce_quantizer(config, dataset, source, writer, report),
         command=command,
     )
-    codes = store.build(
+    codes = build_codes(config, dataset, source, quantizer, store, command=command)
+    sids = build_table(config, dataset, source, quantizer, codes, store, command=command)
+    return assemble(sids, codes, quantizer)
+
+
+def build_codes(
+    config: SidConfig,
+    dataset: Dataset,
+    source: VectorSet,
+    quantizer: Artifact,
+    store: ArtifactStore,
+    *,
+    command: str,
+) -> Artifact:
+    """Encode a catalogue with a fitted quantizer, or find that it was done.
+
+    Args:
+        config: what the quantizer was fitted with; its `encode` section says how to work.
+        dataset: whose items are coded.
+        source: their vectors.
+        quantizer: artifact of kind `quantizer`.
+        store: where the codes go, as an artifact of kind `codes`.
+        command: shell command that rebuilds them.
+    """
+    identity = _identity(config)
+    return store.build(
         CODES_KIND,
-        name,
-        decides_codes,
+        _quantizer_name(config.quantizer),
+        {part: identity[part] for part in ("quantizer", "vectors", "seed")},
         parents=(quantizer.key, dataset.key),
         produce=lambda writer: _produce_codes(config, source, quantizer, writer),
         command=command,
     )
-    sids = store.build(
+
+
+def build_table(
+    config: SidConfig,
+    dataset: Dataset,
+    source: VectorSet,
+    quantizer: Artifact,
+    codes: Artifact,
+    store: ArtifactStore,
+    *,
+    command: str,
+    published: Published | None = None,
+) -> Artifact:
+    """Resolve the codes of a catalogue, or find that it was done.
+
+    Args:
+        config: its resolver decides.
+        dataset: whose items are coded.
+        source: their vectors.
+        quantizer: artifact of kind `quantizer`.
+        codes: artifact of kind `codes`.
+        store: where the table goes, as an artifact of kind `sids`.
+        command: shell command that rebuilds it.
+        published: codes that must stay, and the key of their table.
+    """
+    extends = () if published is None else (published.key,)
+    return store.build(
         SIDS_KIND,
-        f"{name}-{config.resolver.kind}",
-        identity,
-        parents=(codes.key, dataset.key),
-        produce=lambda writer: _produce_sids(config, dataset, source, quantizer, codes, writer),
+        f"{_quantizer_name(config.quantizer)}-{config.resolver.kind}",
+        _identity(config),
+        parents=(codes.key, dataset.key, *extends),
+        produce=lambda writer: _produce_sids(
+            config, dataset, source, quantizer, codes, published, writer
+        ),
         command=command,
     )
-    return assemble(sids, codes, quantizer)
 
 
 def _identity(config: SidConfig) -> dict[str, Any]:
@@ -217,6 +267,7 @@ def _produce_sids(
     source: VectorSet,
     quantizer_artifact: Artifact,
     codes_artifact: Artifact,
+    published: Published | None,
     writer: ArtifactWriter,
 ) -> ArtifactInfo:
     started = time.monotonic()
@@ -228,6 +279,7 @@ def _produce_sids(
         source=source,
         state=QuantizerState.open(quantizer_artifact),
         local_items=config.encode.local_items,
+        published=None if published is None else published.codes,
     )
     table = SidTable.from_codes(
         resolution.codes,

@@ -38,6 +38,16 @@ from forge_ray.threads import set_threads
 PARTITION_ROWS = 1 << 18
 
 
+@dataclass(frozen=True, eq=False)
+class Published:
+    """A resolved table that a grown catalogue must keep."""
+
+    codes: IntArray
+    """Integers [N, L'] in the order of the grown catalogue, -1 in the rows of new items."""
+    key: str
+    """Content key of the published table."""
+
+
 def resolve_catalogue(
     config: ResolverConfig,
     raw: SidTable,
@@ -69,13 +79,21 @@ def resolve_catalogue(
     )
     is_small = problem.num_items <= local_items
     if is_small or config.level_written(raw.num_levels) is None:
-        return complete(config, _place_here(config, problem, source, state.load()), problem)
+        return complete(config, place_here(config, problem, source, state.load()), problem)
     return complete(config, place_on_ray(config, problem, source, state), problem)
 
 
-def _place_here(
+def place_here(
     config: ResolverConfig, problem: Problem, source: VectorSet, quantizer: Quantizer
 ) -> Placement:
+    """Place a table in this process.
+
+    Args:
+        config: the policy.
+        problem: the whole table, without sources.
+        source: vectors of the catalogue; those of rows that may move are held.
+        quantizer: what encoded them.
+    """
     rows = config.rows_to_place(problem)
     vectors = np.zeros((0, source.dim), dtype=np.float32)
     if len(rows):
