@@ -164,7 +164,7 @@ def train_adapter(
         counts: symmetric co-occurrence [N, N] of the train part.
         config: rank and training.
         side: side columns of the N items.
-        report: called with a step and its loss, every `REPORT_EVERY` steps and at the last one.
+        report: called every `REPORT_EVERY` steps, and after the last one, with the mean loss since.
 
     Returns:
         The trained adapter, on the GPU if there is one. Without any pair it is untrained.
@@ -180,6 +180,7 @@ def train_adapter(
         return adapter
     sampler, rng = PairSampler.of(counts), np.random.default_rng(config.seed)
     optimizer = torch.optim.Adam(adapter.parameters(), lr=config.learning_rate)
+    losses: list[torch.Tensor] = []
     for step in range(1, config.steps + 1):
         pair = sampler.draw(config.batch_size, rng)
         first, second = (
@@ -189,8 +190,10 @@ def train_adapter(
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
+        losses.append(loss.detach())
         if step % REPORT_EVERY == 0 or step == config.steps:
-            report(step, {"loss": _finite(loss)})
+            report(step, {"loss": _finite_mean(losses)})
+            losses.clear()
     return adapter
 
 
@@ -228,8 +231,8 @@ def pair_loss(
     return (losses[0] + losses[1]) / 2
 
 
-def _finite(loss: torch.Tensor) -> float:
-    value = float(loss.detach())
+def _finite_mean(losses: Sequence[torch.Tensor]) -> float:
+    value = float(torch.stack(list(losses)).mean())
     if not np.isfinite(value):
         raise TrainingError(
             f"the adapter's loss must be finite, got {value}. Lower vectors.adapter.learning_rate."
