@@ -12,6 +12,8 @@ from typing import Literal
 from forge_ray.config import Component
 from forge_ray.embed.teachers import TeacherConfig
 from forge_ray.embed.teachers.ppmi_svd import PpmiSvdConfig
+from forge_ray.embed.teachers.sasrec import SasRecTeacherConfig
+from forge_ray.embed.teachers.two_tower import TwoTowerConfig
 from forge_ray.errors import ConfigError
 from forge_ray.sid.alignment.batch import IDENTITY, INTERACTIONS
 from forge_ray.sid.alignment.module import Alignment, AlignmentDims
@@ -192,7 +194,8 @@ class LetterCfConfig(AlignmentConfig):
     """
 
     kind: Literal["letter_cf"] = "letter_cf"
-    teacher: TeacherConfig = field(default_factory=PpmiSvdConfig)
+    teacher: TeacherConfig = field(default_factory=SasRecTeacherConfig)
+    """As wide as the latents, unless there is a projector; 32 in LETTER, as its latents."""
     weight: float = 0.02
     """Best of the paper; its script has 0.01."""
     projector: Literal["none", "linear", "mlp"] = "none"
@@ -264,6 +267,7 @@ class RlmRecConfig(AlignmentConfig):
 
     kind: Literal["rlmrec"] = "rlmrec"
     teacher: TeacherConfig = field(default_factory=PpmiSvdConfig)
+    """RLMRec: vectors of a graph recommender."""
     weight: float = 0.01
     temperature: float = 0.2
     projector: Literal["linear", "mlp"] = "mlp"
@@ -302,8 +306,8 @@ class DasConfig(AlignmentConfig):
     """
 
     kind: Literal["das"] = "das"
-    teacher: TeacherConfig = field(default_factory=PpmiSvdConfig)
-    """Needs user vectors beside item vectors, as every teacher has."""
+    teacher: TeacherConfig = field(default_factory=TwoTowerConfig)
+    """Model whose item and user vectors the codes approach."""
     users: UserTokenizerConfig = field(default_factory=UserTokenizerConfig)
     """Codebooks of the user side, for views 1, 3 and 5."""
     views: list[int] = field(default_factory=lambda: [1, 2, 3, 4, 5, 6])

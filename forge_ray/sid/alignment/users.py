@@ -74,6 +74,9 @@ class UserTokenizer(nn.Module):
     """Scalar bool; whether the codebooks were put on data."""
     seed: torch.Tensor
     """Scalar int64, of the first codewords."""
+    scale: torch.Tensor
+    """Scalar; inputs are divided by it, the root mean square of the first batch, so that the loss
+    of short vectors counts as much as that of the items."""
 
     def __init__(self, config: UserTokenizerConfig, input_dim: int) -> None:
         super().__init__()
@@ -87,6 +90,7 @@ class UserTokenizer(nn.Module):
         )
         self.register_buffer("is_started", torch.tensor(False))
         self.register_buffer("seed", torch.randint(2**31, ()))
+        self.register_buffer("scale", torch.ones(()))
 
     def forward(self, inputs: torch.Tensor, *, gather: Gather) -> UserCodes:
         """Code a batch of users.
@@ -95,9 +99,10 @@ class UserTokenizer(nn.Module):
             inputs: float32 [B, m].
             gather: rows of all workers; used once, to place the codebooks on the first batch.
         """
-        latents = self.encoder(inputs)
         if not self.is_started:
-            self._start(gather(latents.detach()))
+            self._start(gather(inputs))
+        inputs = inputs / self.scale
+        latents = self.encoder(inputs)
         residual = latents
         codes, losses = [], []
         for book in self.codebooks:
@@ -117,10 +122,11 @@ class UserTokenizer(nn.Module):
         return UserCodes(latents, quantized, torch.stack(codes, dim=1), loss)
 
     @torch.no_grad()
-    def _start(self, latents: torch.Tensor) -> None:
+    def _start(self, inputs: torch.Tensor) -> None:
         """Put every level's codewords on residuals of the first batch; the same on all workers."""
+        self.scale.copy_(inputs.square().mean().sqrt().clamp(min=1e-12))
         generator = torch.Generator().manual_seed(int(self.seed))
-        residual = latents
+        residual = self.encoder(inputs / self.scale)
         for book in self.codebooks:
             rows = torch.cat(
                 [
