@@ -7,8 +7,9 @@ defines them.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ import numpy.typing as npt
 from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter, timed
 from forge_ray.config import to_mapping
 from forge_ray.data.schema import Dataset
+from forge_ray.embed.vectors import open_vectors
 from forge_ray.errors import ConfigError
 from forge_ray.sid.metrics.backoff import (
     BackoffBits,
@@ -24,18 +26,23 @@ from forge_ray.sid.metrics.backoff import (
     random_codes,
     shuffled_codes,
 )
-from forge_ray.sid.metrics.hitrate import HitrateReport, refit_vectors
+from forge_ray.sid.metrics.config import ScoreConfig
+from forge_ray.sid.metrics.gallery import DecodedGallery, restore
+from forge_ray.sid.metrics.hitrate import HitrateReport, refit_depths
 from forge_ray.sid.metrics.inputs import (
     KIND,
     HitrateRows,
-    ScoreConfig,
     ScoreInputs,
     Scores,
     ScoreSplit,
     load_inputs,
     none_if_nan,
 )
-from forge_ray.sid.metrics.quality import prefix_ids, symbol_quality
+from forge_ray.sid.metrics.neighbours import ArrayGallery
+from forge_ray.sid.metrics.parallel_data import ParallelData
+from forge_ray.sid.metrics.quality import PrefixIds, prefix_ids, symbol_quality
+from forge_ray.sid.metrics.similarity import code_cosines, explained_share, order_agreement
+from forge_ray.sid.metrics.transitions import lcp_report
 from forge_ray.sid.table import SidTable
 
 if TYPE_CHECKING:
@@ -73,6 +80,7 @@ def score_table(
     split: ScoreSplit = "validation",
     raw: SidTable | None = None,
     quantizer: Quantizer | None = None,
+    fitted: npt.NDArray[np.float32] | None = None,
     config: ScoreConfig | None = None,
     inputs: ScoreInputs | None = None,
 ) -> Scores:
@@ -86,6 +94,8 @@ def score_table(
             it, because a resolver can hide a dead level. Default: `table`.
         quantizer: decodes SIDs for embedding hitrate. Without one the codewords are refitted on
             the dataset's vectors, and `embedding_hitrate_variant` says so.
+        fitted: vectors [n, D] of the items in `inputs.sample` as the quantizer reads them, for
+            reconstruction; by default those of the sample itself, if they have its width.
         config: limits and constants.
         inputs: `load_inputs(...)` when several tables are scored.
 
@@ -105,9 +115,17 @@ def score_table(
     with timed(scores, "quality_seconds"):
         scores |= _quality(table, table if raw is None else raw)
     with timed(scores, "backoff_seconds"):
-        scores |= _backoff(table, inputs.probe, config)
+        prefixes = prefix_ids(np.asarray(table.codes))
+        scores |= _backoff(table, inputs.probe, config, prefixes)
+        scores |= _transitions(table, inputs, prefixes)
+        del prefixes
+    with timed(scores, "similarity_seconds"):
+        scores |= _similarity(table, inputs, quantizer, fitted, config)
     with timed(scores, "hitrate_seconds"):
         scores |= _hitrates(table, inputs, quantizer, config)
+    if inputs.parallel is not None:
+        with timed(scores, "parallel_seconds"):
+            scores |= _parallel(table, inputs.parallel, config)
     return {name: none_if_nan(value) for name, value in scores.items()}
 
 
@@ -138,13 +156,15 @@ def score_sids(
     def produce(_: ArtifactWriter) -> ArtifactInfo:
         scores: Scores = {}
         with timed(scores, "seconds"):
+            inputs = load_inputs(dataset, split=split, config=config, store=store)
             scores |= score_table(
                 sids.table,
                 dataset,
                 raw=sids.raw,
                 quantizer=_quantizer(sids),
+                fitted=_fitted(sids, dataset, store, inputs),
                 config=config,
-                inputs=load_inputs(dataset, split=split, config=config, store=store),
+                inputs=inputs,
             )
         return ArtifactInfo(metrics=scores)
 
@@ -165,6 +185,15 @@ def _quantizer(sids: SidArtifact) -> Quantizer:
     return load_quantizer(sids.quantizer_artifact)
 
 
+def _fitted(
+    sids: SidArtifact, dataset: Dataset, store: ArtifactStore, inputs: ScoreInputs
+) -> npt.NDArray[np.float32] | None:
+    """Vectors of the sample as the quantizer reads them; None without a sample."""
+    if inputs.sample is None:
+        return None
+    return open_vectors(sids.config.vectors, dataset, store).take(inputs.sample.indices)
+
+
 def _quality(table: SidTable, raw: SidTable) -> Scores:
     final = symbol_quality(np.asarray(table.codes), table.codebook_sizes).to_metrics()
     before = final
@@ -174,22 +203,27 @@ def _quality(table: SidTable, raw: SidTable) -> Scores:
     for name, value in before.items():
         # Levels are those of the raw table; a resolver's extra level says nothing about training.
         scores[f"raw_{name}" if name in _TABLE_FIGURES else name] = value
-    usages = [value for name, value in before.items() if name.startswith("usage_level_")]
-    scores["usage_min"] = min(usages)
+    for figure in ("usage", "entropy"):
+        levels = [value for name, value in before.items() if name.startswith(f"{figure}_level_")]
+        scores[f"{figure}_min"] = min(levels)
     scores["num_levels"] = table.num_levels
     scores["sid_bits"] = float(np.log2(np.asarray(table.codebook_sizes, dtype=np.float64)).sum())
     return scores
 
 
-def _backoff(table: SidTable, probe: ProbeData, config: ScoreConfig) -> Scores:
+def _backoff(table: SidTable, probe: ProbeData, config: ScoreConfig, prefixes: PrefixIds) -> Scores:
     codes = np.asarray(table.codes)
 
-    def run(candidate: npt.NDArray[np.integer[Any]]) -> BackoffBits:
+    def run(candidate: npt.NDArray[np.integer[Any]], known: PrefixIds | None = None) -> BackoffBits:
         return backoff_bits(
-            candidate, probe, em_steps=config.probe_steps, tail_max_count=config.tail_max_count
+            candidate,
+            probe,
+            em_steps=config.probe_steps,
+            tail_max_count=config.tail_max_count,
+            prefixes=known,
         )
 
-    own = run(codes)
+    own = run(codes, prefixes)
     shuffled = run(shuffled_codes(codes, seed=config.seed))
     drawn = run(random_codes(codes, table.codebook_sizes, seed=config.seed))
     paired = own.per_target - shuffled.per_target
@@ -208,6 +242,52 @@ def _backoff(table: SidTable, probe: ProbeData, config: ScoreConfig) -> Scores:
     }
 
 
+def _transitions(table: SidTable, inputs: ScoreInputs, prefixes: PrefixIds) -> Scores:
+    codes = np.asarray(table.codes)
+    found = lcp_report(codes, inputs.transitions, inputs.probe.train_counts, prefixes=prefixes)
+    return {
+        "lcp_ratio": found.ratio,
+        "lcp_held_out": found.held_out,
+        "lcp_held_out_se": found.standard_error,
+        "lcp_random": found.random,
+        "lcp_transitions": found.num_transitions,
+        "code_overlap": found.overlap,
+    }
+
+
+def _similarity(
+    table: SidTable,
+    inputs: ScoreInputs,
+    quantizer: Quantizer | None,
+    fitted: npt.NDArray[np.float32] | None,
+    config: ScoreConfig,
+) -> Scores:
+    sample = inputs.sample
+    scores: Scores = {"reconstruction_r2": None, "order_agreement": None, "code_cosine_any": None}
+    if sample is None:
+        return scores
+    codes = np.asarray(table.codes[sample.indices])
+    order = order_agreement(codes, sample.vectors, triplets=config.order_triplets, seed=config.seed)
+    cosines = code_cosines(codes, sample.vectors)
+    scores["order_agreement"] = order.agreement
+    scores["order_agreement_se"] = order.standard_error
+    scores["code_cosine_any"] = cosines.any
+    for level, value in enumerate(cosines.levels, start=1):
+        scores[f"code_cosine_level_{level}"] = value
+    vectors = sample.vectors if fitted is None else fitted
+    if quantizer is None:
+        restored = refit_depths(codes, table.codebook_sizes, vectors)
+    elif vectors.shape[1] == quantizer.input_dim:
+        depths = range(1, min(quantizer.num_levels, codes.shape[1]) + 1)
+        restored = (restore(quantizer, codes[:, :depth]) for depth in depths)
+    else:
+        return scores  # fitted on vectors of another space, which the caller does not have
+    for depth, part in enumerate(restored, start=1):
+        scores[f"reconstruction_r2_{depth}"] = explained_share(vectors, part)
+        scores["reconstruction_r2"] = scores[f"reconstruction_r2_{depth}"]
+    return scores
+
+
 def _hitrates(
     table: SidTable, inputs: ScoreInputs, quantizer: Quantizer | None, config: ScoreConfig
 ) -> Scores:
@@ -216,6 +296,7 @@ def _hitrates(
         "embedding_hitrate": None,
         "embedding_hitrate_variant": "none",
         "embedding_hitrate_raw": None,
+        "embedding_hitrate_gap": None,
         "embedding_hitrate_decoded": None,
         "embedding_hitrate_codes": None,
         "embedding_hitrate_refit": None,
@@ -223,37 +304,77 @@ def _hitrates(
     }
     if rows is None:
         return scores
-    codes = np.asarray(table.codes[rows.gallery.indices])
+    codes = np.asarray(table.codes[rows.items])
     if quantizer is None:
-        refit = refit_vectors(codes, table.codebook_sizes, rows.gallery.vectors)
-        report = rows.measure(refit, config)
-        scores["embedding_hitrate_variant"] = "refit"
-        scores["embedding_hitrate_refit"] = report.hitrate
+        report = _refit_hitrates(codes, table.codebook_sizes, rows, scores, config)
     else:
-        report = _decoded(codes[:, : quantizer.num_levels], rows, quantizer, scores, config)
-        scores["embedding_hitrate_variant"] = "decoded"
+        depth = min(quantizer.num_levels, codes.shape[1])
+        report = _decoded_hitrates(codes[:, :depth], rows, quantizer, scores, config)
     scores["embedding_hitrate"] = report.hitrate
+    scores["embedding_hitrate_gap"] = scores["embedding_hitrate_raw"] - report.hitrate
     scores["embedding_hitrate_se"] = report.standard_error
     scores["embedding_hitrate_method"] = report.method
     return scores
 
 
-def _decoded(
+def _refit_hitrates(
+    codes: npt.NDArray[np.integer[Any]],
+    sizes: Sequence[int],
+    rows: HitrateRows,
+    scores: Scores,
+    config: ScoreConfig,
+) -> HitrateReport:
+    depths = list(refit_depths(codes, sizes, rows.raw_vectors()))
+    reports = [rows.measure(ArrayGallery(rows.items, part), config) for part in depths]
+    _add_prefixes(scores, reports[:-1])
+    scores["embedding_hitrate_variant"] = "refit"
+    scores["embedding_hitrate_refit"] = reports[-1].hitrate
+    return reports[-1]
+
+
+def _decoded_hitrates(
     codes: npt.NDArray[np.integer[Any]],
     rows: HitrateRows,
     quantizer: Quantizer,
     scores: Scores,
     config: ScoreConfig,
 ) -> HitrateReport:
-    """Hitrate of decoded vectors and of codeword sums; each distinct SID is decoded once."""
-    sid = prefix_ids(codes).ids[-1]
-    _, first = np.unique(sid, return_index=True)
-    decoded = quantizer.decode(codes[first])
-    summed = quantizer.codeword_sum(codes[first])
-    report = rows.measure(decoded[sid], config)
+    def gallery(depth: int, output: Literal["decoded", "codes"]) -> DecodedGallery:
+        part = codes[:, :depth]
+        return DecodedGallery(rows.items, part, quantizer, output, config.hitrate_shard)
+
+    levels = codes.shape[1]
+    report = rows.measure(gallery(levels, "decoded"), config)
+    scores["embedding_hitrate_variant"] = "decoded"
     scores["embedding_hitrate_decoded"] = report.hitrate
     # Quantizers without an encoder sum codewords in the input space: one search serves both.
+    few = codes[:1]
+    decoded, summed = quantizer.decode(few), quantizer.codeword_sum(few)
     is_same = decoded.shape == summed.shape and np.array_equal(decoded, summed)
-    codes_report = report if is_same else rows.measure(summed[sid], config)
-    scores["embedding_hitrate_codes"] = codes_report.hitrate
+    summed_report = report if is_same else rows.measure(gallery(levels, "codes"), config)
+    scores["embedding_hitrate_codes"] = summed_report.hitrate
+    prefixes = [rows.measure(gallery(depth, "decoded"), config) for depth in range(1, levels)]
+    _add_prefixes(scores, prefixes)
     return report
+
+
+def _add_prefixes(scores: Scores, reports: Sequence[HitrateReport]) -> None:
+    for depth, report in enumerate(reports, start=1):
+        scores[f"embedding_hitrate_prefix_{depth}"] = report.hitrate
+
+
+def _parallel(table: SidTable, data: ParallelData, config: ScoreConfig) -> Scores:
+    from forge_ray.sid.metrics.parallel import parallel_probe  # torch, only where it is asked for
+
+    found = parallel_probe(
+        np.asarray(table.codes), table.codebook_sizes, data, config.parallel, seed=config.seed
+    )
+    return {
+        "parallel_bits": found.bits,
+        "parallel_item_hit": found.item_hit,
+        "parallel_item_hit_se": found.item_hit_se,
+        "parallel_item_ndcg": found.item_ndcg,
+        "parallel_users": found.num_targets,
+        "parallel_loss": found.loss,
+        "parallel_k": config.parallel.k,
+    }

@@ -136,9 +136,9 @@ def test_a_small_gallery_keeps_the_listed_items(dataset: Dataset) -> None:
     rows = load_inputs(dataset, config=config).hitrate
     assert rows is not None
     listed = set(rows.histories.values.tolist()) | set(rows.targets.tolist())
-    assert listed < set(rows.gallery.indices.tolist())
-    assert len(rows.gallery) == 40
-    assert np.array_equal(rows.gallery.vectors, dataset.vectors()[rows.gallery.indices])
+    assert listed < set(rows.items.tolist())
+    assert len(rows.items) == 40
+    assert np.array_equal(rows.raw_vectors(), dataset.vectors()[rows.items])
 
 
 def test_without_vectors_hitrate_is_none(store: ArtifactStore, dataset: Dataset) -> None:

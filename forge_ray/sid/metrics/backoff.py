@@ -160,6 +160,8 @@ def fit_model(
     codes: npt.NDArray[np.integer[Any]],
     transitions: Transitions,
     train_counts: npt.NDArray[np.integer[Any]],
+    *,
+    prefixes: PrefixIds | None = None,
 ) -> PrefixModel:
     """Group the transitions and the popularity by the prefixes of a code table.
 
@@ -167,8 +169,9 @@ def fit_model(
         codes: integer codes [N, L].
         transitions: item-to-item transitions of the train part.
         train_counts: train interactions of each item [N].
+        prefixes: `prefix_ids(codes)` when the caller has them already.
     """
-    prefixes = prefix_ids(codes)
+    prefixes = prefix_ids(codes) if prefixes is None else prefixes
     smoothed = train_counts + 0.5
     buckets = prefixes.ids[-1]
     mass = np.bincount(buckets, weights=smoothed / smoothed.sum())
@@ -264,6 +267,7 @@ def backoff_bits(
     *,
     em_steps: int = 60,
     tail_max_count: int = 5,
+    prefixes: PrefixIds | None = None,
 ) -> BackoffBits:
     """Run the probe on one code table. Sparse products only, memory O(transitions · levels).
 
@@ -272,8 +276,9 @@ def backoff_bits(
         data: transitions, popularity and held-out targets.
         em_steps: EM steps for the mixture.
         tail_max_count: a target with at most this many train interactions belongs to the tail.
+        prefixes: `prefix_ids(codes)` when the caller has them already.
     """
-    model = fit_model(codes, data.transitions, data.train_counts)
+    model = fit_model(codes, data.transitions, data.train_counts, prefixes=prefixes)
     mixture = fit_mixture(model.factors(data.fit), data.fit.row_weight, steps=em_steps)
     bits = -np.log2(model.factors(data.score) @ mixture + _FLOOR)
     weight = data.score.row_weight

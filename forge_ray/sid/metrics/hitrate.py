@@ -381,6 +381,25 @@ def refit_vectors(
     return total
 
 
+def refit_depths(
+    codes: npt.NDArray[np.integer[Any]],
+    codebook_sizes: Sequence[int],
+    vectors: npt.NDArray[np.floating[Any]],
+) -> Iterator[Floats]:
+    """Refit each depth 1..L on its own; see `refit_vectors`.
+
+    Args:
+        codes: integer codes [n, L].
+        codebook_sizes: codes per level, length L.
+        vectors: item vectors [n, D].
+
+    Yields:
+        float32 [n, D] for each depth.
+    """
+    for depth in range(1, codes.shape[1] + 1):
+        yield refit_vectors(codes[:, :depth], codebook_sizes[:depth], vectors)
+
+
 def _onehot(column: npt.NDArray[np.integer[Any]], size: int) -> Any:
     rows = np.arange(len(column) + 1)
     ones = np.ones(len(column), dtype=np.float32)

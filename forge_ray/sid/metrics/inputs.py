@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import logging
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -20,6 +21,7 @@ from forge_ray.artifacts import ArtifactInfo, ArtifactStore
 from forge_ray.config import to_mapping
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import DEFAULT_SPACE, Dataset, SequenceBatch, VectorBatch
+from forge_ray.embed.vectors import VectorSet, open_space
 from forge_ray.errors import ConfigError
 from forge_ray.sid.metrics.backoff import (
     ProbeData,
@@ -28,7 +30,13 @@ from forge_ray.sid.metrics.backoff import (
     merge_transitions,
     probe_rows,
 )
-from forge_ray.sid.metrics.hitrate import HitrateReport, embedding_hitrate
+from forge_ray.sid.metrics.config import ScoreConfig
+from forge_ray.sid.metrics.gallery import choose_items, raw_gallery
+from forge_ray.sid.metrics.hitrate import HitrateReport, hitrate_of
+from forge_ray.sid.metrics.neighbours import GallerySource
+from forge_ray.sid.metrics.parallel_data import ParallelData
+from forge_ray.sid.metrics.sharded import shard_tasks
+from forge_ray.sid.metrics.transitions import HeldOutTransitions
 
 logger = logging.getLogger(__name__)
 
@@ -38,58 +46,6 @@ Scores = dict[str, Any]
 """Metric name → number, or text where a number needs its variant named; None where undefined."""
 
 
-@dataclass(kw_only=True)
-class ScoreConfig:
-    """How much is read and how the behavioural metrics are computed."""
-
-    space: str | None = None
-    """Vector space of the dataset for embedding hitrate; by default the one the SIDs were fitted
-    on, and `default` for tables made elsewhere."""
-    max_users: int = 50_000
-    """Held-out users read for the probe; their standard error is about 0.01 bits at 20,000."""
-    max_train_users: int = 200_000
-    """Train users whose transitions are counted; about 120 bytes for each of their interactions."""
-    hitrate_users: int = 5_000
-    """Held-out users read for embedding hitrate, about as many as FORGE's lists."""
-    hitrate_k: int = 30
-    """Neighbours of each history item, as published."""
-    hitrate_history: int = 50
-    """Newest history items that search."""
-    hitrate_gallery: int = 200_000
-    """Most items searched; of larger catalogues the items of the scored lists and a seeded sample
-    of the rest (FORGE: about 500,000). Memory 4 bytes for each of D numbers."""
-    hitrate_exact_limit: int = 200_000
-    """Distinct vectors up to which the search is exact, HNSW beyond."""
-    probe_history: int = 5
-    """Newest history items the probe conditions on."""
-    probe_window: int = 3
-    """Largest distance of a counted transition."""
-    probe_decay: float = 0.6
-    """Weight of one more step, of distance in transitions and of age in histories."""
-    probe_steps: int = 60
-    """EM steps for the probe's mixture."""
-    tail_max_count: int = 5
-    """Train interactions up to which a target belongs to the tail."""
-    seed: int = 0
-    """Fixes the gallery sample, the halves of the validation users and the shuffled control."""
-
-    def __post_init__(self) -> None:
-        """Check the values."""
-        for name in (
-            "max_users",
-            "max_train_users",
-            "hitrate_users",
-            "hitrate_k",
-            "hitrate_history",
-            "hitrate_gallery",
-            "probe_history",
-            "probe_window",
-        ):
-            value = getattr(self, name)
-            if value < 1:
-                raise ConfigError(f"score.{name} must be >= 1, got {value}. Raise it.")
-
-
 @dataclass(frozen=True, eq=False)
 class HitrateRows:
     """Held-out lists for embedding hitrate, one row per target."""
@@ -97,24 +53,35 @@ class HitrateRows:
     histories: Ragged
     targets: npt.NDArray[np.int64]
     row_weight: npt.NDArray[np.float64]
-    gallery: VectorBatch
+    items: npt.NDArray[np.int64]
+    """Searched items in index order."""
+    gallery: GallerySource
+    """Their own vectors."""
 
-    def measure(self, vectors: npt.NDArray[np.floating[Any]], config: ScoreConfig) -> HitrateReport:
-        """Embedding hitrate of these rows by some vectors of the gallery's items.
+    def measure(self, source: GallerySource, config: ScoreConfig) -> HitrateReport:
+        """Embedding hitrate of these rows by some vectors of the searched items.
 
         Args:
-            vectors: [n, D], row i belonging to `gallery.indices[i]`.
+            source: the vectors; on Ray when they come in shards and a Ray is up.
             config: neighbours and search limits.
         """
-        return embedding_hitrate(
-            vectors,
+        return hitrate_of(
+            source,
             self.histories,
             self.targets,
-            items=self.gallery.indices,
             k=config.hitrate_k,
             exact_limit=config.hitrate_exact_limit,
             row_weight=self.row_weight,
+            tasks=shard_tasks(source.num_shards > 1),
         )
+
+    def raw_vectors(self) -> npt.NDArray[np.float32]:
+        """The searched items' own vectors [n, D] in memory, in the order of `items`."""
+        shards = [self.gallery.load(shard) for shard in range(self.gallery.num_shards)]
+        out = np.empty((len(self.items), shards[0][1].shape[1]), dtype=np.float32)
+        for items, vectors in shards:
+            out[np.searchsorted(self.items, items)] = vectors
+        return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +90,14 @@ class ScoreInputs:
 
     split: ScoreSplit
     probe: ProbeData
+    transitions: HeldOutTransitions
+    """From the newest history item to each held-out one, of all held-out users read."""
     hitrate: HitrateRows | None
     """None for a dataset without the vector space."""
+    sample: VectorBatch | None
+    """Items for similarity figures, with their vectors; None without vectors."""
+    parallel: ParallelData | None
+    """None while the trained probe is off."""
     ceiling: Scores
     """Embedding hitrate of the raw vectors, the same for every table."""
 
@@ -148,12 +121,19 @@ def load_inputs(
     config = ScoreConfig() if config is None else config
     if split not in ("validation", "test"):
         raise ConfigError(f"split must be validation or test, got {split!r}. Name one of them.")
-    held_out = _read_users(dataset, split, max(config.max_users, config.hitrate_users))
-    hitrate = _hitrate_rows(dataset, held_out, config)
+    users = max(config.max_users, config.hitrate_users, config.parallel.users)
+    held_out = _read_users(dataset, split, users)
+    vectors = _open_space(dataset, config, store)
+    hitrate = None if vectors is None else _hitrate_rows(vectors, held_out, config)
+    probe = _probe_data(dataset, held_out, split, config)
     return ScoreInputs(
         split=split,
-        probe=_probe_data(dataset, held_out, split, config),
+        probe=probe,
+        # On test the mixture's users are validation users: not what this form is about.
+        transitions=_transitions([probe.score] if split == "test" else [probe.fit, probe.score]),
         hitrate=hitrate,
+        sample=None if vectors is None else _sample(vectors, config),
+        parallel=_parallel_data(dataset, held_out, config) if config.parallel.steps else None,
         ceiling={} if hitrate is None else _ceiling(dataset, hitrate, split, config, store),
     )
 
@@ -222,57 +202,75 @@ def _first_half(users: SequenceBatch, config: ScoreConfig) -> npt.NDArray[np.boo
     return is_fit[users.targets.row_ids]
 
 
-def _hitrate_rows(
-    dataset: Dataset, users: SequenceBatch, config: ScoreConfig
-) -> HitrateRows | None:
+def _open_space(
+    dataset: Dataset, config: ScoreConfig, store: ArtifactStore | None
+) -> VectorSet | None:
     space = config.space or DEFAULT_SPACE
-    if space not in dataset.spaces:
-        logger.warning(
-            "dataset %s has no vector space %r: embedding hitrate is not computed",
-            dataset.name,
-            space,
+    if store is not None and config.space is not None:
+        return open_space(space, dataset, store)
+    if space in dataset.spaces:
+        return VectorSet(
+            key=dataset.key,
+            filesystem=dataset.filesystem,
+            files=tuple(dataset.vector_files(space)),
+            num_items=dataset.num_items,
+            dim=dataset.vector_dim(space),
         )
-        return None
+    logger.warning(
+        "dataset %s has no vector space %r: nothing that needs vectors is computed",
+        dataset.name,
+        space,
+    )
+    return None
+
+
+def _sample(vectors: VectorSet, config: ScoreConfig) -> VectorBatch:
+    drawn = np.random.default_rng(config.seed).permutation(vectors.num_items)
+    items = np.sort(drawn[: config.sample_items])
+    return VectorBatch(items, vectors.take(items))
+
+
+def _hitrate_rows(vectors: VectorSet, users: SequenceBatch, config: ScoreConfig) -> HitrateRows:
     users = _first_users(users, config.hitrate_users)
     assert users.targets is not None
     targets = users.targets
     histories = users.items.tail(config.hitrate_history)
-    listed = np.union1d(histories.values, targets.values)
+    items = choose_items(
+        np.union1d(histories.values, targets.values),
+        vectors.num_items,
+        limit=config.hitrate_gallery,
+        seed=config.seed,
+    )
     return HitrateRows(
         histories=histories.take(targets.row_ids),
         targets=targets.values.astype(np.int64),
         row_weight=1.0 / np.repeat(targets.lengths, targets.lengths),
-        gallery=_gallery(dataset, listed, space, config),
+        items=items,
+        gallery=raw_gallery(vectors, items, shard_items=config.hitrate_shard),
     )
 
 
-def _gallery(
-    dataset: Dataset, listed: npt.NDArray[np.integer[Any]], space: str, config: ScoreConfig
-) -> VectorBatch:
-    """Vectors of the searched items, in index order; 9 bytes per catalogue item beside them.
-
-    A uniform sample of a large catalogue would miss nearly every target, so the listed items come
-    first and the sample fills the rest.
-    """
-    rng = np.random.default_rng(config.seed)
-    limit = min(config.hitrate_gallery, dataset.num_items)
-    is_chosen = np.zeros(dataset.num_items, dtype=bool)
-    is_chosen[_draw(listed, limit, rng)] = True
-    is_chosen[_draw(np.flatnonzero(~is_chosen), limit - int(is_chosen.sum()), rng)] = True
-    indices = np.flatnonzero(is_chosen)
-    vectors = np.empty((limit, dataset.vector_dim(space)), dtype=np.float32)
-    for batch in dataset.vector_batches(space=space):
-        kept = is_chosen[batch.indices]
-        vectors[np.searchsorted(indices, batch.indices[kept])] = batch.vectors[kept]
-    return VectorBatch(indices, vectors)
+def _transitions(rows: Sequence[ProbeRows]) -> HeldOutTransitions:
+    """Steps from the newest history item to the target."""
+    source = np.concatenate([one.items[:, 0] for one in rows])
+    target = np.concatenate([one.target for one in rows])
+    has_history = np.concatenate([one.weights[:, 0] > 0 for one in rows])
+    kept = has_history & (source != target)
+    weight = np.concatenate([one.row_weight for one in rows])
+    return HeldOutTransitions(source[kept], target[kept], weight[kept])
 
 
-def _draw(
-    items: npt.NDArray[np.integer[Any]], limit: int, rng: np.random.Generator
-) -> npt.NDArray[np.integer[Any]]:
-    if len(items) <= limit:
-        return items
-    return items[rng.choice(len(items), size=limit, replace=False, shuffle=False)]
+def _parallel_data(dataset: Dataset, users: SequenceBatch, config: ScoreConfig) -> ParallelData:
+    users = _first_users(users, config.parallel.users)
+    assert users.targets is not None
+    length = config.parallel.history
+    batches = dataset.sequence_batches("train", limit=config.max_train_users)
+    train = [batch.items.tail(length + 1) for batch in batches]
+    return ParallelData(
+        train=Ragged.concatenate(train),
+        histories=users.items,
+        targets=users.targets,
+    )
 
 
 def _ceiling(
@@ -283,7 +281,7 @@ def _ceiling(
     store: ArtifactStore | None,
 ) -> Scores:
     def measure() -> Scores:
-        report = rows.measure(rows.gallery.vectors, config)
+        report = rows.measure(rows.gallery, config)
         return {
             "embedding_hitrate_raw": none_if_nan(report.hitrate),
             "embedding_hitrate_k": config.hitrate_k,
