@@ -119,6 +119,26 @@ class QuantizerContract:
         everything = fitted.last_level_candidates(vectors[:30], 10 * size)
         assert np.array_equal(np.sort(everything, axis=1), np.tile(np.arange(size), (30, 1)))
 
+    def test_distances_rank_the_candidates(self, fitted: Quantizer, vectors: np.ndarray) -> None:
+        size = fitted.codebook_sizes[-1]
+        distances = fitted.last_level_distances(vectors[:30])
+        assert distances.shape == (30, size)
+        assert distances.dtype == np.float32
+        assert fitted.last_level_distances(vectors[:0]).shape == (0, size)
+        ranked = fitted.last_level_candidates(vectors[:30], size)
+        assert np.array_equal(np.argsort(distances, axis=1, kind="stable"), ranked)
+        alone = fitted.last_level_distances(vectors[7:8])
+        assert np.array_equal(alone[0], distances[7])
+
+    def test_vectors_that_must_not_be_written_are_coded(
+        self, fitted: Quantizer, vectors: np.ndarray
+    ) -> None:
+        frozen = np.tile(vectors, (4, 1))
+        before = frozen.copy()
+        frozen.flags.writeable = False
+        assert np.array_equal(fitted.encode(frozen), fitted.encode(before))
+        assert np.array_equal(frozen, before)
+
     def test_bad_input_is_refused(self, config: QuantizerConfig, fitted: Quantizer) -> None:
         with pytest.raises(DataError, match="vectors must have shape"):
             fitted.encode(np.zeros((3, 5), dtype=np.float32))

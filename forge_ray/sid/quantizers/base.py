@@ -17,6 +17,7 @@ import torch
 
 from forge_ray.config import Component
 from forge_ray.errors import ConfigError, DataError, TrainingError
+from forge_ray.sid.quantizers.nearest import nearest_codes, rank_nearest
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 Int64Array: TypeAlias = npt.NDArray[np.int64]
@@ -24,7 +25,7 @@ Report: TypeAlias = Callable[[int, Mapping[str, float]], None]
 """Called with a step number and the metrics at that step."""
 
 CHUNK_ROWS = 1024
-"""Rows per kernel call; 1024 x 8192 distances take 32 MB."""
+"""Rows per network or distance call; 1024 x 8192 distances take 32 MB."""
 
 
 def ignore_report(step: int, metrics: Mapping[str, float]) -> None:
@@ -115,7 +116,7 @@ class Quantizer(ABC):
     """Residual codebooks over a latent space; subclasses say how to reach it and come back.
 
     A row's codes depend on that row alone: kernels always see chunks of `CHUNK_ROWS` rows, the last
-    one padded, so no batch boundary can flip a near tie.
+    one padded, so no batch boundary can flip a near tie. Kernels must not write into their chunk.
     """
 
     input_dim: int
@@ -125,12 +126,16 @@ class Quantizer(ABC):
     codebooks: list[torch.Tensor]
     """One float32 [K_l, d] per level; empty before `fit` or `load_state_dict`."""
     seed: int
+    fit_device: torch.device
+    """Where `fit` does its work, set by `to`."""
 
     def __init__(self, input_dim: int, codebook_sizes: tuple[int, ...], *, seed: int) -> None:
         self.input_dim = input_dim
         self.codebook_sizes = codebook_sizes
         self.codebooks = []
         self.seed = seed
+        self.fit_device = torch.device("cpu")
+        self._norms: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
 
     @property
     def device(self) -> torch.device:
@@ -211,16 +216,29 @@ class Quantizer(ABC):
         Returns:
             int64 [n, min(limit, K_L)]: last-level codes, the vector's own one first.
         """
+        width = min(limit, self.codebook_sizes[-1])
+        out = np.empty((len(vectors), width), dtype=np.int64)
+        for start in range(0, len(vectors), CHUNK_ROWS):
+            rows = slice(start, start + CHUNK_ROWS)
+            out[rows] = rank_nearest(self.last_level_distances(vectors[rows]), limit)
+        return out
+
+    def last_level_distances(self, vectors: FloatArray) -> FloatArray:
+        """Measure every last code under each vector's own prefix.
+
+        Args:
+            vectors: float32 [n, D]; ask for a few thousand rows at a time.
+
+        Returns:
+            float32 [n, K_L]: what `encode` minimises, the squared distance of the last residual to
+            each codeword (plus the codeword's price, where the last level is balanced).
+        """
         self._require_fitted()
         self._check_width(vectors)
-        width = min(limit, self.codebook_sizes[-1])
-
-        def nearest(chunk: torch.Tensor) -> torch.Tensor:
-            residual = self._assign(self._to_latent(chunk)).last_residual
-            distances = squared_distances(residual, self.codebooks[-1])
-            return distances.argsort(dim=1, stable=True)[:, :width]
-
-        return _in_chunks(nearest, vectors, device=self.device, width=width)
+        width = self.codebook_sizes[-1]
+        return _in_chunks(
+            self._last_distances, vectors, device=self.device, width=width, dtype=np.float32
+        )
 
     def item_order(self, num_items: int) -> Int64Array | None:
         """Say whose vector codes each item; None: its own, as in every quantizer but a control.
@@ -238,7 +256,8 @@ class Quantizer(ABC):
         return {}
 
     def to(self, device: str | torch.device) -> Quantizer:
-        """Move the codebooks to a device and return self."""
+        """Move the codebooks, and the work of a later `fit`, to a device and return self."""
+        self.fit_device = torch.device(device)
         self.codebooks = [codebook.to(device) for codebook in self.codebooks]
         return self
 
@@ -269,13 +288,27 @@ class Quantizer(ABC):
         return self._assign(self._to_latent(chunk)).codes
 
     def _assign(self, latents: torch.Tensor) -> Assignment:
-        residual, codes = latents, []
-        for codebook in self.codebooks:
-            last = residual
-            code = squared_distances(residual, codebook).argmin(dim=1)
-            residual = residual - codebook[code]
-            codes.append(code)
+        last = latents
+        codes: list[torch.Tensor] = []
+        for level, codebook in enumerate(self.codebooks):
+            if level:
+                last = last - self.codebooks[level - 1][codes[-1]]
+            codes.append(nearest_codes(last, codebook, self._offsets(level)))
         return Assignment(torch.stack(codes, dim=1), last)
+
+    def _last_distances(self, chunk: torch.Tensor) -> torch.Tensor:
+        last = self._assign(self._to_latent(chunk)).last_residual
+        scores = torch.addmm(self._offsets(-1), last, self.codebooks[-1].T, alpha=-2.0)
+        return scores + last.square().sum(dim=1, keepdim=True)
+
+    def _offsets(self, level: int) -> torch.Tensor:
+        """What is added to -2 <r, c_k> at a level, float32 [K_l]: the squared norms."""
+        level %= self.num_levels
+        codebook = self.codebooks[level]
+        # Norms of 8192 x 512 codewords cost as much as coding 50 rows; a chunk should not pay it.
+        if level not in self._norms or self._norms[level][0] is not codebook:
+            self._norms[level] = (codebook, codebook.square().sum(dim=1))
+        return self._norms[level][1]
 
     def _sum(self, codes: npt.NDArray[np.integer[Any]]) -> torch.Tensor:
         indices = torch.from_numpy(np.asarray(codes, dtype=np.int64)).to(self.device)
@@ -338,12 +371,17 @@ def _in_chunks(
     *,
     device: torch.device,
     width: int,
-) -> Int64Array:
+    dtype: npt.DTypeLike = np.int64,
+) -> npt.NDArray[Any]:
     """Run a kernel over padded chunks of equal size, so that a row's result is its own."""
-    out = np.empty((len(vectors), width), dtype=np.int64)
+    out = np.empty((len(vectors), width), dtype=dtype)
     for start in range(0, len(vectors), CHUNK_ROWS):
-        rows = vectors[start : start + CHUNK_ROWS]
-        chunk = torch.zeros(CHUNK_ROWS, vectors.shape[1])
-        chunk[: len(rows)] = torch.from_numpy(np.array(rows, dtype=np.float32))
-        out[start : start + len(rows)] = kernel(chunk.to(device))[: len(rows)].cpu().numpy()
+        rows = np.ascontiguousarray(vectors[start : start + CHUNK_ROWS], dtype=np.float32)
+        count = len(rows)
+        # torch refuses to share memory that must not be written, such as a memory map's.
+        if count < CHUNK_ROWS or not rows.flags.writeable:
+            padded = np.zeros((CHUNK_ROWS, rows.shape[1]), dtype=np.float32)
+            padded[:count] = rows
+            rows = padded
+        out[start : start + count] = kernel(torch.from_numpy(rows).to(device))[:count].cpu().numpy()
     return out

@@ -91,6 +91,18 @@ class RandomCodes(Quantizer):
         size = self.codebook_sizes[-1]
         return hashed_orders(_hash_rows(vectors), size, limit, seed=self.seed)
 
+    def last_level_distances(self, vectors: FloatArray) -> FloatArray:
+        """Place every last code at its rank among the candidates: no distance means anything here.
+
+        Args:
+            vectors: float32 [n, D].
+
+        Returns:
+            float32 [n, K_L], a permutation of 0..K_L - 1 in each row.
+        """
+        ranked = self.last_level_candidates(vectors, self.codebook_sizes[-1])
+        return np.argsort(ranked, axis=1).astype(np.float32)
+
     def _hash_codes(self, vectors: FloatArray) -> Int64Array:
         state = _hash_rows(vectors)
         salts = splitmix64(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -40,12 +43,70 @@ class TestRqKmeans(ResidualContract):
         assert len(curve) == 3
         assert len(np.unique(quantizer.encode(vectors)[:, 0])) == 16
 
-    def test_iterations_change_the_result(self, vectors: np.ndarray) -> None:
-        states = [
-            self.fit(RqKmeansConfig(codebook_size=16, iterations=n), vectors).state_dict()
-            for n in (1, 10)
-        ]
-        assert not np.array_equal(states[0]["codebook.0"], states[1]["codebook.0"])
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"iterations": 1},
+            {"init": "k-means++"},
+            {"init": "progressive"},
+            {"max_points_per_code": 10},
+            {"balanced_last": True},
+        ],
+        ids=str,
+    )
+    def test_every_field_changes_the_result(
+        self, change: dict[str, Any], vectors: np.ndarray
+    ) -> None:
+        base = RqKmeansConfig(codebook_size=16)
+        states = [self.fit(one, vectors).state_dict() for one in (base, replace(base, **change))]
+        assert not np.array_equal(states[0]["codebook.2"], states[1]["codebook.2"])
+
+    def test_the_manifest_gets_the_sample(self, vectors: np.ndarray) -> None:
+        quantizer = self.fit(RqKmeansConfig(sizes=[16, 32, 64], max_points_per_code=10), vectors)
+        assert quantizer.facts() == {
+            "fit_vectors": 400,
+            "clustered_vectors": [160, 320, 400],
+        }
+
+
+class TestBalancedRqKmeans(ResidualContract):
+    @pytest.fixture(scope="class")
+    @classmethod
+    def config(cls) -> RqKmeansConfig:
+        return RqKmeansConfig(levels=3, sizes=[16, 8, 8], iterations=10, balanced_last=True)
+
+    def test_only_the_last_level_differs_and_is_even(
+        self, config: RqKmeansConfig, fitted: Quantizer, vectors: np.ndarray
+    ) -> None:
+        plain = self.fit(replace(config, balanced_last=False), vectors)
+        for level in (0, 1):
+            name = f"codebook.{level}"
+            assert np.array_equal(fitted.state_dict()[name], plain.state_dict()[name])
+        codes, before = fitted.encode(vectors), plain.encode(vectors)
+        assert np.array_equal(codes[:, :2], before[:, :2])
+        counts = np.bincount(codes[:, 2], minlength=8)
+        assert np.abs(counts - 50).max() <= 10
+        assert entropy(codes[:, 2], 8) > entropy(before[:, 2], 8)
+
+    def test_unseen_vectors_are_even_too_at_little_cost(self) -> None:
+        config = RqKmeansConfig(codebook_size=16, balanced_last=True)
+        vectors = clustered_vectors(4000)
+        seen, unseen = vectors[:2000], vectors[2000:]
+        balanced = self.fit(config, seen)
+        plain = self.fit(replace(config, balanced_last=False), seen)
+        codes, before = balanced.encode(unseen), plain.encode(unseen)
+        assert entropy(codes[:, 2], 16) > max(0.995, entropy(before[:, 2], 16))
+        error, plain_error = (
+            np.square(one.decode(some) - unseen).sum()
+            for one, some in ((balanced, codes), (plain, before))
+        )
+        assert error < 1.05 * plain_error
+
+
+def entropy(codes: np.ndarray, size: int) -> float:
+    share = np.bincount(codes, minlength=size) / len(codes)
+    share = share[share > 0]
+    return float(-(share * np.log(share)).sum() / np.log(size))
 
 
 def test_duplicate_vectors_do_not_break_fitting() -> None:
