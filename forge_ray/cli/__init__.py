@@ -18,6 +18,7 @@ from forge_ray.errors import ForgeError
 
 GROUPS = {
     "data": "Import, synthesise, prepare, describe and validate datasets.",
+    "embed": "Make vector spaces of texts and images.",
     "sid": "Fit, score and show semantic IDs.",
     "gr": "Train, evaluate and use generative-retrieval models.",
     "sweep": "Run, watch, report and finalize pruned sweeps over SID designs.",
