@@ -50,15 +50,20 @@ if TYPE_CHECKING:
     from forge_ray.sid.storage import SidArtifact
 
 __all__ = [
+    "Control",
     "ScoreConfig",
     "ScoreInputs",
     "ScoreSplit",
     "Scores",
+    "control_table",
     "load_inputs",
     "score_sids",
     "score_table",
 ]
 
+
+Control = Literal["shuffled", "random"]
+"""Tables without meaning: the rows of a table permuted, or random SIDs with its bucket sizes."""
 
 _TABLE_FIGURES = (
     "num_items",
@@ -136,6 +141,7 @@ def score_sids(
     config: ScoreConfig | None = None,
     *,
     split: ScoreSplit = "validation",
+    control: Control | None = None,
 ) -> Scores:
     """Score a fitted SID artifact, computed once: cached as an artifact of kind `scores`.
 
@@ -145,6 +151,7 @@ def score_sids(
         store: where the scores are kept.
         config: limits and constants.
         split: `validation` for proxies; `test` is for reports after selection.
+        control: score this control of the table instead.
 
     Returns:
         As `score_table`, with `seconds`, the time that computing them took.
@@ -158,9 +165,11 @@ def score_sids(
         with timed(scores, "seconds"):
             inputs = load_inputs(dataset, split=split, config=config, store=store)
             scores |= score_table(
-                sids.table,
+                sids.table
+                if control is None
+                else control_table(sids.table, control, seed=config.seed),
                 dataset,
-                raw=sids.raw,
+                raw=sids.raw if control is None else None,
                 quantizer=_quantizer(sids),
                 fitted=_fitted(sids, dataset, store, inputs),
                 config=config,
@@ -171,12 +180,28 @@ def score_sids(
     artifact = store.build(
         KIND,
         sids.artifact.manifest.name,
-        {"score": to_mapping(config), "split": split},
+        {"score": to_mapping(config), "split": split, **({"control": control} if control else {})},
         parents=(sids.artifact.key, dataset.key),
         produce=produce,
         command=f"forge-ray sid score {sids.artifact.manifest.ref}",
     )
     return dict(artifact.manifest.metrics)
+
+
+def control_table(table: SidTable, control: Control, *, seed: int = 0) -> SidTable:
+    """Make the control of a table: the same shape and bucket sizes, no meaning.
+
+    Args:
+        table: the table to be controlled for.
+        control: which one.
+        seed: fixes the permutation or the draw.
+    """
+    codes = np.asarray(table.codes)
+    if control == "shuffled":
+        made = shuffled_codes(codes, seed=seed)
+    else:
+        made = random_codes(codes, table.codebook_sizes, seed=seed)
+    return SidTable.from_codes(made, table.codebook_sizes, resolver=control, parent=table.key)
 
 
 def _quantizer(sids: SidArtifact) -> Quantizer:
