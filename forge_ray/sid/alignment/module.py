@@ -11,7 +11,8 @@ from torch import nn
 
 from forge_ray.errors import ConfigError
 from forge_ray.sid.alignment.batch import AlignmentBatch, UserView, View
-from forge_ray.sid.alignment.terms import Sides, Term, TermConfig
+from forge_ray.sid.alignment.sides import Sides
+from forge_ray.sid.alignment.terms import Term, TermConfig
 from forge_ray.sid.alignment.users import UserTokenizer, UserTokenizerConfig
 
 

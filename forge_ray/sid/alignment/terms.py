@@ -7,8 +7,7 @@ of all workers.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -16,7 +15,8 @@ from torch import nn
 from torch.nn import functional
 
 from forge_ray.errors import ConfigError
-from forge_ray.sid.alignment.batch import IDENTITY, INTERACTIONS, AlignmentBatch
+from forge_ray.sid.alignment.batch import IDENTITY, INTERACTIONS
+from forge_ray.sid.alignment.sides import End, Sides, off_diagonal
 
 USER_TENSORS = ("user_z", "user_z_q", "user_teacher")
 TEACHER_TENSORS = ("teacher", "user_teacher")
@@ -148,54 +148,6 @@ class TermConfig:
             )
 
 
-class Sides:
-    """The tensors of a batch by name, for anchors (0) and positives (1), each gathered once."""
-
-    tensors: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]]
-    items: tuple[torch.Tensor, torch.Tensor]
-    """int64 [B] each."""
-    users: tuple[torch.Tensor, torch.Tensor] | None
-    """int64 [B] each; None without users."""
-    batch: AlignmentBatch
-
-    def __init__(
-        self,
-        batch: AlignmentBatch,
-        tensors: tuple[Mapping[str, torch.Tensor], Mapping[str, torch.Tensor]],
-    ) -> None:
-        self.batch = batch
-        self.tensors = tensors
-        self.items = (batch.anchor.items, batch.positive.items)
-        self.users = None
-        if batch.user is not None and batch.user_positive is not None:
-            self.users = (batch.user.users, batch.user_positive.users)
-        self._sharing: torch.Tensor | None = None
-        self._columns: dict[tuple[int, str, bool], torch.Tensor] = {}
-
-    def rows(self, side: int, name: str, *, unit: bool) -> torch.Tensor:
-        """This worker's rows of a tensor, of unit length if asked, [B, d]."""
-        rows = self.tensors[side][name]
-        return functional.normalize(rows, dim=1) if unit else rows
-
-    def columns(self, side: int, name: str, *, unit: bool) -> torch.Tensor:
-        """The rows of all workers, [C, d]."""
-        key = (side, name, unit)
-        if key not in self._columns:
-            self._columns[key] = self.batch.gather(self.rows(side, name, unit=unit))
-        return self._columns[key]
-
-    @property
-    def sharing(self) -> torch.Tensor:
-        """Pairs that have an item or a user in common with a local pair, bool [B, C]."""
-        # No cached_property: in Python 3.10 and 3.11 it holds a lock while other workers' threads
-        # would have to gather.
-        if self._sharing is None:
-            self._sharing = share_an_end(self.items, self.batch)
-            if self.users is not None:
-                self._sharing = self._sharing | share_an_end(self.users, self.batch)
-        return self._sharing
-
-
 class Term(nn.Module):
     """A term's parameters, the temperature and the projector, and its loss."""
 
@@ -254,51 +206,38 @@ class Term(nn.Module):
 
     def _directed(self, sides: Sides, first: int, second: int) -> torch.Tensor:
         config = self.config
-        anchor = _End(first, config.key(config.anchor), config.similarity != "dot")
+        anchor = End(first, config.key(config.anchor), config.similarity != "dot")
         at = first if config.pairing == "own" else second
-        positive = _End(at, config.key(config.positive), config.similarity == "cos")
+        positive = End(at, config.key(config.positive), config.similarity == "cos")
         loss = self._search(sides, anchor, positive)
         return (loss + self._search(sides, positive, anchor)) / 2 if config.symmetric else loss
 
-    def _search(self, sides: Sides, anchor: _End, positive: _End) -> torch.Tensor:
-        batch = sides.batch
-        rows, columns = self._rows(sides, anchor), self._columns(sides, positive)
-        excluded = _false_negatives(self.config.mask, sides, anchor.side, positive.side)
+    def _search(self, sides: Sides, anchor: End, positive: End) -> torch.Tensor:
+        rank = sides.batch.rank
+        logits = self.scale * self._products(sides, anchor, positive)
+        excluded = sides.excluded(self.config.mask, anchor.side, positive.side)
         known = _is_known(sides, anchor, positive)
         if known is None:
-            logits = self.scale * (rows @ columns.T)
-            return info_nce(logits, rank=batch.rank, excluded=excluded).mean()
-        known_columns = batch.gather(known)
-        unknown = _off_diagonal(~known_columns.expand(len(rows), -1), batch.rank)
+            return info_nce(logits, rank=rank, excluded=excluded).mean()
+        known_columns = sides.batch.gather(known)
+        unknown = off_diagonal(~known_columns.expand(len(logits), -1), rank)
         excluded = unknown if excluded is None else excluded | unknown
-        losses = info_nce(self.scale * (rows @ columns.T), rank=batch.rank, excluded=excluded)
+        losses = info_nce(logits, rank=rank, excluded=excluded)
         # The workers' mean must be the mean over all rows with a teacher, wherever they are.
         share = known_columns.to(losses.dtype).mean().clamp(min=1 / len(known_columns))
         return torch.where(known, losses, 0.0).mean() / share
 
-    def _rows(self, sides: Sides, end: _End) -> torch.Tensor:
-        if self.projector is None or not self._projects(end):
-            return sides.rows(end.side, end.name, unit=end.unit)
-        rows = self.projector(sides.rows(end.side, end.name, unit=False))
+    def _products(self, sides: Sides, anchor: End, positive: End) -> torch.Tensor:
+        if self.projector is None:
+            return sides.products(anchor, positive)
+        rows, columns = (self._projected(sides, end) for end in (anchor, positive))
+        return rows @ sides.batch.gather(columns).T
+
+    def _projected(self, sides: Sides, end: End) -> torch.Tensor:
+        if self.projector is None or end.name != self.config.key(self.config.anchor):
+            return sides.rows(end)
+        rows = self.projector(sides.rows(replace(end, unit=False)))
         return functional.normalize(rows, dim=1) if end.unit else rows
-
-    def _columns(self, sides: Sides, end: _End) -> torch.Tensor:
-        if self.projector is None or not self._projects(end):
-            return sides.columns(end.side, end.name, unit=end.unit)
-        return sides.batch.gather(self._rows(sides, end))
-
-    def _projects(self, end: _End) -> bool:
-        return end.name == self.config.key(self.config.anchor)
-
-
-@dataclass(frozen=True)
-class _End:
-    """One end of a search."""
-
-    side: int
-    """0 for anchors, 1 for positives of the batch."""
-    name: str
-    unit: bool
 
 
 def info_nce(
@@ -320,44 +259,7 @@ def info_nce(
     return functional.cross_entropy(logits, own, reduction="none")
 
 
-def _false_negatives(mask: str, sides: Sides, rows: int, columns: int) -> torch.Tensor | None:
-    if mask == "none":
-        return None
-    batch = sides.batch
-    excluded = sides.sharing
-    if mask == "known":
-        if batch.known is None:
-            raise ValueError("batch.known must be given for a term with mask known, got None.")
-        found = batch.known.between(sides.items[rows], batch.gather(sides.items[columns]))
-        excluded = excluded | found
-    return _off_diagonal(excluded, batch.rank)
-
-
-def share_an_end(ends: tuple[torch.Tensor, torch.Tensor], batch: AlignmentBatch) -> torch.Tensor:
-    """Mark the pairs of the global batch that have an item (or user) in common with a local pair.
-
-    Args:
-        ends: int64 [B] anchors and positives.
-        batch: how rows are gathered.
-
-    Returns:
-        bool [B, C], True for a pair with itself.
-    """
-    anchor, positive = (end[:, None] for end in ends)
-    anchors, positives = (batch.gather(end) for end in ends)
-    same = (anchor == anchors) | (positive == positives)
-    return same | (anchor == positives) | (positive == anchors)
-
-
-def _off_diagonal(marked: torch.Tensor, rank: int) -> torch.Tensor:
-    """A copy in which every row's own column is not marked."""
-    rows = torch.arange(len(marked), device=marked.device)
-    marked = marked.clone()
-    marked[rows, rows + rank * len(marked)] = False
-    return marked
-
-
-def _is_known(sides: Sides, *ends: _End) -> torch.Tensor | None:
+def _is_known(sides: Sides, *ends: End) -> torch.Tensor | None:
     """Rows whose teacher vectors are not zero, bool [B]; None without a teacher."""
     teachers = [end for end in ends if end.name.partition(".")[0] in TEACHER_TENSORS]
     rows = [sides.tensors[end.side][end.name].any(dim=1) for end in teachers]
