@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 _GOLDEN = 0x9E3779B97F4A7C15
 _FNV_OFFSET = np.uint64(0xCBF29CE484222325)
 _FNV_PRIME = np.uint64(0x100000001B3)
-_CHUNK_ROWS = 1 << 20
+_CHUNK_ROWS = 1 << 16
 
 
 def mix64(state: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -48,7 +48,11 @@ def hash_bytes(ids: NDArray[np.bytes_]) -> NDArray[np.uint64]:
     letters = ids.view(np.uint8).reshape(len(ids), -1) if len(ids) else np.empty((0, 0), np.uint8)
     state = np.full(len(ids), _FNV_OFFSET, dtype=np.uint64)
     for column in letters.T:
-        np.copyto(state, (state ^ column) * _FNV_PRIME, where=column != 0)
+        if column.all():
+            state ^= column
+            state *= _FNV_PRIME
+        else:
+            np.copyto(state, (state ^ column) * _FNV_PRIME, where=column != 0)
     return mix64(state)
 
 
@@ -56,7 +60,7 @@ def hash_ids(ids: NDArray[Any] | pa.Array | pa.ChunkedArray) -> NDArray[np.uint6
     """Hash ids ``[n]`` to uint64, equal for an integer and its decimal spelling.
 
     Args:
-        ids: strings, UTF-8 bytes or integers. A chunk of a million is spelled out at a time.
+        ids: strings, UTF-8 bytes or integers. A chunk that fits the cache is spelled out at a time.
     """
     out = np.empty(len(ids), dtype=np.uint64)
     for start in range(0, len(ids), _CHUNK_ROWS):

@@ -140,7 +140,7 @@ def place_on_ray(
     """
     partitions = _Partitions.cut(problem, partition_rows)
     rows = config.rows_to_place(problem)
-    shared = ray.put(_Shared(config, problem, partitions, state))
+    shared = ray.put(_Shared(config, replace(problem), partitions, state))
     if len(rows):
         placed = tasks.exchange(
             tasks.for_each(
@@ -174,7 +174,7 @@ class _Partitions:
     def cut(cls, problem: Problem, partition_rows: int) -> _Partitions:
         """Cut into partitions of about `partition_rows`; a larger prefix stays whole."""
         count = max(1, -(-problem.num_items // partition_rows))
-        prefixes = (problem.keys() // problem.last_size).astype(np.uint64)
+        prefixes = (problem.keys // problem.last_size).astype(np.uint64)
         of_row = (mix64(prefixes + np.uint64(1)) % np.uint64(count)).astype(np.int32)
         sizes = np.bincount(of_row, minlength=count)
         return cls(of_row, np.argsort(of_row, kind="stable"), np.cumsum(sizes))

@@ -6,7 +6,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forge_ray.sid.resolvers.base import Int64Array, IntArray, Placement, Problem, Resolution
-from forge_ray.sid.resolvers.groups import order_by_group, positions, run_starts, shared_counts
+from forge_ray.sid.resolvers.groups import positions
 
 
 def number_items(problem: Problem, *order_by: npt.NDArray[np.generic]) -> Placement:
@@ -20,22 +20,19 @@ def number_items(problem: Problem, *order_by: npt.NDArray[np.generic]) -> Placem
     Returns:
         Codes [N, L + 1]. New items take the numbers after the largest published one of their SID.
     """
-    keys = problem.keys()
     old = _published_numbers(problem)
     token = np.maximum(old, 0)
-    crowded = np.flatnonzero(shared_counts(keys) > 1)
-    is_old = old[crowded] >= 0
+    crowded = problem.groups.crowded(1)
+    rows, keys = crowded.order, crowded.keys
     # Published first, by their number: what follows the last of them is the next free number.
-    order = order_by_group(
-        keys[crowded], ~is_old, old[crowded], *(values[crowded] for values in order_by)
-    )
-    rows = crowded[order]
-    starts = run_starts(keys[rows])
-    lengths = np.diff(np.append(starts, len(rows)))
-    first_free = np.maximum.reduceat(old[rows], starts) + 1 if len(rows) else rows
-    num_old = np.add.reduceat(old[rows] >= 0, starts) if len(rows) else rows
-    number = positions(keys[rows]) + np.repeat(first_free - num_old, lengths)
-    token[rows] = np.where(old[rows] >= 0, old[rows], number)
+    by = (old[rows] < 0, old[rows], *(values[rows] for values in order_by))
+    rows = rows[np.lexsort((*by[::-1], keys))]
+    is_old = old[rows] >= 0
+    if len(rows):
+        first_free = np.maximum.reduceat(old[rows], crowded.starts) + 1
+        num_old = np.add.reduceat(is_old.astype(np.int64), crowded.starts)
+        number = positions(keys) + np.repeat(first_free - num_old, crowded.sizes)
+        token[rows] = np.where(is_old, old[rows], number)
     return Placement(np.column_stack([problem.current(), token]))
 
 
@@ -49,7 +46,7 @@ def finish_numbers(placement: Placement, problem: Problem) -> Resolution:
         codes = codes[:, :depth]
     else:
         sizes = (*sizes, int(codes[:, depth].max(initial=0)) + 1)
-    return Resolution(codes, sizes, np.zeros(len(codes), dtype=bool))
+    return Resolution(codes, sizes)
 
 
 def _published_numbers(problem: Problem) -> Int64Array:

@@ -25,7 +25,7 @@ from forge_ray.sid.resolvers.base import (
     ResolverConfig,
     require_source,
 )
-from forge_ray.sid.resolvers.groups import order_by_group, run_starts, shared_counts
+from forge_ray.sid.resolvers.groups import compact, order_by_hash, run_lengths, run_starts
 
 _BLOCK_CELLS = 1 << 22
 
@@ -81,7 +81,7 @@ class AssignmentConfig(ResolverConfig):
         require_source(source, kind=self.kind, name="distances")
         assert source is not None
         codes = np.array(problem.current())
-        before = after = 0.0
+        before = after = moved = 0.0
         for movers in _blocks(_find_movers(problem), problem):
             distances = np.asarray(source(movers.rows), dtype=np.float64)
             distances = distances - distances.min(axis=1, keepdims=True)
@@ -90,36 +90,46 @@ class AssignmentConfig(ResolverConfig):
             each = np.arange(len(chosen))
             before += float(distances[each, movers.own].sum())
             after += float(distances[each, chosen].sum())
-        return Placement(codes, {"distance_before": before, "distance_after": after})
+            moved += float((chosen != movers.own).sum())
+        totals = {"distance_before": before, "distance_after": after, "moved": moved}
+        return Placement(codes, totals)
 
     def finish(self, placement: Placement, problem: Problem) -> Resolution:
         """Say what moving costs, and how many prefixes were too large."""
         resolution = super().finish(placement, problem)
-        moved = max(1, int((placement.codes[:, -1] != problem.current()[:, -1]).sum()))
         totals = placement.totals
         added = totals.get("distance_after", 0.0) - totals.get("distance_before", 0.0)
-        stuck = problem.keys()[resolution.over_capacity] // problem.last_size
+        shared = problem.groups.keys[problem.groups.starts[problem.groups.sizes > 1]]
+        stuck = np.unique(shared[~_fits(problem, shared)] // problem.last_size)
         report = {
-            "mean_distance_added": added / moved,
-            "prefixes_too_large": float(len(np.unique(stuck))),
+            "mean_distance_added": added / max(1.0, totals.get("moved", 0.0)),
+            "prefixes_too_large": float(len(stuck)),
         }
         return replace(resolution, report=report)
 
 
 def _find_movers(problem: Problem) -> Int64Array:
     """Rows that take part in an assignment, ordered by prefix, then hash; int64 [m]."""
-    keys = problem.keys()
-    prefixes = keys // problem.last_size
-    fits = shared_counts(prefixes) <= problem.last_size
-    rows = np.flatnonzero((shared_counts(keys) > 1) & fits & ~problem.is_published)
-    return rows[order_by_group(prefixes[rows], problem.hashes[rows])]
+    crowded = problem.groups.crowded(1)
+    kept = _fits(problem, crowded.keys) & ~problem.is_published[crowded.order]
+    rows = crowded.order[kept]
+    prefixes = compact(crowded.keys[kept] // problem.last_size)
+    return rows[order_by_hash(prefixes, problem.hashes[rows])]
+
+
+def _fits(problem: Problem, keys: Int64Array) -> npt.NDArray[np.bool_]:
+    """Whether the prefix of each key [m], ascending, has no more items than codes."""
+    prefixes = problem.groups.keys // problem.last_size
+    starts = run_starts(prefixes)
+    at = np.searchsorted(prefixes[starts], keys // problem.last_size)
+    return np.asarray(run_lengths(prefixes)[at] <= problem.last_size)
 
 
 def _blocks(rows: Int64Array, problem: Problem) -> Iterator[Movers]:
     if not len(rows):
         return
     size = problem.last_size
-    keys = problem.keys()
+    keys = problem.keys
     prefixes = keys[rows] // size
     stays = np.ones(len(keys), dtype=bool)
     stays[rows] = False

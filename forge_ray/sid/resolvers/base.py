@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -22,7 +23,7 @@ import numpy.typing as npt
 from forge_ray.config import Component
 from forge_ray.data.hashing import distinct_hashes
 from forge_ray.errors import ConfigError
-from forge_ray.sid.resolvers.groups import bucket_sizes, position_in_group, shared_counts
+from forge_ray.sid.resolvers.groups import Groups, positions, run_lengths
 from forge_ray.sid.table import prefix_keys
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
@@ -76,9 +77,15 @@ class Problem:
         known = self.published[:, : self.codes.shape[1]]
         return np.where(self.is_published[:, None], known, self.codes)
 
+    @cached_property
     def keys(self) -> Int64Array:
         """Packed current codes, int64 [N]; `key // last_size` is the key of the prefix."""
         return prefix_keys(self.current(), self.codebook_sizes, len(self.codebook_sizes))
+
+    @cached_property
+    def groups(self) -> Groups:
+        """Rows by current SID."""
+        return Groups.of(self.keys)
 
     def take(self, rows: Int64Array) -> Problem:
         """The same problem for some rows, without the sources that answer by row."""
@@ -111,7 +118,7 @@ class Resolution:
     """Integers [N, L'] with L' = L, or L + 1 when a level was appended."""
     codebook_sizes: tuple[int, ...]
     """Codes available at each of the L' levels."""
-    over_capacity: npt.NDArray[np.bool_]
+    over_capacity: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, dtype=bool))
     """bool [N]: items beyond the capacity of their SID; they found no place and stayed."""
     report: dict[str, float] = field(default_factory=dict)
     """What happened: items, moved, unplaced, distinct SIDs, largest buckets, and what a kind adds.
@@ -142,9 +149,8 @@ class ResolverConfig(Component):
         raise NotImplementedError(f"{type(self).__name__} does not place items")
 
     def finish(self, placement: Placement, problem: Problem) -> Resolution:
-        """Turn the placement of a whole table into the resolved table."""
-        over = _over_capacity(placement.codes, problem, self.capacity)
-        return Resolution(placement.codes, problem.codebook_sizes, over, dict(placement.totals))
+        """Turn the placement of a whole table into codes, sizes and what this kind reports."""
+        return Resolution(placement.codes, problem.codebook_sizes)
 
 
 def resolve(
@@ -190,25 +196,28 @@ def resolve(
 
 
 def complete(config: ResolverConfig, placement: Placement, problem: Problem) -> Resolution:
-    """Finish a whole table and report what happened to it."""
-    resolution = config.finish(placement, problem)
-    before = bucket_sizes(
-        prefix_keys(problem.codes, problem.codebook_sizes, problem.codes.shape[1])
-    )
-    width = resolution.codes.shape[1]
-    after = bucket_sizes(prefix_keys(resolution.codes, resolution.codebook_sizes, width))
-    shared = resolution.codes[:, : problem.codes.shape[1]]
+    """Finish a whole table, find who is over capacity, and report what happened to it."""
+    result = config.finish(placement, problem)
+    depth = problem.codes.shape[1]
+    before = problem.groups.sizes
+    if problem.published is not None:
+        before = run_lengths(np.sort(prefix_keys(problem.codes, problem.codebook_sizes, depth)))
+    keys = prefix_keys(result.codes, result.codebook_sizes, result.codes.shape[1])
+    after = run_lengths(np.sort(keys))
+    over = np.zeros(len(keys), dtype=bool)
+    if config.capacity is not None and after.max(initial=0) > config.capacity:
+        over[_beyond(keys, problem, config.capacity)] = True
     report = {
         "items": float(len(problem.codes)),
-        "moved": float((shared != problem.codes).any(axis=1).sum()),
-        "unplaced": float(resolution.over_capacity.sum()),
+        "moved": float((result.codes[:, depth - 1] != problem.codes[:, depth - 1]).sum()),
+        "unplaced": float(over.sum()),
         "distinct_before": float(len(before)),
         "distinct_after": float(len(after)),
         "max_bucket_before": float(before.max(initial=0)),
         "max_bucket_after": float(after.max(initial=0)),
-        **resolution.report,
+        **result.report,
     }
-    return replace(resolution, report=report)
+    return replace(result, over_capacity=over, report=report)
 
 
 def require_source(source: Any, *, kind: str, name: str) -> None:
@@ -224,16 +233,9 @@ def require_source(source: Any, *, kind: str, name: str) -> None:
         )
 
 
-def _over_capacity(
-    codes: IntArray, problem: Problem, capacity: int | None
-) -> npt.NDArray[np.bool_]:
-    over = np.zeros(len(codes), dtype=bool)
-    if capacity is None:
-        return over
-    keys = prefix_keys(codes, problem.codebook_sizes, codes.shape[1])
-    crowded = np.flatnonzero(shared_counts(keys) > capacity)
-    # Published items came first and keep their place in the count.
-    is_new = ~problem.is_published[crowded]
-    position = position_in_group(keys[crowded], is_new, problem.hashes[crowded])
-    over[crowded] = position >= capacity
-    return over
+def _beyond(keys: Int64Array, problem: Problem, capacity: int) -> Int64Array:
+    """Rows beyond the capacity of their SID; published ones were there first."""
+    crowded = Groups.of(keys).crowded(capacity)
+    rows = crowded.order
+    order = np.lexsort((problem.hashes[rows], ~problem.is_published[rows], crowded.keys))
+    return rows[order][positions(crowded.keys) >= capacity]

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Literal
 
 import numpy as np
+import numpy.typing as npt
 
 from forge_ray.errors import ConfigError
 from forge_ray.sid.resolvers.base import (
@@ -25,17 +27,16 @@ from forge_ray.sid.resolvers.base import (
     ResolverConfig,
 )
 from forge_ray.sid.resolvers.groups import (
-    order_by_group,
+    compact,
+    order_by_hash,
     positions,
-    run_lengths,
     run_starts,
-    shared_counts,
 )
 
 _BLOCK_ROWS = 1 << 16
 _BLOCK_PLACES = 1 << 24
-_LOOKAHEAD = (4, 16, 64)
-"""Candidates looked at together; most items find room among the first few."""
+_LOOKAHEAD = 4
+"""Candidates looked at before all others; most items find room among the first few."""
 
 
 @dataclass(kw_only=True)
@@ -69,20 +70,20 @@ class CapacityConfig(ResolverConfig):
         """Move the pool to the candidates that `source` gives."""
         pool = find_pool(problem, self.cap)
         codes = np.array(problem.current())
-        rank_total = 0
+        ranks_total = moved = 0
         for block in _blocks(pool, problem, self.cap):
             options = source(block.rows, self.candidates + 1)
             choice, ranks = self._choose(block, options)
             placed = choice >= 0
             codes[block.rows[placed], -1] = options[placed, choice[placed]]
-            rank_total += int(ranks[placed].sum())
-        return Placement(codes, {"candidate_rank": float(rank_total)})
+            ranks_total += int(ranks[placed].sum())
+            moved += int(placed.sum())
+        return Placement(codes, {"candidate_rank": float(ranks_total), "moved": float(moved)})
 
     def finish(self, placement: Placement, problem: Problem) -> Resolution:
         """Say how far down their lists the moved items had to go."""
         resolution = super().finish(placement, problem)
-        known = problem.current()
-        moved = max(1, int((placement.codes[:, -1] != known[:, -1]).sum()))
+        moved = max(1.0, placement.totals.get("moved", 0.0))
         rank = placement.totals.get("candidate_rank", 0.0) / moved
         return replace(resolution, report={"mean_candidate_rank": rank})
 
@@ -100,65 +101,71 @@ class CapacityConfig(ResolverConfig):
 
 def find_pool(problem: Problem, cap: int) -> Int64Array:
     """Rows that must leave their SID, ordered by prefix, then hash; int64 [m]."""
-    keys = problem.keys()
-    crowded = np.flatnonzero(shared_counts(keys) > cap)
-    is_old = problem.is_published[crowded]
+    crowded = problem.groups.crowded(cap)
+    rows = crowded.order
+    is_old = problem.is_published[rows]
     if is_old.any():
-        order = order_by_group(keys[crowded], ~is_old, problem.hashes[crowded])
+        order = np.lexsort((problem.hashes[rows], ~is_old, crowded.keys))
     else:
-        order = order_by_group(keys[crowded], problem.hashes[crowded])
-    rows = crowded[order]
-    pool = rows[(positions(keys[rows]) >= cap) & ~is_old[order]]
-    return pool[order_by_group(keys[pool] // problem.last_size, problem.hashes[pool])]
+        order = order_by_hash(compact(crowded.keys), problem.hashes[rows])
+    # Published items come first in their SID, so they are never the ones that must move.
+    leaves = (positions(crowded.keys) >= cap) & ~is_old[order]
+    pool = rows[order[leaves]]
+    prefixes = compact(crowded.keys[leaves] // problem.last_size)
+    return pool[order_by_hash(prefixes, problem.hashes[pool])]
 
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    """Pool items of some whole prefixes, ordered by prefix, then hash."""
+    """Pool items of some whole prefixes: the first of every prefix, then the second of each.
+
+    Inside a prefix they stand in the order of their hashes.
+    """
 
     rows: Int64Array
     """int64 [m] rows of the problem."""
     own: IntArray
     """[m] their present last codes."""
-    prefix: Int64Array
-    """int64 [m] prefix of each item, numbered inside the block."""
+    turn_starts: Int64Array
+    """int64 [turns] first item of each turn; a turn has at most one item of a prefix."""
     base: Int64Array
     """int64 [m]: `base + code` is the index of a place; code -1 meets one that is always full."""
-    free: Int64Array
-    """int64 [places], changed by placing."""
+    free: npt.NDArray[np.int32]
+    """int32 [places], changed by placing."""
 
 
 def _blocks(pool: Int64Array, problem: Problem, cap: int) -> Iterator[_Block]:
     if not len(pool):
         return
     size, codes = problem.last_size, problem.current()
-    keys = problem.keys()
-    prefixes = keys[pool] // size
+    prefixes = problem.keys[pool] // size
     starts = np.append(run_starts(prefixes), len(pool))
-    held, counts = _held(keys, pool, cap, problem)
+    slots, held = problem.groups.keys[problem.groups.starts], _held(problem, cap)
     for first, last in _spans(starts, max(1, _BLOCK_PLACES // size)):
-        span = slice(starts[first], starts[last])
         names = prefixes[starts[first:last]]
-        inside = slice(*np.searchsorted(held, [names[0] * size, (names[-1] + 1) * size]))
-        number = np.searchsorted(names, held[inside] // size)
-        known = names[np.minimum(number, len(names) - 1)] == held[inside] // size
-        free = np.full((len(names), size + 1), cap, dtype=np.int64)
+        inside = slice(*np.searchsorted(slots, [names[0] * size, (names[-1] + 1) * size]))
+        owners = slots[inside] // size
+        number = np.searchsorted(names, owners)
+        known = names[np.minimum(number, len(names) - 1)] == owners
+        free = np.full((len(names), size + 1), cap, dtype=np.int32)
         free[:, 0] = 0
-        free[number[known], held[inside][known] % size + 1] -= counts[inside][known]
-        lengths = np.diff(starts[first : last + 1])
-        prefix = np.repeat(np.arange(len(names)), lengths)
-        rows = pool[span]
-        yield _Block(rows, codes[rows, -1], prefix, prefix * (size + 1) + 1, free.reshape(-1))
+        free[number[known], (slots[inside] - owners * size)[known] + 1] -= held[inside][known]
+        prefix = np.repeat(np.arange(len(names)), np.diff(starts[first : last + 1]))
+        turn = positions(prefix)
+        by_turn = np.argsort(turn, kind="stable")
+        rows = pool[starts[first] : starts[last]][by_turn]
+        base = prefix[by_turn] * (size + 1) + 1
+        yield _Block(rows, codes[rows, -1], run_starts(turn[by_turn]), base, free.reshape(-1))
 
 
-def _held(
-    keys: Int64Array, pool: Int64Array, cap: int, problem: Problem
-) -> tuple[Int64Array, Int64Array]:
-    """Keys of the SIDs in use, ascending, and the items that stay in each."""
-    stays = np.ones(len(keys), dtype=bool)
-    stays[pool] = False
-    ordered = np.sort(keys[stays])
-    return ordered[run_starts(ordered)], run_lengths(ordered)
+def _held(problem: Problem, cap: int) -> npt.NDArray[np.int32]:
+    """Items that stay in each SID in use: all published ones, and others up to `cap`."""
+    groups = problem.groups
+    held = np.minimum(groups.sizes, cap)
+    if problem.published is not None:
+        is_old = problem.is_published[groups.order].astype(np.int64)
+        held = np.maximum(held, np.add.reduceat(is_old, groups.starts))
+    return held.astype(np.int32)
 
 
 def _spans(starts: Int64Array, max_prefixes: int) -> Iterator[tuple[int, int]]:
@@ -188,32 +195,32 @@ def _place_by_row(block: _Block, options: IntArray, limits: Int64Array) -> Int64
     Prefixes do not compete, so the t-th items of all prefixes choose together.
     """
     choice = np.full(len(options), -1, dtype=np.int64)
-    turn = positions(block.prefix)
-    by_turn = np.argsort(turn, kind="stable")
-    ends = np.append(run_starts(turn[by_turn]), len(turn))
-    for start, end in zip(ends[:-1].tolist(), ends[1:].tolist(), strict=True):
-        _choose_first_free(block, options, limits, by_turn[start:end], choice)
+    ends = np.append(block.turn_starts, len(options)).tolist()
+    ahead = block.base[:, None] + options[:, :_LOOKAHEAD]
+    for start, end in pairwise(ends):
+        turn = slice(start, end)
+        chosen = _take_first_free(block.free, ahead[turn], limits[turn], 0)
+        choice[turn] = chosen
+        left = start + np.flatnonzero(chosen < 0)
+        if len(left) and options.shape[1] > _LOOKAHEAD:
+            places = block.base[left, None] + options[left, _LOOKAHEAD:]
+            choice[left] = _take_first_free(block.free, places, limits[left], _LOOKAHEAD)
     return choice
 
 
-def _choose_first_free(
-    block: _Block, options: IntArray, limits: Int64Array, rows: Int64Array, choice: Int64Array
-) -> None:
-    """Give rows of distinct prefixes their first option that has room.
+def _take_first_free(
+    free: npt.NDArray[np.int32], places: Int64Array, limits: Int64Array, offset: int
+) -> Int64Array:
+    """Give rows of distinct prefixes their first place that has room; its column, -1 for none.
 
     The own code may stand among the options: its SID is full, so it is never chosen.
     """
-    width, at = options.shape[1], 0
-    for end in (*(one for one in _LOOKAHEAD if one < width), width):
-        places = block.base[rows, None] + options[rows, at:end]
-        is_free = block.free[places] > 0
-        first = is_free.argmax(axis=1)
-        found = is_free[np.arange(len(rows)), first] & (at + first < limits[rows])
-        choice[rows[found]] = at + first[found]
-        block.free[places[found, first[found]]] -= 1
-        rows, at = rows[~found], end
-        if not len(rows):
-            return
+    is_free = free[places] > 0
+    first = is_free.argmax(axis=1)
+    each = np.arange(len(places))
+    found = is_free[each, first] & (offset + first < limits)
+    free[places[each, first][found]] -= 1
+    return np.where(found, offset + first, -1)
 
 
 def _place_by_priority(

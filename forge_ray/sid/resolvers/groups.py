@@ -1,88 +1,115 @@
-"""Counting and ordering rows that share a key: sorts and run lengths, no loop over items."""
+"""Sorting rows by a key and counting its runs; no loop over items.
+
+A sort of plain 64-bit numbers is several times faster than an indirect one, so key, leading hash
+bits and row number are packed into one number wherever they fit.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
+UInt64Array: TypeAlias = npt.NDArray[np.uint64]
 
-_DENSE_KEYS_PER_ROW = 8
-"""Counting into an array beats sorting while there are at most this many possible keys per row."""
-
-
-def shared_counts(keys: Int64Array) -> Int64Array:
-    """How many rows have each row's key, int64 [n]."""
-    if _is_dense(keys):
-        return np.asarray(np.bincount(keys)[keys])
-    order = np.argsort(keys)
-    lengths = run_lengths(keys[order])
-    counts = np.empty(len(keys), dtype=np.int64)
-    counts[order] = np.repeat(lengths, lengths)
-    return counts
+_LEAST_HASH_BITS = 12
+"""With fewer leading hash bits in the packed number, too many rows tie and are sorted again."""
 
 
-def bucket_sizes(keys: Int64Array) -> Int64Array:
-    """Rows of each key that occurs, in key order, int64 [distinct]."""
-    if _is_dense(keys):
-        counts = np.bincount(keys)
-        return np.asarray(counts[counts > 0])
-    return run_lengths(np.sort(keys))
+@dataclass(frozen=True, eq=False)
+class Groups:
+    """Rows of a table, group by group."""
+
+    order: Int64Array
+    """int64 [n] rows in the order of their keys."""
+    keys: Int64Array
+    """int64 [n] keys, ascending."""
+
+    @classmethod
+    def of(cls, keys: Int64Array) -> Groups:
+        """Group rows by key [n], non-negative; the order inside a group is arbitrary."""
+        row_bits = len(keys).bit_length()
+        if int(keys.max(initial=0)).bit_length() + row_bits > 63:
+            order = np.argsort(keys)
+            return cls(order, keys[order])
+        packed = keys << row_bits
+        packed |= np.arange(len(keys))
+        packed.sort()
+        order = packed & ((1 << row_bits) - 1)
+        packed >>= row_bits
+        return cls(order, packed)
+
+    @cached_property
+    def starts(self) -> Int64Array:
+        """First place of each group, int64 [groups]."""
+        return run_starts(self.keys)
+
+    @cached_property
+    def sizes(self) -> Int64Array:
+        """Rows of each group, int64 [groups]."""
+        return _lengths(self.starts, len(self.keys))
+
+    def crowded(self, limit: int) -> Groups:
+        """Only the groups of more than `limit` rows."""
+        kept = np.repeat(self.sizes > limit, self.sizes)
+        return Groups(self.order[kept], self.keys[kept])
 
 
 def run_starts(ordered: npt.NDArray[Any]) -> Int64Array:
-    """First row of each run of equal values in an ordered array, int64 [runs]."""
+    """First place of each run of equal values in an ordered array, int64 [runs]."""
     if not len(ordered):
         return np.zeros(0, dtype=np.int64)
-    return np.concatenate(([0], np.flatnonzero(ordered[1:] != ordered[:-1]) + 1)).astype(np.int64)
+    is_start = np.empty(len(ordered), dtype=bool)
+    is_start[0] = True
+    np.not_equal(ordered[1:], ordered[:-1], out=is_start[1:])
+    return np.flatnonzero(is_start)
 
 
 def run_lengths(ordered: npt.NDArray[Any]) -> Int64Array:
     """Rows of each run of equal values in an ordered array, int64 [runs]."""
-    return np.diff(np.append(run_starts(ordered), len(ordered)))
-
-
-def order_by_group(keys: Int64Array, *order_by: npt.NDArray[Any]) -> Int64Array:
-    """Rows ordered by key, then by `order_by`, the first of them deciding first. int64 [n]."""
-    if len(order_by) == 1 and order_by[0].dtype == np.uint64:
-        return _order_by_hash(keys, order_by[0])
-    return np.lexsort((*order_by[::-1], keys))
-
-
-def position_in_group(keys: Int64Array, *order_by: npt.NDArray[Any]) -> Int64Array:
-    """0-based position of each row among the rows of its key, ordered by `order_by`. int64 [n]."""
-    order = order_by_group(keys, *order_by)
-    position = np.empty(len(keys), dtype=np.int64)
-    position[order] = positions(keys[order])
-    return position
+    return _lengths(run_starts(ordered), len(ordered))
 
 
 def positions(ordered: npt.NDArray[Any]) -> Int64Array:
     """0-based position of each row in its run of equal values, int64 [n]."""
     starts = run_starts(ordered)
-    lengths = np.diff(np.append(starts, len(ordered)))
-    return np.arange(len(ordered)) - np.repeat(starts, lengths)
+    return np.arange(len(ordered)) - np.repeat(starts, _lengths(starts, len(ordered)))
 
 
-def _is_dense(keys: Int64Array) -> bool:
-    return bool(len(keys)) and int(keys.max()) < _DENSE_KEYS_PER_ROW * len(keys)
-
-
-def _order_by_hash(keys: Int64Array, hashes: npt.NDArray[np.uint64]) -> Int64Array:
-    """One sort of (key, leading hash bits) packed into 64; rows that still tie are sorted apart."""
-    key_bits = int(keys.max(initial=0)).bit_length()
-    if key_bits > 40:
+def order_by_hash(keys: Int64Array, hashes: UInt64Array) -> Int64Array:
+    """Rows ordered by key, then by hash; keys and hashes [n]. int64 [n]."""
+    key_bits, row_bits = int(keys.max(initial=0)).bit_length(), len(keys).bit_length()
+    hash_bits = 63 - key_bits - row_bits
+    if hash_bits < _LEAST_HASH_BITS:
         return np.lexsort((hashes, keys))
-    packed = (keys.astype(np.uint64) << np.uint64(63 - key_bits)) | (
-        hashes >> np.uint64(key_bits + 1)
-    )
-    order = np.argsort(packed)
-    ordered = packed[order]
-    tied = np.flatnonzero(ordered[1:] == ordered[:-1])
+    packed = (hashes >> np.uint64(64 - hash_bits)).astype(np.int64)
+    packed |= keys << hash_bits
+    packed <<= row_bits
+    packed |= np.arange(len(keys))
+    packed.sort()
+    order = packed & ((1 << row_bits) - 1)
+    packed >>= row_bits
+    tied = np.flatnonzero(packed[1:] == packed[:-1])
     if len(tied):
+        # Equal in key and leading bits: such runs are sorted again, by the whole hash.
         places = np.union1d(tied, tied + 1)
         rows = order[places]
         order[places] = rows[np.lexsort((hashes[rows], keys[rows]))]
     return order
+
+
+def compact(ordered: npt.NDArray[Any]) -> Int64Array:
+    """Number the runs of an ordered array from 0, int64 [n]: smaller keys pack better."""
+    lengths = run_lengths(ordered)
+    return np.repeat(np.arange(len(lengths)), lengths)
+
+
+def _lengths(starts: Int64Array, end: int) -> Int64Array:
+    lengths = np.empty_like(starts)
+    np.subtract(starts[1:], starts[:-1], out=lengths[:-1])
+    lengths[-1:] = end - starts[-1:]
+    return lengths

@@ -59,7 +59,7 @@ def test_small_blocks_give_the_same_table(case: Catalogue, policy: dict) -> None
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(capacity, "_BLOCK_ROWS", 3)
         patch.setattr(capacity, "_BLOCK_PLACES", 12)
-        patch.setattr(capacity, "_LOOKAHEAD", (1, 2))
+        patch.setattr(capacity, "_LOOKAHEAD", 2)
         assert np.array_equal(case.resolve(KnnCapConfig(**policy)).codes, whole)
 
 
