@@ -42,9 +42,9 @@ class AdapterConfig:
     """Rank r of the correction; 0 for none, 8 to 64 in the source."""
     steps: int = 1000
     """Optimiser steps."""
-    batch_size: int = 1024
-    """Pairs in a step; each pair's negatives are the others."""
-    learning_rate: float = 1e-3
+    batch_size: int = 512
+    """Pairs in a step; each pair's negatives are the others, so time grows with its square."""
+    learning_rate: float = 3e-3
     """Of Adam."""
     temperature: float = 0.07
     """Divides the cosines."""

@@ -17,10 +17,7 @@ import numpy.typing as npt
 import scipy.sparse as sp
 import torch
 
-from forge_ray.data.cooccurrence import window_counts as cooccurrence
 from forge_ray.errors import ConfigError
-
-__all__ = ["BehaviourConfig", "FloatArray", "behaviour_vectors", "cooccurrence", "fuse", "ppmi"]
 
 FloatArray: TypeAlias = npt.NDArray[np.float32]
 Float64Array: TypeAlias = npt.NDArray[np.float64]

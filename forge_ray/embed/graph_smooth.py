@@ -35,7 +35,8 @@ class GraphSmoothConfig:
     """Pulling items towards their neighbours in a graph."""
 
     gamma: float = 0.0
-    """Weight of the neighbours' mean, γ; 0 for none. Small values help, larger ones collapse."""
+    """Weight of the neighbours' mean, γ; 0 for none. On Amazon Beauty 1 to 4 serves co-occurrence
+    best; with kNN uniqueness falls as γ grows."""
     graph: Literal["co_occurrence", "knn"] = "co_occurrence"
     """Train co-occurrence, or the nearest vectors by cosine, which needs no behaviour."""
     neighbours: int = 10
