@@ -80,11 +80,23 @@ class KnownPairs:
         Returns:
             bool [B, C].
         """
+        shape = (len(rows), len(columns))
+        return self.holds(rows[:, None].expand(shape), columns.expand(shape))
+
+    def holds(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        """Say of each pair of items whether it is related.
+
+        Args:
+            first: int64 items of any shape.
+            second: int64 items of the same shape.
+
+        Returns:
+            bool of that shape.
+        """
         if not len(self.keys):
-            return torch.zeros(len(rows), len(columns), dtype=torch.bool, device=rows.device)
-        low = torch.minimum(rows[:, None], columns)
-        wanted = low * self.num_items + torch.maximum(rows[:, None], columns)
-        place = torch.searchsorted(self.keys, wanted).clamp(max=len(self.keys) - 1)
+            return torch.zeros_like(first, dtype=torch.bool)
+        wanted = torch.minimum(first, second) * self.num_items + torch.maximum(first, second)
+        place = torch.searchsorted(self.keys, wanted).clamp_(max=len(self.keys) - 1)
         return self.keys[place] == wanted
 
 

@@ -75,16 +75,19 @@ def hamming_margin(
     """
     with torch.autocast(latents.device.type, enabled=False):
         unit = functional.normalize(latents.to(torch.promote_types(latents.dtype, torch.float32)))
-        distance = 1 - unit @ gather(unit).T
+        cosine = unit @ gather(unit).T
     others = gather(items)
-    allowed = items[:, None] != others
-    if known is not None:
-        allowed &= ~known.between(items, others)
     apart = hamming(codes, gather(codes))
-    full = allowed & (apart == 0)
-    part = allowed & (apart > 0) & (apart <= config.part_distance)
-    loss = config.full_weight * _mean_below(distance, config.full_margin, full, gather)
-    loss = loss + config.part_weight * _mean_below(distance, config.part_margin, part, gather)
+    near = (apart <= config.part_distance) & (items[:, None] != others)
+    # Few pairs collide, so what is dear is asked of those alone.
+    pairs = near.flatten().nonzero().flatten()
+    if known is not None:
+        first, second = pairs // len(others), pairs % len(others)
+        pairs = pairs[~known.holds(items[first], others[second])]
+    distance = 1 - cosine.flatten()[pairs]
+    is_full = apart.flatten()[pairs] == 0
+    loss = config.full_weight * _mean_below(distance, config.full_margin, is_full, gather)
+    loss = loss + config.part_weight * _mean_below(distance, config.part_margin, ~is_full, gather)
     return config.weight * loss
 
 
@@ -96,18 +99,19 @@ def hamming(rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
         columns: int64 [C, L].
 
     Returns:
-        int16 [B, C].
+        uint8 [B, C].
     """
-    apart = torch.zeros(len(rows), len(columns), dtype=torch.int16, device=rows.device)
+    rows, columns = rows.int(), columns.int()
+    apart = torch.zeros(len(rows), len(columns), dtype=torch.uint8, device=rows.device)
     for level in range(rows.shape[1]):
-        apart += rows[:, level, None] != columns[:, level]
+        apart += (rows[:, level, None] != columns[:, level]).view(torch.uint8)
     return apart
 
 
 def _mean_below(
     distance: torch.Tensor, margin: float, chosen: torch.Tensor, gather: Gather
 ) -> torch.Tensor:
-    """Mean of relu(margin − distance) over the chosen pairs of all workers, times world/local."""
+    """This worker's sum of relu(margin − distance) over its part of the chosen pairs of all."""
     total = (torch.relu(margin - distance) * chosen).sum()
     counts = gather(chosen.sum().reshape(1)).to(total.dtype)
     return total / counts.mean().clamp(min=1 / len(counts))
