@@ -53,12 +53,13 @@ class Transforms:
             related: ordered pairs P with a positive count.
 
         Returns:
-            The largest stage: counting 40·P; smoothing 8·N·D + 24·N·k (+ 4·N·D and 12·N·k for
-            kNN); adapting 8·N·D + 8·P; factorising 60·P + 20·N·(1.25·d + 8); fusing
-            8·N·D + 4·N·d + 16·(D + d)². 300 MB are added for blocks.
+            The largest stage: counting 40·P + 64·N; smoothing 8·N·D + 24·N·k (with 4·N·D + 12·N·k
+            more for kNN); adapting 8·N·D + 8·P; factorising 60·P + 20·N·(1.25·d + 8) + 4·N·D;
+            fusing 8·N·D + 4·N·d + 16·(D + d)². 300 MB are added for blocks, 12·P + 16·N for what is
+            held throughout. Swing takes 16 bytes per user-item on top, which N and P do not tell.
         """
         rows, width = 4 * num_items, self.behaviour.dim
-        stages = [40 * related]
+        stages = [40 * related + 64 * num_items]
         if self.smooth.gamma:
             edges = num_items * self.smooth.neighbours
             is_knn = self.smooth.graph == "knn"
