@@ -307,8 +307,7 @@ class ArtifactStore:
             if found is not None:
                 return found
             path = f"{self.root}/{kind}/{name}-{key[:12]}"
-            scratch = f"{self.root}/.scratch/{kind}-{key[:12]}"
-            writer = ArtifactWriter(self.filesystem, self._staging(path, key), scratch)
+            writer = self._writer(path, kind, key)
             info = produce(writer) or ArtifactInfo()
             manifest = Manifest(
                 kind=kind,
@@ -324,9 +323,7 @@ class ArtifactStore:
                 command=command,
                 schema_version=schema_version,
             )
-            artifact = self._publish(writer, path, manifest)
-            self._delete(scratch)
-            return artifact
+            return self._publish(writer, path, manifest)
 
     def manifests(self, kind: str | None = None) -> list[Manifest]:
         """Manifests of all published artifacts (of one kind), oldest first."""
@@ -402,6 +399,10 @@ class ArtifactStore:
     def _renames(self) -> bool:
         return isinstance(self.filesystem, pafs.LocalFileSystem)
 
+    def _writer(self, path: str, kind: str, key: str) -> ArtifactWriter:
+        scratch = f"{self.root}/.scratch/{kind}-{key[:12]}"
+        return ArtifactWriter(self.filesystem, self._staging(path, key), scratch)
+
     def _staging(self, path: str, key: str) -> str:
         """An empty place to build in; what a dead builder of this key left is deleted."""
         folder = path.rsplit("/", 1)[0]
@@ -425,6 +426,7 @@ class ArtifactStore:
             else:  # a builder that had lost its lease was faster; the content is the same
                 self._delete(writer.root)
         logger.info("published %s", manifest.ref)
+        self._delete(writer.scratch)
         return Artifact(manifest, self.filesystem, path)
 
     def _delete(self, path: str) -> None:

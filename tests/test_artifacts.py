@@ -19,6 +19,7 @@ import pytest
 from forge_ray import leases
 from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.errors import ArtifactError
+from forge_ray.leases import list_entries
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -93,6 +94,27 @@ def test_a_failed_build_publishes_nothing_and_the_next_one_works(any_store: Arti
     assert any_store.manifests() == []
     assert build(any_store).manifest.rows == {"numbers": 5}
     assert len(any_store.manifests()) == 1
+
+
+def test_a_failed_build_leaves_its_scratch_to_the_next_one(any_store: ArtifactStore) -> None:
+    scratch: list[str] = []
+
+    def half(writer: ArtifactWriter) -> None:
+        scratch.append(writer.scratch)
+        writer.filesystem.create_dir(writer.scratch, recursive=True)
+        with writer.filesystem.open_output_stream(f"{writer.scratch}/part-0") as stream:
+            stream.write(b"kept")
+        raise RuntimeError("stage failed")
+
+    def rest(writer: ArtifactWriter) -> None:
+        with writer.filesystem.open_input_stream(f"{writer.scratch}/part-0") as stream:
+            assert stream.read() == b"kept"
+        write_numbers(writer)
+
+    with pytest.raises(RuntimeError, match="stage failed"):
+        any_store.build("numbers", "five", {"n": 5}, produce=half)
+    any_store.build("numbers", "five", {"n": 5}, produce=rest)
+    assert list_entries(any_store.filesystem, scratch[0]) == []
 
 
 def test_remove_refuses_while_children_exist(any_store: ArtifactStore) -> None:
