@@ -34,6 +34,42 @@ class EncodeConfig:
 
 
 @dataclass(kw_only=True)
+class TrainConfig:
+    """How the training of a quantizer with a network is spread; workers change rounding alone."""
+
+    workers: int = 0
+    """Workers of Ray Train; 0 trains in the calling process. They share every batch, so their
+    number must divide the batch sizes."""
+    cpus_per_worker: float = 1.0
+    gpus_per_worker: float = 0.0
+    """GPUs of a worker; with none it stays on the CPU. In the calling process (0 workers) a GPU is
+    used where there is one."""
+    checkpoint_every: int = 200
+    """Steps between saves of the whole state, from which a killed training continues."""
+    max_failures: int = 3
+    """How often lost workers are replaced before the training fails."""
+    prefetch_batches: int = 4
+    """Batches of a worker on their way from Ray Data."""
+    read_tasks: int = 1
+    """Tasks per worker that gather batches at a time."""
+    read_cpus: float = 0.0
+    """CPUs that Ray reserves per gathering task. 0 never waits for a free CPU on a small machine.
+    """
+
+    def __post_init__(self) -> None:
+        """Check the counts."""
+        for name, least in (
+            ("workers", 0),
+            ("checkpoint_every", 1),
+            ("max_failures", 0),
+            ("prefetch_batches", 1),
+            ("read_tasks", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(f"train.{name} must be >= {least}, got {getattr(self, name)}.")
+
+
+@dataclass(kw_only=True)
 class SidConfig:
     """Everything that decides a SID table, and how to spread the work."""
 
@@ -42,6 +78,7 @@ class SidConfig:
     vectors: VectorsConfig = field(default_factory=VectorsConfig)
     seed: int = 0
     """The only seed of fitting: initial weights, k-means starts, samples and batches."""
+    train: TrainConfig = field(default_factory=TrainConfig)
     encode: EncodeConfig = field(default_factory=EncodeConfig)
 
     def __post_init__(self) -> None:

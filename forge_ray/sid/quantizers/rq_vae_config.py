@@ -14,18 +14,12 @@ from forge_ray.sid.alignment.diversity import DiversityConfig
 from forge_ray.sid.alignment.hamr import HamrConfig
 from forge_ray.sid.alignment.presets import AlignmentConfig, ForgeI2iConfig
 from forge_ray.sid.alignment.recon import Reconstruction
+from forge_ray.sid.metrics.registry import rankable
 from forge_ray.sid.quantizers.base import QuantizerConfig
 from forge_ray.sid.quantizers.sinkhorn import AssignmentConfig, SinkhornConfig
 
 if TYPE_CHECKING:
     from forge_ray.sid.quantizers.rq_vae import RqVae
-
-_IS_BETTER_LOWER = {
-    "backoff_bits": True,
-    "gini": True,
-    "uniqueness": False,
-    "embedding_hitrate": False,
-}
 
 
 @dataclass(kw_only=True)
@@ -55,8 +49,8 @@ class SelectionConfig:
 
     def is_better(self, new: Mapping[str, float], old: Mapping[str, float]) -> bool:
         """Whether the first measurement beats the second; a tie does not."""
-        gain = new[self.metric] - old[self.metric]
-        return gain < 0 if _IS_BETTER_LOWER[self.metric] else gain > 0
+        sign = rankable(self.metric, field="quantizer.selection.metric").sign
+        return sign * (new[self.metric] - old[self.metric]) > 0
 
 
 @dataclass(kw_only=True)

@@ -87,8 +87,8 @@ class Quantized:
     """Inference assignment, int64 [B] per level."""
     residuals: list[torch.Tensor]
     """What each level had to code, float32 [B, d] per level, without gradient."""
-    gap: torch.Tensor
-    """Scalar: mean squared distance of latent and codeword sum over the latent's mean square."""
+    powers: torch.Tensor
+    """float32 [2]: mean square of what the codewords leave of the latents, and of the latents."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -128,7 +128,7 @@ def quantize(
     carry = rotated if config.rotation_trick else straight_through
     quantized = carry(latents, walk.total.detach())
     reconstruction, middle = network.decode(quantized)
-    gap = walk.residual.square().mean() / latents.detach().square().mean().clamp(min=1e-12)
+    squares = [walk.residual.square().mean(), latents.detach().square().mean()]
     return Quantized(
         latents=latents,
         quantized=quantized,
@@ -138,7 +138,7 @@ def quantize(
         codes=walk.codes,
         nearest=walk.nearest,
         residuals=walk.residuals,
-        gap=gap,
+        powers=torch.stack(squares),
     )
 
 

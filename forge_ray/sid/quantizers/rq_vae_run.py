@@ -79,13 +79,16 @@ class Run:
             self.hooks.report(step, metrics)
 
     def finish(self, batches: Iterable[StepBatch]) -> Kept:
-        """Train to the last step and load the kept weights into the model.
+        """Train to the last step.
 
         Args:
             batches: this worker's share of every step that is left, in order.
 
         Raises:
             TrainingError: when a loss was not finite, or the batches ended early.
+
+        Returns:
+            What to keep, on the first worker.
         """
         trainer = self.trainer
         for batch in batches:
@@ -101,10 +104,6 @@ class Run:
                 f"quantizer training must see {trainer.total} batches, got {trainer.step}. "
                 "Run it again; it continues from its last checkpoint."
             )
-        if not self.kept.metrics:
-            weights = trainer.model.network.state_dict()
-            self.kept = Kept(step=trainer.step, weights=_copied(weights))
-        trainer.model.network.load_state_dict(self.kept.weights)
         return self.kept
 
     def _is_due(self, step: int) -> bool:
@@ -138,15 +137,21 @@ class Run:
     def _select(self) -> None:
         """Measure the model where a check is due, and keep it when it is the best so far."""
         trainer, selection = self.trainer, self.trainer.config.selection
-        if self.hooks.select is None or trainer.step not in self._checks:
+        if self.hooks.select is None or not self._checks:
+            if trainer.step == trainer.total:
+                self._keep({})
             return
-        if trainer.workers.rank:
-            return  # the next collective waits for the first worker
+        # The others go on to the next collective, which waits for the first worker.
+        if trainer.step not in self._checks or trainer.workers.rank:
+            return
         with trainer.model.frozen():
             metrics = dict(self.hooks.select(trainer.model))
         if not self.kept.metrics or selection.is_better(metrics, self.kept.metrics):
-            weights = trainer.model.network.state_dict()
-            self.kept = Kept(trainer.step, metrics, _copied(weights))
+            self._keep(metrics)
+
+    def _keep(self, metrics: dict[str, float]) -> None:
+        weights = self.trainer.model.network.state_dict()
+        self.kept = Kept(self.trainer.step, metrics, _copied(weights))
 
     def _save(self) -> None:
         hooks, step = self.hooks, self.trainer.step

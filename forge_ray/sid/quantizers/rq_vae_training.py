@@ -293,7 +293,8 @@ class Trainer:
         books = list(self.model.network.codebooks)
         gradients = [book.grad.square().sum() for book in books if book.grad is not None]
         norm = torch.stack(gradients).sum().sqrt() if gradients else torch.zeros(())
-        metrics = {"codebook_gradient": norm, "latent_gap": quantized.gap.detach()}
+        left, whole = self.workers.total(quantized.powers.clone())
+        metrics = {"codebook_gradient": norm, "latent_gap": left / whole.clamp(min=1e-12)}
         for level, (book, code) in enumerate(zip(books, quantized.nearest, strict=True), start=1):
             counts = self.workers.total(torch.bincount(code, minlength=len(book)))
             most = min(len(book), len(code) * self.workers.size)
