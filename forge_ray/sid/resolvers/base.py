@@ -203,8 +203,8 @@ def complete(config: ResolverConfig, placement: Placement, problem: Problem) -> 
     if problem.published is not None:
         before = run_lengths(np.sort(prefix_keys(problem.codes, problem.codebook_sizes, depth)))
     keys = prefix_keys(result.codes, result.codebook_sizes, result.codes.shape[1])
-    after = run_lengths(np.sort(keys))
     over = np.zeros(len(keys), dtype=bool)
+    after = run_lengths(np.sort(keys))
     if config.capacity is not None and after.max(initial=0) > config.capacity:
         over[_beyond(keys, problem, config.capacity)] = True
     report = {

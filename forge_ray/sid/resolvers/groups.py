@@ -77,7 +77,9 @@ def run_lengths(ordered: npt.NDArray[Any]) -> Int64Array:
 def positions(ordered: npt.NDArray[Any]) -> Int64Array:
     """0-based position of each row in its run of equal values, int64 [n]."""
     starts = run_starts(ordered)
-    return np.arange(len(ordered)) - np.repeat(starts, _lengths(starts, len(ordered)))
+    position = np.arange(len(ordered))
+    position -= np.repeat(starts, _lengths(starts, len(ordered)))
+    return position
 
 
 def order_by_hash(keys: Int64Array, hashes: UInt64Array) -> Int64Array:

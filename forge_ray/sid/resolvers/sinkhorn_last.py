@@ -7,10 +7,14 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import logsumexp
 
 from forge_ray.errors import ConfigError
 from forge_ray.sid.resolvers.assignment import AssignmentConfig, Movers
+
+_CACHED_CELLS = 1 << 15
+"""Plans of this many numbers are normalised together: 256 KB stay in a core's cache."""
+_CLOSED = -1e30
+"""Log mass of a closed code: no mass, and finite, so that differences are defined."""
 
 
 @dataclass(kw_only=True)
@@ -44,14 +48,17 @@ class SinkhornLastConfig(AssignmentConfig):
         """Minus the log of the plan; prefixes with equally many movers are solved together."""
         costs = np.empty_like(distances)
         for count in np.unique(movers.lengths).tolist():
-            groups = np.flatnonzero(movers.lengths == count)
-            rows = movers.starts[groups, None] + np.arange(count)
-            costs[rows] = -log_plan(
-                distances[rows],
-                movers.is_open[groups],
-                epsilon=self.epsilon,
-                iterations=self.iterations,
-            )
+            alike = np.flatnonzero(movers.lengths == count)
+            at_once = max(1, _CACHED_CELLS // (count * distances.shape[1]))
+            for start in range(0, len(alike), at_once):
+                groups = alike[start : start + at_once]
+                rows = movers.starts[groups, None] + np.arange(count)
+                costs[rows] = -log_plan(
+                    distances[rows],
+                    movers.is_open[groups],
+                    epsilon=self.epsilon,
+                    iterations=self.iterations,
+                )
         return costs
 
 
@@ -82,11 +89,19 @@ def log_plan(
     high = np.where(closed, -np.inf, distances).max(axis=(1, 2), keepdims=True)
     middle = (low + high) / 2
     plan = -(distances - middle) / (high - middle + 1e-5) / epsilon
-    plan = np.where(closed, -np.inf, plan)
+    plan = np.where(closed, _CLOSED, plan)
     log_rows = np.log(distances.shape[1])
     log_codes = np.log(is_open.sum(axis=1))[:, None, None]
     for _ in range(iterations):
-        plan = plan - logsumexp(plan, axis=2, keepdims=True) - log_rows
-        totals = np.where(closed, 0.0, logsumexp(plan, axis=1, keepdims=True))
-        plan = plan - totals - log_codes
-    return plan
+        plan -= _log_sum_exp(plan, axis=2) + log_rows
+        totals = _log_sum_exp(plan, axis=1) + log_codes
+        plan -= np.where(closed, 0.0, totals)
+    return np.where(closed, -np.inf, plan)
+
+
+def _log_sum_exp(values: npt.NDArray[np.float64], *, axis: int) -> npt.NDArray[np.float64]:
+    """Log of the sum of exponentials along an axis, kept with length 1."""
+    largest = values.max(axis=axis, keepdims=True)
+    shifted = values - largest
+    np.exp(shifted, out=shifted)
+    return np.asarray(largest + np.log(shifted.sum(axis=axis, keepdims=True)))
