@@ -12,10 +12,10 @@ from forge_ray.cli.console import format_value
 from forge_ray.sid.metrics.registry import GROUPS, METRICS, Group, Metric, find_metric
 
 _ARROWS = {"higher": "↑", "lower": "↓", None: ""}
-_NAME_WIDTH = 34
-"""Columns of the score's name, its arrow and the frame."""
-_TABLE_WIDTH = 13
-"""Columns of one SID table: its name is folded to fit, its figures take eleven at most."""
+_NAME_WIDTH = 35
+"""Columns of the longest score's name, its arrow and the frame."""
+_TABLE_WIDTH = 12
+"""Columns of one SID table with its frame: its name is folded to fit."""
 
 
 def comparison(rows: Sequence[Mapping[str, Any]], *, width: int) -> Iterator[Table]:
@@ -39,13 +39,15 @@ def _layout(rows: Sequence[Mapping[str, Any]], best: Mapping[str, float]) -> Tab
     layout.add_column("score", no_wrap=True)
     layout.add_column("", no_wrap=True)
     for row in rows:
-        layout.add_column(str(row["table"]), justify="right", overflow="fold", min_width=9)
+        layout.add_column(
+            str(row["table"]), justify="right", overflow="fold", width=_TABLE_WIDTH - 3
+        )
     layout.add_row("split", "", *[str(row["split"]) for row in rows])
     for group, heading in GROUPS.items():
         names = _shown(rows, group)
         if names:
             layout.add_section()
-            layout.add_row(Text(heading.partition(":")[0], style="bold"), "")
+            layout.add_row(Text(heading, style="bold"), "")
         for name, metric in names:
             cells = [_cell(name, row.get(name), best) for row in rows]
             layout.add_row(name, _ARROWS[metric.better], *cells)
@@ -59,7 +61,8 @@ def _shown(rows: Sequence[Mapping[str, Any]], group: Group) -> list[tuple[str, M
     for name in dict.fromkeys(name for row in rows for name in row):
         metric = find_metric(name)
         is_raw = name.startswith("raw_")  # equal to the figure shown unless a resolver worked
-        if metric is not None and metric.shown and metric.group == group and not is_raw:
+        is_known = any(row.get(name) is not None for row in rows)
+        if metric and metric.shown and metric.group == group and is_known and not is_raw:
             found[name] = metric
     return sorted(found.items(), key=lambda item: places[item[1].name])
 
@@ -76,7 +79,7 @@ def _best(rows: Sequence[Mapping[str, Any]]) -> dict[str, float]:
 
 
 def _cell(name: str, value: Any, best: Mapping[str, float]) -> Text:
-    is_tiny = isinstance(value, float) and 0 < abs(value) < 1e-3
-    text = f"{value:.2e}" if is_tiny else format_value(value)
+    is_tiny = isinstance(value, float) and 0 < abs(value) < 5e-5
+    text = f"{value:.1e}" if is_tiny else format_value(value)
     is_best = name in best and value == best[name]
     return Text(text, style="bold green" if is_best else "")

@@ -14,19 +14,8 @@ from typing import Literal
 import numpy as np
 from scipy import stats
 
+from forge_ray.sid.metrics.registry import audited
 from forge_ray.sweep.ledger import TrialRecord
-
-PROXIES: dict[str, int] = {
-    "backoff_bits": -1,
-    "backoff_bits_tail": -1,
-    "backoff_gain": 1,
-    "embedding_hitrate": 1,
-    "uniqueness": 1,
-    "gini": -1,
-    "usage_min": 1,
-    "max_bucket": -1,
-}
-"""Proxies that are audited, with the direction that is meant to be better."""
 
 MIN_TRIALS = 6
 """Fewer points say nothing about a rank correlation."""
@@ -114,9 +103,10 @@ def audit(records: Sequence[TrialRecord], *, metric: str) -> Audit:
 
 def _correlate(records: Sequence[TrialRecord], values: dict[str, float | None]) -> list[ProxyAudit]:
     audits = []
-    for proxy, direction in PROXIES.items():
+    for metric in audited():
+        proxy = metric.name
         pairs = [
-            (direction * float(one.proxies[proxy]), float(value))
+            (metric.sign * float(one.proxies[proxy]), float(value))
             for one in records
             if (value := values.get(one.key)) is not None and _is_number(one.proxies.get(proxy))
         ]

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 
 import plotly.graph_objects as go
 
-from forge_ray.sweep.audit import PROXIES, ProxyAudit
+from forge_ray.sid.metrics.registry import METRICS
+from forge_ray.sweep.audit import ProxyAudit
 from forge_ray.sweep.ledger import TrialRecord
 from forge_ray.sweep.space import label_point
 from forge_ray.sweep.views import STAGES
@@ -61,7 +62,7 @@ def proxy_scatter(records: Sequence[TrialRecord], found: ProxyAudit, *, metric: 
             text=[_name(one) for one, _, _ in shown],
             hovertemplate="%{text}<br>%{x:.4g} → %{y:.4f}<extra></extra>",
         )
-    better = "smaller is better" if PROXIES[found.proxy] < 0 else "larger is better"
+    better = f"{METRICS[found.proxy].better} is better"
     rho = "undefined" if math.isnan(found.spearman) else f"{found.spearman:+.2f}"
     title = f"{found.proxy}: Spearman {rho}, n = {found.num_trials}"
     return _html(figure, x=f"{found.proxy} ({better})", y=metric, height=340, title=title)

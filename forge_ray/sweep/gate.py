@@ -17,6 +17,7 @@ from typing import Any, Literal
 import numpy as np
 
 from forge_ray.errors import ConfigError
+from forge_ray.sid.metrics.registry import is_better, rankable
 
 Rule = Literal["limit", "quantile", "warm-up", "random share", "passed", "off"]
 
@@ -39,9 +40,8 @@ class GateConfig:
     max_bucket: int | None = None
     """Most items that may share one SID, after resolution."""
     proxy: str = "backoff_bits"
-    """Proxy of the quantile rule."""
-    proxy_mode: str = "min"
-    """`min` where a smaller proxy is better, else `max`."""
+    """Proxy of the quantile rule: a score that is safe as a gate; which way is better is the
+    score's own business (`forge_ray.sid.metrics.registry`)."""
     keep_quantile: float = 0.6
     """Share of the proxies seen that passes."""
     warmup: int = 4
@@ -56,8 +56,7 @@ class GateConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError(f"gate.{name} must be in [0, 1], got {value}. Set a share.")
-        if self.proxy_mode not in ("min", "max"):
-            raise ConfigError(f"gate.proxy_mode must be min or max, got {self.proxy_mode!r}.")
+        rankable(self.proxy, field="gate.proxy")
         if self.warmup < 0:
             raise ConfigError(f"gate.warmup must be >= 0, got {self.warmup}. Count trials.")
 
@@ -66,13 +65,18 @@ class GateConfig:
         """Proxies that a trial must report for this gate to judge it."""
         if not self.enabled:
             return ()
+        return (*self.limits, self.proxy)
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """Hard limits by proxy; the proxy's direction says on which side a design must lie."""
         limits = {
             "uniqueness": self.min_uniqueness,
             "usage_min": self.min_usage,
             "backoff_gain": self.min_gain,
             "max_bucket": self.max_bucket,
         }
-        return (*(name for name, limit in limits.items() if limit is not None), self.proxy)
+        return {name: limit for name, limit in limits.items() if limit is not None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,17 +141,16 @@ def broken_limit(proxies: Mapping[str, Any], config: GateConfig) -> str | None:
     for name in config.required:
         if not _is_finite(proxies.get(name)):
             return f"{name} is {proxies.get(name)}"
-    lower = {
-        "uniqueness": config.min_uniqueness,
-        "usage_min": config.min_usage,
-        "backoff_gain": config.min_gain,
-    }
-    for name, limit in lower.items():
-        if limit is not None and proxies[name] < limit:
-            return f"{name} {proxies[name]:.3g} < {limit:g}"
-    if config.max_bucket is not None and proxies["max_bucket"] > config.max_bucket:
-        return f"max_bucket {proxies['max_bucket']:g} > {config.max_bucket}"
+    for name, limit in config.limits.items():
+        metric = rankable(name, field="gate limit")
+        if is_better(metric, limit, proxies[name]):
+            compared = "<" if metric.sign > 0 else ">"
+            return f"{name} {_figure(proxies[name])} {compared} {limit:g}"
     return None
+
+
+def _figure(value: float) -> str:
+    return f"{value:g}" if isinstance(value, int) else f"{value:.3g}"
 
 
 def missing_proxies(proxies: Mapping[str, Any], config: GateConfig) -> list[str]:
@@ -172,7 +175,7 @@ def infeasible_reason(
 
 
 def _by_quantile(key: str, value: float, *, state: GateState, config: GateConfig) -> GateDecision:
-    sign = 1.0 if config.proxy_mode == "min" else -1.0
+    sign = -float(rankable(config.proxy, field="gate.proxy").sign)  # smaller is better here
     seen = [sign * one for one in (*state.seen.values(), value)]
     cutoff = float(np.quantile(seen, config.keep_quantile))
     is_worse = sign * value > cutoff

@@ -57,7 +57,7 @@ def test_warmup_then_quantile() -> None:
 
 
 def test_larger_is_better_when_asked() -> None:
-    config = dataclasses.replace(NO_LUCK, proxy="embedding_hitrate", proxy_mode="max", warmup=0)
+    config = dataclasses.replace(NO_LUCK, proxy="embedding_hitrate", warmup=0)
     state = GateState(seen={"a": 0.5, "b": 0.6})
     worse = decide("c", {**GOOD, "embedding_hitrate": 0.1}, state=state, config=config)
     better = decide("d", {**GOOD, "embedding_hitrate": 0.9}, state=state, config=config)
@@ -100,10 +100,10 @@ def test_gate_can_be_off() -> None:
 
 
 def test_missing_proxies_are_named() -> None:
-    assert missing_proxies({"uniqueness": 1.0}, GateConfig(proxy="typo")) == [
+    assert missing_proxies({"uniqueness": 1.0}, GateConfig(proxy="order_agreement")) == [
         "usage_min",
         "backoff_gain",
-        "typo",
+        "order_agreement",
     ]
     assert missing_proxies({"infeasible": "x"}, GateConfig()) == []
 
@@ -117,7 +117,14 @@ def test_infeasible_codebooks() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"keep_quantile": 1.5}, {"random_share": -1}, {"proxy_mode": "up"}, {"warmup": -1}]
+    "change",
+    [
+        {"keep_quantile": 1.5},
+        {"random_share": -1},
+        {"proxy": "embedding_hitrate_raw"},
+        {"proxy": "bits"},
+        {"warmup": -1},
+    ],
 )
 def test_bad_settings_are_refused(change) -> None:
     with pytest.raises(ConfigError):

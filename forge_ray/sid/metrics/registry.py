@@ -17,11 +17,11 @@ Cost = Literal["free", "seconds", "minutes"]
 Group = Literal["table", "levels", "reconstruction", "neighbours", "behaviour", "probe"]
 
 GROUPS: dict[Group, str] = {
-    "table": "Table: collisions and concentration",
-    "levels": "Levels, before collision resolution",
-    "reconstruction": "What the codes keep of the vectors",
-    "neighbours": "Embedding hitrate: held-out items among the neighbours of the history",
-    "behaviour": "Behaviour: held-out transitions",
+    "table": "Table",
+    "levels": "Levels, unresolved",
+    "reconstruction": "Reconstruction",
+    "neighbours": "Embedding hitrate",
+    "behaviour": "Behaviour",
     "probe": "Trained probe",
 }
 """Groups in the order of printing, with their headings."""
