@@ -1,7 +1,8 @@
 """From vectors to a SID table, in three cached artifacts: quantizer, codes, resolved table.
 
-Fitting runs where it is called, encoding as Ray Data actors over the vector shards. A Ray must be
-up when the catalogue is larger than `encode.local_items`.
+Fitting runs where it is called, or on `train.workers` of Ray Train; encoding as Ray Data actors
+over the vector shards. A Ray must be up for workers, and when the catalogue is larger than
+`encode.local_items`.
 """
 
 from __future__ import annotations
@@ -11,27 +12,27 @@ import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from pyarrow.fs import LocalFileSystem
 
 from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.config import to_mapping, to_overrides
 from forge_ray.data.schema import Dataset
 from forge_ray.embed.vectors import VectorSet, open_vectors
-from forge_ray.sid.config import EncodeConfig, SidConfig
+from forge_ray.sid.config import EncodeConfig, SidConfig, TrainConfig
 from forge_ray.sid.encode import encode_catalogue
 from forge_ray.sid.quantizers.base import (
-    Int64Array,
     Quantizer,
     QuantizerConfig,
     Report,
-    TrainingPairs,
-    TrainingSet,
     ignore_report,
 )
+from forge_ray.sid.quantizers.rq_vae import RqVaeConfig
 from forge_ray.sid.resolve import Published, resolve_catalogue
+from forge_ray.sid.selection import ProxySelector
 from forge_ray.sid.storage import (
     CODES_KIND,
     QUANTIZER_KIND,
@@ -41,6 +42,8 @@ from forge_ray.sid.storage import (
     assemble,
 )
 from forge_ray.sid.table import SidTable
+from forge_ray.sid.train import train_rq_vae
+from forge_ray.sid.training_set import load_training_set, trained_part
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +72,7 @@ def fit_sids(
         _quantizer_name(config.quantizer),
         {part: identity[part] for part in ("quantizer", "vectors", "seed")},
         parents=tuple(dict.fromkeys((dataset.key, source.key))),
-        produce=lambda writer: _produce_quantizer(config, dataset, source, writer, report),
+        produce=lambda writer: _produce_quantizer(config, dataset, source, store, writer, report),
         command=command,
     )
     codes = build_codes(config, dataset, source, quantizer, store, command=command)
@@ -147,7 +150,7 @@ def _identity(config: SidConfig) -> dict[str, Any]:
     """The part of the configuration that decides the codes; itself a valid `SidConfig`."""
     identity = to_mapping(config)
     identity["vectors"] = to_mapping(config.vectors.canonical())
-    del identity["encode"]
+    del identity["encode"], identity["train"]
     return identity
 
 
@@ -158,7 +161,9 @@ def _quantizer_name(config: QuantizerConfig) -> str:
 
 
 def _command(dataset: Dataset, config: SidConfig) -> str:
-    deciding = replace(config, vectors=config.vectors.canonical(), encode=EncodeConfig())
+    deciding = replace(
+        config, vectors=config.vectors.canonical(), encode=EncodeConfig(), train=TrainConfig()
+    )
     words = ["forge-ray", "sid", "fit", dataset.artifact.uri, *to_overrides(deciding)]
     return shlex.join(words)
 
@@ -167,6 +172,7 @@ def _produce_quantizer(
     config: SidConfig,
     dataset: Dataset,
     source: VectorSet,
+    store: ArtifactStore,
     writer: ArtifactWriter,
     report: Report,
 ) -> ArtifactInfo:
@@ -177,7 +183,7 @@ def _produce_quantizer(
         curve.append({"step": step, **metrics})
         report(step, metrics)
 
-    quantizer = _fit(config, dataset, source, record)
+    quantizer = _fit(config, dataset, source, store, writer, record)
     QuantizerState.of(quantizer, config.quantizer).save(writer)
     metrics = {
         "seconds_fit": round(time.monotonic() - started, 3),
@@ -203,62 +209,54 @@ def _produce_codes(
     return ArtifactInfo(rows={"items": source.num_items}, metrics=metrics)
 
 
-def _fit(config: SidConfig, dataset: Dataset, source: VectorSet, report: Report) -> Quantizer:
+def _fit(
+    config: SidConfig,
+    dataset: Dataset,
+    source: VectorSet,
+    store: ArtifactStore,
+    writer: ArtifactWriter,
+    report: Report,
+) -> Quantizer:
     logger.info("fitting %s on %s", _quantizer_name(config.quantizer), dataset.name)
-    all_pairs = None
-    if config.quantizer.pair_sources and dataset.artifact.exists("pairs"):
-        pairs = dataset.pairs()
-        all_pairs = TrainingPairs(pairs.anchor.astype(np.int64), pairs.positive.astype(np.int64))
-    items = training_items(
-        source.num_items, config.quantizer.max_train_vectors, all_pairs, seed=config.seed
+    folder = writer.scratch
+    is_mapped = bool(config.train.workers) and isinstance(writer.filesystem, LocalFileSystem)
+    data = load_training_set(
+        config.quantizer,
+        dataset,
+        source,
+        store,
+        seed=config.seed,
+        vector_file=Path(folder, "data", "vectors.npy") if is_mapped else None,
     )
-    vectors = source.take(items)
     quantizer = config.quantizer.build(source.dim, seed=config.seed)
-    if torch.cuda.is_available():
-        quantizer.to("cuda")
-    rows = None if all_pairs is None else _pairs_within(all_pairs, items, source.num_items)
-    named = {} if rows is None else {"co_occurrence": rows}
-    quantizer.fit(TrainingSet(vectors, pairs=named), report=report)
-    return quantizer.to("cpu")
+    inner = trained_part(config.quantizer)
+    if inner is None:
+        if torch.cuda.is_available():
+            quantizer.to("cuda")
+        quantizer.fit(data, report=report)
+        return quantizer.to("cpu")
+    model = train_rq_vae(
+        inner,
+        data,
+        seed=config.seed,
+        spread=config.train,
+        filesystem=writer.filesystem,
+        folder=folder,
+        select=_selector(inner, dataset, source, seed=config.seed),
+        report=report,
+    )
+    if inner is config.quantizer:
+        return model
+    quantizer.load_state_dict(model.state_dict())
+    return quantizer
 
 
-def training_items(
-    num_items: int, limit: int, pairs: TrainingPairs | None, *, seed: int
-) -> Int64Array:
-    """Choose the items to fit on: all, or a sample in which pairs keep both ends.
-
-    Args:
-        num_items: catalogue size N.
-        limit: most items to choose.
-        pairs: pairs of item indices, or None for a uniform sample.
-        seed: fixes the draw.
-
-    Returns:
-        int64 [min(N, limit)] sorted item indices. With pairs, at most half of them are chosen as
-        ends of random pairs, the rest uniformly.
-    """
-    if num_items <= limit:
-        return np.arange(num_items, dtype=np.int64)
-    rng = np.random.default_rng(seed)
-    chosen = np.zeros(num_items, dtype=bool)
-    if pairs is not None and len(pairs):
-        # Each pair brings at most two items, so this many cannot exceed half of the limit.
-        drawn = rng.choice(len(pairs), size=min(len(pairs), limit // 4), replace=False)
-        chosen[pairs.anchor[drawn]] = True
-        chosen[pairs.positive[drawn]] = True
-    others = np.flatnonzero(~chosen)
-    missing = limit - int(chosen.sum())
-    chosen[rng.choice(others, size=missing, replace=False)] = True
-    return np.flatnonzero(chosen)
-
-
-def _pairs_within(pairs: TrainingPairs, items: Int64Array, num_items: int) -> TrainingPairs:
-    """Pairs whose two ends are among the items, as rows of the sample."""
-    row = np.full(num_items, -1, dtype=np.int64)
-    row[items] = np.arange(len(items))
-    anchor, positive = row[pairs.anchor], row[pairs.positive]
-    kept = (anchor >= 0) & (positive >= 0)
-    return TrainingPairs(anchor[kept], positive[kept])
+def _selector(
+    config: RqVaeConfig, dataset: Dataset, source: VectorSet, *, seed: int
+) -> ProxySelector | None:
+    if not config.selection.checks:
+        return None
+    return ProxySelector(config.selection, dataset, source, seed=seed)
 
 
 def _produce_sids(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -37,8 +38,9 @@ logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.pt"
 _RUN = "run"
-_CONTROLLER_RETRIES = 60
-"""Attempts, a minute each, to get the workers' resources before a run gives up."""
+_START_TIMEOUT_S = 900
+_CONTROLLER_RETRIES = 4
+"""Attempts, of `_START_TIMEOUT_S` each, to start the workers before a run gives up."""
 
 
 def train_rq_vae(
@@ -155,6 +157,9 @@ def _train_on_ray(
         scaling_config=_scaling(spread),
         run_config=_run_config(spread, filesystem, folder),
     )
+    # A worker that imports torch on a busy machine, or boots its node first, needs more than Ray's
+    # 60 seconds; too short a wait starts all over again, for ever.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     try:
         result = trainer.fit()
     except ray.train.TrainingFailedError as error:

@@ -29,6 +29,7 @@ from forge_ray.sid.quantizers.base import (
     TrainingSet,
 )
 from forge_ray.sid.quantizers.rq_vae import RqVaeConfig
+from forge_ray.sid.quantizers.shuffled import ShuffledConfig
 from forge_ray.sid.train_data import map_vectors
 
 _MAX_USERS = 1_000_000
@@ -70,15 +71,15 @@ def load_training_set(
     row[items] = np.arange(len(items))
     vectors = source.take(items) if vector_file is None else map_vectors(source, items, vector_file)
     named = {name: _within(one, row) for name, one in pairs.items()}
-    if not isinstance(config, RqVaeConfig):
+    trained = trained_part(config)
+    if trained is None:
         return TrainingSet(vectors, pairs=named)
-    teachers = {
-        name: load_teacher(one, dataset, store) for name, one in config.alignment.teachers.items()
-    }
+    wanted = trained.alignment.teachers
+    teachers = {name: load_teacher(one, dataset, store) for name, one in wanted.items()}
     known = {name: np.asarray(one.items[items]) for name, one in teachers.items()}
     if INTERACTIONS not in config.pair_sources:
         return TrainingSet(vectors, pairs=named, teachers=known)
-    limit = min((t.max_users for t in config.alignment.teachers.values()), default=_MAX_USERS)
+    limit = min((one.max_users for one in wanted.values()), default=_MAX_USERS)
     log = train_log(dataset, max_users=limit)
     return TrainingSet(
         vectors,
@@ -87,6 +88,12 @@ def load_training_set(
         users=mean_vectors(log, row, vectors),
         user_teachers=_user_vectors(teachers, log),
     )
+
+
+def trained_part(config: QuantizerConfig) -> RqVaeConfig | None:
+    """The configuration that is trained with losses: this one, the one it shuffles, or none."""
+    inner = config.of if isinstance(config, ShuffledConfig) else config
+    return inner if isinstance(inner, RqVaeConfig) else None
 
 
 def training_items(

@@ -18,9 +18,10 @@ from forge_ray.errors import ArtifactError, ConfigError, DataError
 from forge_ray.sid import fit as fit_module
 from forge_ray.sid.config import EncodeConfig, SidConfig
 from forge_ray.sid.encode import encode_catalogue
-from forge_ray.sid.fit import fit_sids, training_items
+from forge_ray.sid.fit import fit_sids
 from forge_ray.sid.quantizers.base import TrainingPairs
 from forge_ray.sid.storage import QuantizerState, load_quantizer, open_sids
+from forge_ray.sid.training_set import training_items
 from tests.evaluate.datasets import topic_dataset
 
 SMALL = ["quantizer.levels=2", "quantizer.codebook_size=8"]
@@ -112,7 +113,7 @@ def test_every_kind_and_resolver_goes_through(dataset: Dataset, store: ArtifactS
 
 
 def test_alignment_needs_pairs(dataset: Dataset, store: ArtifactStore) -> None:
-    with pytest.raises(DataError, match=r"quantizer\.alignment\.kind=none"):
+    with pytest.raises(DataError, match="align without pairs"):
         fit_sids(config("quantizer.kind=rq_vae", *SMALL), dataset, store)
 
 
@@ -121,7 +122,7 @@ def test_errors_name_the_field(dataset: Dataset, store: ArtifactStore) -> None:
         fit_sids(config("quantizer.codebook_size=512"), dataset, store)
     with pytest.raises(DataError, match=r"vectors\.space must be one of"):
         fit_sids(config("vectors.space=image"), dataset, store)
-    with pytest.raises(ConfigError, match=r"one of random, rq_kmeans, rq_vae, got 'rq_kmean'"):
+    with pytest.raises(ConfigError, match=r"one of .*rq_kmeans.*, got 'rq_kmean'"):
         config("quantizer.kind=rq_kmean")
     with pytest.raises(ConfigError, match="seed must be >= 0"):
         config("seed=-1")
