@@ -111,7 +111,7 @@ class AssignmentConfig(ResolverConfig):
 def _find_movers(problem: Problem) -> Int64Array:
     """Rows that take part in an assignment, ordered by prefix, then hash; int64 [m]."""
     crowded = problem.groups.crowded(1)
-    kept = _fits(problem, crowded.keys) & ~problem.is_published[crowded.order]
+    kept = _fits(problem, crowded.keys) & ~problem.is_old(crowded.order)
     rows = crowded.order[kept]
     prefixes = compact(crowded.keys[kept] // problem.last_size)
     return rows[order_by_hash(prefixes, problem.hashes[rows])]

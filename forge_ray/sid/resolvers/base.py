@@ -70,6 +70,12 @@ class Problem:
             return np.zeros(len(self.codes), dtype=bool)
         return np.asarray(self.published[:, 0] >= 0)
 
+    def is_old(self, rows: Int64Array) -> npt.NDArray[np.bool_]:
+        """Which of some rows [m] are published, bool [m]."""
+        if self.published is None:
+            return np.zeros(len(rows), dtype=bool)
+        return np.asarray(self.published[rows, 0] >= 0)
+
     def current(self) -> IntArray:
         """Codes [N, L]: published where there are any, raw elsewhere."""
         if self.published is None:
@@ -237,5 +243,5 @@ def _beyond(keys: Int64Array, problem: Problem, capacity: int) -> Int64Array:
     """Rows beyond the capacity of their SID; published ones were there first."""
     crowded = Groups.of(keys).crowded(capacity)
     rows = crowded.order
-    order = np.lexsort((problem.hashes[rows], ~problem.is_published[rows], crowded.keys))
+    order = np.lexsort((problem.hashes[rows], ~problem.is_old(rows), crowded.keys))
     return rows[order][positions(crowded.keys) >= capacity]

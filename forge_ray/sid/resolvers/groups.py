@@ -6,6 +6,7 @@ bits and row number are packed into one number wherever they fit.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, TypeAlias
@@ -18,6 +19,8 @@ UInt64Array: TypeAlias = npt.NDArray[np.uint64]
 
 _LEAST_HASH_BITS = 12
 """With fewer leading hash bits in the packed number, too many rows tie and are sorted again."""
+
+_ROWS_AT_ONCE = 1 << 18
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,7 +40,9 @@ class Groups:
             order = np.argsort(keys)
             return cls(order, keys[order])
         packed = keys << row_bits
-        packed |= np.arange(len(keys))
+        for start in range(0, len(keys), _ROWS_AT_ONCE):
+            chunk = packed[start : start + _ROWS_AT_ONCE]
+            chunk |= np.arange(start, start + len(chunk))
         packed.sort()
         order = packed & ((1 << row_bits) - 1)
         packed >>= row_bits
@@ -52,6 +57,16 @@ class Groups:
     def sizes(self) -> Int64Array:
         """Rows of each group, int64 [groups]."""
         return _lengths(self.starts, len(self.keys))
+
+    def parts(self, divisor: int, rows: int) -> Iterator[Groups]:
+        """Cut into pieces of about `rows` rows, never between keys of equal `key // divisor`."""
+        start = 0
+        while start < len(self.keys):
+            end = min(start + rows, len(self.keys))
+            bound = (self.keys[end - 1] // divisor + 1) * divisor
+            end = int(np.searchsorted(self.keys, bound))
+            yield Groups(self.order[start:end], self.keys[start:end])
+            start = end
 
     def crowded(self, limit: int) -> Groups:
         """Only the groups of more than `limit` rows."""

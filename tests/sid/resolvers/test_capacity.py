@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from forge_ray.data.hashing import distinct_hashes, hashed_orders
-from forge_ray.sid.resolvers import KnnCapConfig, RandomCapConfig, capacity, resolve
+from forge_ray.sid.resolvers import KnnCapConfig, RandomCapConfig, capacity, groups, resolve
 from tests.sid.resolvers.plain import Catalogue, capped
 
 CASE = st.builds(Catalogue.draw, st.integers(0, 2**32 - 1), st.integers(1, 60))
@@ -57,6 +57,8 @@ def test_random_cap_equals_the_plain_policy(case: Catalogue, policy: dict, seed:
 def test_small_blocks_give_the_same_table(case: Catalogue, policy: dict) -> None:
     whole = case.resolve(KnnCapConfig(**policy)).codes
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(capacity, "_PART_ROWS", 7)
+        patch.setattr(groups, "_ROWS_AT_ONCE", 2)
         patch.setattr(capacity, "_BLOCK_ROWS", 3)
         patch.setattr(capacity, "_BLOCK_PLACES", 12)
         patch.setattr(capacity, "_LOOKAHEAD", 2)
