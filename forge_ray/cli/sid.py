@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
@@ -22,9 +23,11 @@ from forge_ray.cli.console import (
     emit,
     open_store,
     stderr,
+    working,
 )
 from forge_ray.cli.inputs import open_data
 from forge_ray.cli.sid_extend import extend
+from forge_ray.cli.sid_page import write_page
 from forge_ray.cli.sid_score import score
 from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
@@ -74,12 +77,20 @@ def fit(
 def show(
     ref: Annotated[str, typer.Argument(help="sids/name-key, a key prefix, a name or a directory.")],
     items: Annotated[int, typer.Option(help="Example items to print.")] = 5,
+    html: Annotated[
+        Path | None,
+        typer.Option(help="Also write a page: usage, buckets, reconstruction, the prefix tree."),
+    ] = None,
     store: StoreUri = DEFAULT_STORE,
     as_json: AsJson = False,
 ) -> None:
     """Show one SID table: sizes, lineage, bucket histogram and example items."""
     where = open_store(store)
     sids = open_sids(where, ref)
+    if html is not None:
+        with working(f"writing {html}"):
+            write_page(html, sids, where)
+        stderr.print(f"page at {html}")
     facts = {**table_facts(sids), "buckets": bucket_histogram(sids.table)}
     examples = example_items(sids, where, count=items)
     if as_json:

@@ -20,6 +20,7 @@ def write_dataset(
     *,
     item_ids: np.ndarray,
     vectors: np.ndarray | None = None,
+    titles: list[str] | None = None,
     name: str = "toy",
 ) -> Dataset:
     """Split every user's sequence (at least 3 items each) by leave-one-out and publish it."""
@@ -40,8 +41,9 @@ def write_dataset(
             pq.write_table(table, writer.path(*parts), filesystem=writer.filesystem)
 
         index = pa.array(np.arange(len(item_ids)), pa.int32())
+        named = {} if titles is None else {"title": titles}
         put(
-            {"item_index": index, "item_id": item_ids.astype(str), "train_count": counts},
+            {"item_index": index, "item_id": item_ids.astype(str), "train_count": counts, **named},
             "items", "part-0.parquet",
         )  # fmt: skip
         put(
@@ -71,7 +73,13 @@ def _cut(sequences: Ragged, lengths: np.ndarray) -> Ragged:
     return sequences.slices(sequences.offsets[:-1], lengths)
 
 
-def topic_dataset(store: ArtifactStore, *, num_items: int = 300, num_users: int = 600) -> Dataset:
+def topic_dataset(
+    store: ArtifactStore,
+    *,
+    num_items: int = 300,
+    num_users: int = 600,
+    titles: list[str] | None = None,
+) -> Dataset:
     """Users stay inside one of ten topics; an item's vector is its topic's, plus noise."""
     rng = np.random.default_rng(0)
     topics = rng.normal(size=(10, 8))
@@ -80,7 +88,7 @@ def topic_dataset(store: ArtifactStore, *, num_items: int = 300, num_users: int 
     rows = rows + rng.integers(0, 10, size=(num_users, 1))
     sequences = Ragged.from_lists(rows, dtype=np.int32)
     ids = np.array([f"i{number:04d}" for number in range(num_items)])
-    return write_dataset(store, sequences, item_ids=ids, vectors=vectors)
+    return write_dataset(store, sequences, item_ids=ids, vectors=vectors, titles=titles)
 
 
 def beauty_dataset(store: ArtifactStore, folder: Path) -> Dataset:

@@ -20,18 +20,15 @@ import torch
 from forge_ray.errors import ConfigError
 from forge_ray.sid.quantizers.base import (
     Assignment,
-    FloatArray,
-    Int64Array,
     Quantizer,
     QuantizerConfig,
     Report,
     TrainingSet,
-    _in_chunks,
     ignore_report,
-    squared_distances,
 )
 from forge_ray.sid.quantizers.fsq_network import FsqNetwork, Schedule, train
-from forge_ray.sid.quantizers.rq_kmeans import residual_kmeans
+from forge_ray.sid.quantizers.kmeans import residual_kmeans
+from forge_ray.sid.quantizers.nearest import nearest_codes
 
 _MAX_SCALAR = 8
 """Most values of one scalar when a grid is chosen for a codebook size, as in the published ones."""
@@ -54,17 +51,18 @@ class FsqConfig(QuantizerConfig):
     """Values V of each scalar, the same for every grid, e.g. [8, 8, 8, 6, 5] for 15,360 codes
     (RecGPT); the codebook size is their product. By default chosen for `codebook_size` or `sizes`:
     the largest product that is not above it, e.g. [8, 8, 4] for 256."""
-    hidden: list[int] = field(default_factory=list)
-    """Widths of hidden layers between input and scalars, mirrored behind the scalars; none in the
-    source."""
+    hidden: list[int] = field(default_factory=lambda: [256])
+    """Widths of hidden layers between input and scalars, mirrored behind the scalars. RecGPT has
+    none; on amazon-beauty (chunked, 3 x 256) that uses 0.89 of the codes and explains 0.25 of the
+    variance, this 1.00 and 0.35."""
     kmeans_iterations: int = 25
     """Lloyd iterations per k-means level of `rq_last`."""
     batch_size: int = 256
     epochs: int = 100
     """Passes over the vectors, at most `max_steps` in all."""
-    max_steps: int = 4000
+    max_steps: int = 2000
     """Bound on optimiser steps; the source has none."""
-    lr: float = 1e-3
+    lr: float = 2e-3
     """Rate of Adam, cosine decay to 0. RecGPT: 1e-4, constant, over far more steps."""
 
     def __post_init__(self) -> None:
@@ -185,7 +183,7 @@ class Fsq(Quantizer):
         points = (vectors - self.mean) / self.scale
         clusters = self._cluster(points)
         for codebook in clusters:
-            points -= codebook[squared_distances(points, codebook).argmin(dim=1)]
+            points -= codebook[nearest_codes(points, codebook, codebook.square().sum(dim=1))]
         config = self.config
         per_epoch = math.ceil(len(points) / config.batch_size)
         steps = min(config.max_steps, config.epochs * per_epoch)
@@ -195,30 +193,6 @@ class Fsq(Quantizer):
         self.codebooks = clusters + [
             level.codebook(self.input_dim) for level in self.network.grids()
         ]
-
-    def last_level_candidates(self, vectors: FloatArray, limit: int) -> Int64Array:
-        """Rank the last codes by the distance of their grid points to the vector's scalars.
-
-        Args:
-            vectors: float32 [n, D].
-            limit: candidates per vector.
-
-        Returns:
-            int64 [n, min(limit, K_L)]: last-level codes, the vector's own one first.
-        """
-        self._require_fitted()
-        self._check_width(vectors)
-        width = min(limit, self.codebook_sizes[-1])
-        last = self.network.grids()[-1]
-
-        def nearest(chunk: torch.Tensor) -> torch.Tensor:
-            assigned = self._assign(self._to_latent(chunk))
-            distances = last.grid.distances(last.raw(assigned.last_residual))
-            # Rounding decides, not the distances' last bit.
-            distances.scatter_(1, assigned.codes[:, -1:], -1.0)
-            return distances.argsort(dim=1, stable=True)[:, :width]
-
-        return _in_chunks(nearest, vectors, device=self.device, width=width)
 
     def to(self, device: str | torch.device) -> Fsq:
         """Move network and codebooks to a device and return self."""
@@ -242,6 +216,16 @@ class Fsq(Quantizer):
         self.mean = torch.from_numpy(np.array(state["mean"]))
         self.scale = float(state["scale"][0])
 
+    def _last_distances(self, chunk: torch.Tensor) -> torch.Tensor:
+        """Distances of the last grid's points to the bounded scalars: what rounding minimises."""
+        last = self.network.grids()[-1]
+        assigned = self._assign(self._to_latent(chunk))
+        distances = last.grid.distances(last.raw(assigned.last_residual))
+        # The last bit of a distance must not contradict the rounding.
+        least = distances.amin(dim=1, keepdim=True)
+        below = torch.nextafter(least, torch.full_like(least, -torch.inf))
+        return distances.scatter(1, assigned.codes[:, -1:], below)
+
     def _cluster(self, points: torch.Tensor) -> list[torch.Tensor]:
         sizes = [
             size
@@ -250,13 +234,9 @@ class Fsq(Quantizer):
         ]
         if not sizes:
             return []
-        books = residual_kmeans(
-            points.cpu().numpy(),
-            sizes,
-            iterations=self.config.kmeans_iterations,
-            seed=self.seed,
+        return residual_kmeans(
+            points, sizes, iterations=self.config.kmeans_iterations, seed=self.seed
         )
-        return [book.to(points.device) for book in books]
 
     def _to_latent(self, vectors: torch.Tensor) -> torch.Tensor:
         return (vectors - self.mean) / self.scale
@@ -272,7 +252,7 @@ class Fsq(Quantizer):
         for number, codebook in enumerate(self.codebooks):
             last = residual
             if number < num_clustered:
-                code = squared_distances(residual, codebook).argmin(dim=1)
+                code = nearest_codes(residual, codebook, self._offsets(number))
             else:
                 level = levels[number - num_clustered]
                 code = level.grid.codes(level.raw(residual))
