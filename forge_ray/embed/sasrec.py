@@ -52,7 +52,7 @@ class SasRecConfig:
     """Newest items of a history that are read; 50 in the source."""
     epochs: int = 200
     """Most passes over the users."""
-    patience: int = 5
+    patience: int = 10
     """Epochs without a better figure on the users set aside before training stops."""
     holdout_share: float = 0.05
     """Share of the users set aside to choose the epoch; 0 trains `epochs` epochs on all of them."""

@@ -125,7 +125,8 @@ class TwoTower(nn.Module):
         ]
         self.interest, self.conformity, self.property, self.popularity = tables
         for table in tables:
-            nn.init.normal_(table.weight, std=config.dim**-0.5)
+            # Small: a row that few events touch must not keep the direction it was drawn with.
+            nn.init.normal_(table.weight, std=0.01)
         self.user_tower, self.item_tower = (
             nn.Sequential(
                 nn.Linear(2 * config.dim, config.hidden),
@@ -286,7 +287,11 @@ def _optimizers(model: TwoTower, learning_rate: float) -> list[torch.optim.Optim
 
 
 def _debias_figures(model: TwoTower, counts: Int64Array) -> dict[str, float]:
-    """How far popularity was kept out: overlap, and what a line through either half explains."""
+    """How far popularity was kept out: overlap, and what a line through either half explains.
+
+    Of the property only the direction is measured: losses compare by cosine, and rows grow with
+    the number of their events.
+    """
     seen = counts > 0
     halves = {
         "property": _array(model.property)[seen],
@@ -296,7 +301,8 @@ def _debias_figures(model: TwoTower, counts: Int64Array) -> dict[str, float]:
     return {
         "users_overlap": _mean_squared_cosine(_array(model.interest), _array(model.conformity)),
         "items_overlap": _mean_squared_cosine(halves["property"], halves["popularity"]),
-        **{f"log_degree_r2_of_{name}": _r2(rows, degree) for name, rows in halves.items()},
+        "log_degree_r2_of_property": _r2(_unit(halves["property"]), degree),
+        "log_degree_r2_of_popularity": _r2(halves["popularity"], degree),
     }
 
 
@@ -310,9 +316,12 @@ def _r2(rows: FloatArray, target: FloatArray) -> float:
 
 
 def _mean_squared_cosine(first: FloatArray, second: FloatArray) -> float:
-    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
-    cosine = (first * second).sum(axis=1) / np.maximum(norms, 1e-12)
-    return float(np.square(cosine).mean())
+    return float(np.square((_unit(first) * _unit(second)).sum(axis=1)).mean())
+
+
+def _unit(rows: FloatArray) -> FloatArray:
+    norms = np.linalg.norm(rows, axis=1, keepdims=True)
+    return np.asarray(rows / np.maximum(norms, np.float32(1e-12)), dtype=np.float32)
 
 
 def _standard_log(counts: Int64Array) -> FloatArray:
