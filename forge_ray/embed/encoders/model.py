@@ -13,7 +13,7 @@ from typing import Any
 
 from forge_ray.errors import ConfigError
 
-_NEEDLESS = ("*.onnx", "*.h5", "*.msgpack", "*.ot", "onnx/*", "openvino/*", "*.gguf")
+_NEEDLESS = ("*.onnx", "*.h5", "*.msgpack", "onnx/*", "openvino/*", "*.gguf")
 _BLOCK_BYTES = 2**20
 
 

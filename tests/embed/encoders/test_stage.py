@@ -132,8 +132,8 @@ def test_items_without_text_stop_the_stage_or_are_listed(folder: str, store: Art
 def test_mistakes_are_named_before_any_work(
     folder: str, dataset: Dataset, store: ArtifactStore
 ) -> None:
-    with pytest.raises(ConfigError, match="columns of the items, got 'titel'; they have item_"):
-        encode_items(config(folder, columns=["titel"]), dataset, store)
+    with pytest.raises(ConfigError, match="columns of the items, got 'heading'; they have item_"):
+        encode_items(config(folder, columns=["heading"]), dataset, store)
     with pytest.raises(ConfigError, match="must be a folder or a name on the hub, got 'no/where'"):
         encode_items(config("no/where"), dataset, store)
     with pytest.raises(DataError, match=r"vectors\.space must be one of"):
