@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import typer
+from rich.console import Console
 from typer.testing import CliRunner
 
 from forge_ray.artifacts import ArtifactStore
+from forge_ray.cli.score_view import comparison
 from forge_ray.cli.sid_score import score
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
@@ -80,6 +82,24 @@ def test_a_table_for_people(store: ArtifactStore, dataset: Dataset, tables: list
     assert result.exit_code == 0
     assert "SID scores" in result.stdout
     assert "select on" in result.stderr
+
+
+def test_the_comparison_fits_its_terminal_and_marks_the_better(
+    store: ArtifactStore, dataset: Dataset, tables: list[str]
+) -> None:
+    rows = as_rows([*tables, "--data", dataset.key, "--controls"], store)
+    assert [row["control"] for row in rows] == [None, "shuffled", "random"] * 2
+    console = Console(width=120, record=True)
+    for part in comparison(rows * 2, width=120):
+        console.print(part)
+    text = console.export_text()
+    assert max(len(line) for line in text.splitlines()) <= 120
+    assert text.count("SID scores") == 2  # twelve tables stand in two blocks
+    for name in ("uniqueness", "entropy_level_2", "order_agreement", "lcp_ratio", "backoff_bits"):
+        assert text.count(f" {name} ") == 2
+    best = min(row["backoff_bits"] for row in rows)
+    bold = [row for row in rows if f"{row['backoff_bits']:.4f}" == f"{best:.4f}"]
+    assert all(row["control"] is None for row in bold)
 
 
 def test_stored_tables_know_their_dataset_and_default_to_validation(

@@ -15,9 +15,16 @@ from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.sid import score
 from forge_ray.sid.config import SidConfig
+from forge_ray.sid.metrics.config import ParallelConfig
 from forge_ray.sid.quantizers.base import TrainingSet
 from forge_ray.sid.quantizers.rq_kmeans import RqKmeansConfig
-from forge_ray.sid.score import ScoreConfig, load_inputs, score_sids, score_table
+from forge_ray.sid.score import (
+    ScoreConfig,
+    control_table,
+    load_inputs,
+    score_sids,
+    score_table,
+)
 from forge_ray.sid.table import SidTable
 from tests.evaluate.datasets import beauty_dataset, topic_dataset, write_dataset
 
@@ -171,6 +178,9 @@ def test_mistakes_are_refused(dataset: Dataset, table: SidTable) -> None:
         {"hitrate_history": 1},
         {"hitrate_gallery": 100},
         {"hitrate_exact_limit": 1},
+        {"sample_items": 50},
+        {"order_triplets": 100},
+        {"parallel": ParallelConfig(steps=2, users=20)},
         {"probe_history": 1},
         {"probe_window": 1},
         {"probe_decay": 0.1},
@@ -186,6 +196,74 @@ def test_every_setting_matters(dataset: Dataset, table: SidTable, change: dict[s
         return {name: value for name, value in found.items() if not name.endswith("seconds")}
 
     assert scores(ScoreConfig(**change)) != scores(ScoreConfig())
+
+
+def test_hitrate_by_depth_and_what_quantizing_lost(
+    dataset: Dataset, table: SidTable, quantizer: Any
+) -> None:
+    found = score_table(table, dataset, quantizer=quantizer)
+    assert 0 < found["embedding_hitrate_prefix_1"] <= found["embedding_hitrate"] + 0.05
+    assert "embedding_hitrate_prefix_2" not in found
+    gap = found["embedding_hitrate_raw"] - found["embedding_hitrate"]
+    assert found["embedding_hitrate_gap"] == pytest.approx(gap)
+    assert 0 < found["reconstruction_r2_1"] < found["reconstruction_r2_2"] < 1
+    restored = quantizer.decode(np.asarray(table.codes))
+    vectors = dataset.vectors()
+    lost = ((vectors - restored) ** 2).sum() / ((vectors - vectors.mean(axis=0)) ** 2).sum()
+    assert found["reconstruction_r2"] == pytest.approx(1 - lost, rel=1e-4)
+
+
+def test_shards_change_no_score(dataset: Dataset, table: SidTable, quantizer: Any) -> None:
+    def hitrates(shard: int) -> dict[str, Any]:
+        config = ScoreConfig(hitrate_shard=shard)
+        found = score_table(table, dataset, config=config, quantizer=quantizer)
+        return {
+            name: value
+            for name, value in found.items()
+            if name.startswith("embedding_hitrate") and isinstance(value, float)
+        }
+
+    whole = hitrates(300)
+    assert len(whole) >= 7
+    for shard in (1, 70):
+        assert hitrates(shard) == pytest.approx(whole, abs=1e-9)
+
+
+@pytest.mark.parametrize("control", ["shuffled", "random"])
+def test_controls_keep_buckets_and_lose_meaning(
+    dataset: Dataset, table: SidTable, control: Any
+) -> None:
+    inputs = load_inputs(dataset)
+    own = score_table(table, dataset, inputs=inputs)
+    made = score_table(control_table(table, control, seed=1), dataset, inputs=inputs)
+    for name in ("num_sids", "uniqueness", "gini", "colliding_items", "max_bucket"):
+        assert made[name] == pytest.approx(own[name])
+    assert made["order_agreement"] == pytest.approx(0.5, abs=0.05)
+    assert own["order_agreement"] > 0.7
+    assert made["lcp_ratio"] < 1.5 < own["lcp_ratio"]
+    assert abs(made["backoff_gain"]) < 0.2 < own["backoff_gain"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"steps": 4}, {"batch_users": 9}, {"history": 3}, {"width": 8}, {"layers": 1},
+        {"heads": 2}, {"dropout": 0.5}, {"temperature": 0.5}, {"learning_rate": 0.1},
+        {"users": 30}, {"k": 3},
+    ],
+    ids=lambda change: next(iter(change)),
+)  # fmt: skip
+def test_every_setting_of_the_parallel_probe_matters(
+    dataset: Dataset, table: SidTable, change: dict[str, Any]
+) -> None:
+    def scores(**settings: Any) -> dict[str, Any]:
+        parallel = ParallelConfig(**{"steps": 3, "users": 20, "width": 16, **settings})
+        found = score_table(table, dataset, config=ScoreConfig(parallel=parallel))
+        return {name: found[name] for name in found if name.startswith("parallel_item")} | {
+            "bits": found["parallel_bits"]
+        }
+
+    assert scores(**change) != scores()
 
 
 def test_scores_of_an_artifact_are_computed_once(
@@ -204,7 +282,9 @@ def test_scores_of_an_artifact_are_computed_once(
         config=SidConfig(),
     )
     monkeypatch.setattr(score, "_quantizer", lambda _: quantizer)
+    shuffled = score_sids(sids, dataset, store, control="shuffled")
     first = score_sids(sids, dataset, store)
+    assert first["backoff_bits"] < shuffled["backoff_bits"] - 0.5
     assert first["embedding_hitrate_variant"] == "decoded"
     assert first["seconds"] > 0
     monkeypatch.setattr(score, "score_table", lambda *_, **__: pytest.fail("scored again"))

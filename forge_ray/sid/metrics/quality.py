@@ -20,8 +20,8 @@ import numpy.typing as npt
 
 Integers = npt.NDArray[np.integer[Any]]
 
-_BLOCK = 1 << 15
-"""Rows of one pass: 256 KiB of keys, inside the second-level cache."""
+_BLOCK = 1 << 16
+"""Rows of one pass: half a megabyte of keys, inside the second-level cache."""
 _INT64_MAX = 2**63 - 1
 
 
@@ -51,9 +51,7 @@ def prefix_ids(codes: Integers) -> PrefixIds:
     sizes = [int(codes[:, level].max(initial=0)) + 1 for level in range(num_levels)]
     if math.prod(sizes) > _INT64_MAX:
         return _prefix_ids_by_column(codes)
-    keys = _packed(codes, sizes).keys
-    order = np.argsort(keys)
-    keys = keys[order]
+    order, keys = _sorted_with_rows(_packed(codes, sizes).keys, math.prod(sizes))
     starts = _starts(keys)
     # Only the deepest numbers are scattered over all items; a parent's number is a function of its
     # child's, looked up in a table of distinct prefixes.
@@ -86,6 +84,23 @@ def distinct_rows(codes: Integers) -> Integers:
     return np.asarray(codes[first])
 
 
+def _sorted_with_rows(keys: Integers, num_keys: int) -> tuple[Integers, Integers]:
+    """Rows in the order of their keys, and the sorted keys.
+
+    Where key and row fit into 63 bits together they are sorted as one number, which is several
+    times faster than `argsort`: every lookup stays in the number itself.
+    """
+    bits = max(1, (len(keys) - 1).bit_length())
+    if num_keys << bits > _INT64_MAX:
+        order = np.argsort(keys)
+        return order, keys[order]
+    both = keys.astype(np.int64)
+    both <<= bits
+    both |= np.arange(len(keys))
+    both.sort()
+    return both & ((1 << bits) - 1), both >> bits
+
+
 def _prefix_ids_by_column(codes: Integers) -> PrefixIds:
     order = np.lexsort(codes.T[::-1])
     is_new = np.zeros(len(codes), dtype=bool)
@@ -102,13 +117,14 @@ def _prefix_ids_by_column(codes: Integers) -> PrefixIds:
 
 def _starts(keys: Integers) -> npt.NDArray[np.int64]:
     """Places where a run of equal sorted keys begins."""
-    return np.flatnonzero(_is_new(keys))
+    return np.flatnonzero(~_continues(keys))
 
 
-def _is_new(keys: Integers) -> npt.NDArray[np.bool_]:
-    is_new = np.ones(len(keys), dtype=bool)
-    np.not_equal(keys[1:], keys[:-1], out=is_new[1:])
-    return is_new
+def _continues(keys: Integers) -> npt.NDArray[np.bool_]:
+    """Whether each sorted key equals the one before; the first does not."""
+    is_inner = np.zeros(len(keys), dtype=bool)
+    np.equal(keys[1:], keys[:-1], out=is_inner[1:])
+    return is_inner
 
 
 def _parents(keys: Integers, size: int) -> Integers:
@@ -300,23 +316,28 @@ def _runs(codes: Integers, sizes: Sequence[int]) -> _Runs:
     packed = _packed(codes, sizes)
     keys = packed.keys
     keys.sort()
-    multiplicity = np.zeros(2, dtype=np.int64)
-    counts = [0] * len(sizes)
-    last = [-1] * len(sizes)
-    max_group = len(keys) if len(sizes) == 1 else 0
-    for block in _whole_groups(keys, sizes[-1]):
-        for depth in range(len(sizes) - 1, -1, -1):
-            is_new = _is_new(block)
-            # Depths L and L − 1 never continue a run of the block before; shorter ones may.
-            is_new[0] = block[0] != last[depth]
-            last[depth] = block[-1]
-            counts[depth] += int(np.count_nonzero(is_new))
-            if depth == len(sizes) - 1:
-                multiplicity = _add(multiplicity, _length_histogram(is_new))
-            elif depth == len(sizes) - 2:
-                max_group = max(max_group, len(_length_histogram(is_new)) - 1)
-            block = _parents(block, sizes[depth])
     histograms = (_first_histogram(keys, sizes), *packed.histograms)
+    multiplicity = np.zeros(2, dtype=np.int64)
+    # Prefixes of length 1 are codes, and need no pass over the keys.
+    counts = [int(np.count_nonzero(histograms[0])), *[0] * (len(sizes) - 1)]
+    if len(sizes) == 1:
+        occupied = histograms[0][histograms[0] > 0]
+        return _Runs(tuple(counts), np.bincount(occupied, minlength=2), len(keys), histograms)
+    max_group = int(histograms[0].max()) if len(sizes) == 2 else 0
+    last = [-1] * len(sizes)
+    for block in _whole_groups(keys, sizes[-1]):
+        for depth in range(len(sizes) - 1, 0, -1):
+            is_inner = _continues(block)
+            # Depths L and L − 1 never continue a run of the block before; shorter ones may.
+            is_inner[0] = block[0] == last[depth]
+            last[depth] = block[-1]
+            counts[depth] += len(block) - int(np.count_nonzero(is_inner))
+            if depth == len(sizes) - 1:
+                multiplicity = _add(multiplicity, _length_histogram(is_inner))
+            elif depth == len(sizes) - 2:
+                max_group = max(max_group, len(_length_histogram(is_inner)) - 1)
+            if depth > 1:
+                block = _parents(block, sizes[depth])
     return _Runs(tuple(counts), multiplicity, max_group, histograms)
 
 
@@ -339,19 +360,17 @@ def _whole_groups(keys: Integers, size: int) -> Iterator[Integers]:
         start = end
 
 
-def _length_histogram(is_new: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
-    """Count runs by their length [longest + 1], from where runs begin; the first place does."""
-    is_inner = ~is_new
-    is_inner[0] = False
+def _length_histogram(is_inner: npt.NDArray[np.bool_]) -> npt.NDArray[np.int64]:
+    """Count runs by their length [longest + 1]; places inside a run continue the one before."""
     inner = np.flatnonzero(is_inner)
-    if 2 * len(inner) > len(is_new):
+    if 2 * len(inner) > len(is_inner):
         starts = np.flatnonzero(~is_inner)
-        return np.bincount(np.diff(starts, append=len(is_new)), minlength=2)
+        return np.bincount(np.diff(starts, append=len(is_inner)), minlength=2)
     # Mostly runs of 1: look only at the stretches of places inside longer runs.
-    ends = np.flatnonzero(np.diff(inner, append=len(is_new) + 1) > 1)
+    ends = np.flatnonzero(np.diff(inner, append=len(is_inner) + 1) > 1)
     longer = np.diff(ends, prepend=-1) + 1
     counts = np.bincount(longer, minlength=2)
-    counts[1] = len(is_new) - len(inner) - len(longer)
+    counts[1] = len(is_inner) - len(inner) - len(longer)
     return counts
 
 

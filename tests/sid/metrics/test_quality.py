@@ -12,7 +12,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forge_ray.sid.metrics import quality
-from forge_ray.sid.metrics.quality import gini, gini_histogram, prefix_ids, symbol_quality
+from forge_ray.sid.metrics.quality import (
+    distinct_rows,
+    gini,
+    gini_histogram,
+    prefix_ids,
+    symbol_quality,
+)
 from forge_ray.sid.table import SidTable
 
 COUNTS = st.lists(st.integers(1, 30), min_size=1, max_size=25)
@@ -104,9 +110,12 @@ def test_wide_keys_and_keys_beyond_63_bits_give_the_same_figures(size: int) -> N
         assert getattr(wide, name) == getattr(narrow, name)
     assert [level.prefixes for level in wide.levels] == [level.prefixes for level in narrow.levels]
     assert [level.dead for level in wide.levels] == [size - 3] * 4
-    far = codes * (1 << 20)
-    assert prefix_ids(far).counts == prefix_ids(codes).counts
-    assert np.array_equal(prefix_ids(far).ids, prefix_ids(codes).ids)
+    # Keys of 58 bits leave no room for the row beside them; of 86, for nothing.
+    for shift in (13, 20):
+        far = codes * (1 << shift)
+        assert prefix_ids(far).counts == prefix_ids(codes).counts
+        assert np.array_equal(prefix_ids(far).ids, prefix_ids(codes).ids)
+    assert np.array_equal(distinct_rows(codes), np.unique(codes, axis=0))
 
 
 @pytest.mark.parametrize(
