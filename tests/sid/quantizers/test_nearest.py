@@ -10,12 +10,13 @@ import torch
 from forge_ray.sid.quantizers.nearest import TILE_ROWS, nearest_codes, rank_nearest
 
 
-@pytest.mark.parametrize("rows", [1, TILE_ROWS, 3 * TILE_ROWS + 7])
-def test_codes_equal_a_flat_index(rows: int) -> None:
+@pytest.mark.parametrize("dim", [24, 300])
+@pytest.mark.parametrize("rows", [1, TILE_ROWS, 5 * TILE_ROWS + 7])
+def test_codes_equal_a_flat_index(rows: int, dim: int) -> None:
     rng = np.random.default_rng(0)
-    points = rng.standard_normal((rows, 24), dtype=np.float32)
-    words = rng.standard_normal((70, 24), dtype=np.float32)
-    index = faiss.IndexFlatL2(24)
+    points = rng.standard_normal((rows, dim), dtype=np.float32)
+    words = rng.standard_normal((70, dim), dtype=np.float32)
+    index = faiss.IndexFlatL2(dim)
     index.add(words)
     book = torch.from_numpy(words)
     codes = nearest_codes(torch.from_numpy(points), book, book.square().sum(dim=1))

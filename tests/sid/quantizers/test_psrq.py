@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from forge_ray.errors import ConfigError
 from forge_ray.sid.quantizers.base import Quantizer, TrainingSet
 from forge_ray.sid.quantizers.psrq import Psrq, PsrqConfig
 from forge_ray.sid.quantizers.rq_kmeans import RqKmeansConfig
@@ -28,7 +29,8 @@ class TestPsrq(ResidualContract):
             words = fitted.codebooks[level].numpy().astype(np.float64)
             seen, wide = residual, words
             if level:
-                seen = np.concatenate([residual, points - residual], axis=1)
+                prefix = fitted.config.prefix_weight * (points - residual)
+                seen = np.concatenate([residual, prefix], axis=1)
                 context = fitted.contexts[level - 1].numpy()
                 wide = np.concatenate([words, context], axis=1)
             distances = ((seen[:, None] - wide[None]) ** 2).sum(axis=2)
@@ -37,7 +39,12 @@ class TestPsrq(ResidualContract):
 
     @pytest.mark.parametrize(
         "change",
-        [{"iterations": 1}, {"init": "progressive"}, {"max_points_per_code": 10}],
+        [
+            {"iterations": 1},
+            {"init": "progressive"},
+            {"max_points_per_code": 10},
+            {"prefix_weight": 1.0},
+        ],
         ids=str,
     )
     def test_every_field_changes_the_result(
@@ -58,12 +65,27 @@ def test_one_level_is_residual_kmeans() -> None:
     assert np.array_equal(states[0]["codebook.0"], states[1]["codebook.0"])
 
 
+def test_without_the_prefix_it_is_residual_kmeans() -> None:
+    vectors = clustered_vectors()
+    codes = []
+    for config in (PsrqConfig(codebook_size=8, prefix_weight=0.0), RqKmeansConfig(codebook_size=8)):
+        quantizer = config.build(16, seed=0)
+        quantizer.fit(TrainingSet(vectors))
+        codes.append(quantizer.encode(vectors))
+    assert np.array_equal(codes[0], codes[1])
+    with pytest.raises(ConfigError, match="prefix_weight must be >= 0"):
+        PsrqConfig(prefix_weight=-1)
+
+
 def test_items_of_one_deeper_code_are_more_alike_than_in_residual_kmeans() -> None:
     vectors = clustered_vectors(2000)
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     cosines = []
-    for config in (RqKmeansConfig, PsrqConfig):
-        quantizer = config(levels=3, codebook_size=16).build(16, seed=0)
+    for config in (
+        RqKmeansConfig(codebook_size=16),
+        PsrqConfig(codebook_size=16, prefix_weight=1.0),
+    ):
+        quantizer = config.build(16, seed=0)
         quantizer.fit(TrainingSet(vectors))
         code = quantizer.encode(vectors)[:, 2]
         same = (code[:, None] == code[None]) & ~np.eye(len(code), dtype=bool)
