@@ -181,11 +181,11 @@ class _Reader:
     rank: int
     size: int
 
-    def __call__(self, steps: pa.Table) -> pa.Table:
-        """Gather some steps; one row each, a column per array, empty lists where there is none."""
+    def __call__(self, work: pa.Table) -> pa.Table:
+        """Gather ranges of steps, `first` to before `last`; one row a step, a column per array."""
         feed = Feed(self.staged.open(), self.plan, self.rank, self.size)
-        numbers = steps.column("id").to_pylist()
-        fields = [_fields(feed.batch(int(step))) for step in numbers]
+        numbers = [step for row in work.to_pylist() for step in range(row["first"], row["last"])]
+        fields = [_fields(feed.batch(step)) for step in numbers]
         columns: dict[str, Any] = {"step": pa.array(numbers, pa.int64())}
         for name in dict.fromkeys(name for one in fields for name in one):
             columns[name] = _lists([one.get(name, np.zeros(0, np.float32)) for one in fields], name)
@@ -266,10 +266,12 @@ class BatchStream:
     def _execute(self, first: int, last: int) -> Iterator[StepBatch]:
         import ray.data
 
-        steps = pa.table({"id": np.arange(first, last)})
         per_task = self._steps_per_task()
-        numbers = [steps.slice(at, per_task) for at in range(0, last - first, per_task)]
-        dataset = ray.data.from_arrow(numbers).map_batches(
+        work = [
+            {"first": at, "last": min(at + per_task, last)} for at in range(first, last, per_task)
+        ]
+        # `from_items` makes its blocks here; `from_arrow` would wait for a CPU that workers hold.
+        dataset = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(
             _Reader(self.staged, self.plan, self.rank, self.size),
             batch_size=None,
             batch_format="pyarrow",
