@@ -30,13 +30,18 @@ from forge_ray.sid.storage import SidArtifact
 
 KMEANS = ["quantizer.kind=rq_kmeans", "quantizer.levels=3"]
 VAE = ["quantizer.kind=rq_vae", "quantizer.levels=3"]
-CF = [
+# Nothing but the losses may fill the codebooks here. The weights are ten and a hundred times those
+# of LETTER, whose own show no effect on usage in so few steps.
+PLAIN = [
     *VAE,
     "quantizer.ema=false",
     "quantizer.assignment.kind=nearest",
     "quantizer.dead_code_restart=false",
-    "quantizer.alignment.kind=letter_cf",
+    "quantizer.hidden=[128]",
+    "quantizer.batch_size=512",
+    "quantizer.max_steps=250",
 ]
+CF = [*PLAIN, "quantizer.alignment.kind=letter_cf", "quantizer.alignment.weight=0.2"]
 DESIGNS: dict[str, list[str]] = {
     "kmeans": KMEANS,
     "kmeans+behaviour": [*KMEANS, "vectors.behaviour.alpha=0.5"],
@@ -46,9 +51,9 @@ DESIGNS: dict[str, list[str]] = {
     "random": ["quantizer.kind=random", "quantizer.levels=3"],
     "vae": [*VAE, "quantizer.alignment.kind=none"],
     "vae+i2i": [*VAE, "quantizer.alignment.kind=forge_i2i"],
-    "vae nearest": [*CF[:-1], "quantizer.alignment.kind=none"],
+    "vae plain": [*PLAIN, "quantizer.alignment.kind=none"],
     "vae+letter_cf": CF,
-    "vae+letter_cf+diversity": [*CF, "quantizer.diversity.weight=1e-4"],
+    "vae+letter_cf+diversity": [*CF, "quantizer.diversity.weight=1e-2"],
 }
 
 
@@ -74,7 +79,7 @@ SMALL = 1e-9
 EFFECTS = [
     Effect("behaviour fusion lowers bits", "kmeans+behaviour", "kmeans", "backoff_bits",
            at_most=-0.1),
-    Effect("CF alone empties level 1", "vae+letter_cf", "vae nearest", "usage_level_1",
+    Effect("CF alone empties level 1", "vae+letter_cf", "vae plain", "usage_level_1",
            at_most=-SMALL),
     Effect("diversity refills level 1", "vae+letter_cf+diversity", "vae+letter_cf",
            "usage_level_1", at_least=SMALL),
