@@ -212,7 +212,8 @@ def _train(
         for group in optimizer.param_groups:
             group["lr"] = config.learning_rate * rate
         rows = usable.take(rng.integers(0, len(usable), config.batch_users))
-        items = rows.padded(config.history + 1, fill=-1)
+        # As wide as the batch needs: places count from the right, so the width changes nothing.
+        items = rows.padded(min(config.history + 1, int(rows.lengths.max())), fill=-1)
         loss = _loss(model, _item_tokens(tokens, items))
         optimizer.zero_grad()
         loss.backward()  # type: ignore[no-untyped-call]

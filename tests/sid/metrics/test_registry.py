@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from forge_ray.artifacts import ArtifactStore
@@ -77,3 +79,13 @@ def test_gate_safe_scores_have_a_direction_and_controls_have_none() -> None:
         assert metric.doc
         if metric.name.endswith(("_se", "_shuffled", "_random")):
             assert metric.better is None
+
+
+def test_the_documentation_lists_every_score() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "metrics.md").read_text(encoding="utf-8")
+    arrows = {"higher": "↑", "lower": "↓", None: ""}
+    for metric in METRICS.values():
+        gate = "yes" if metric.gate_safe else ""
+        assert f"| `{metric.name}` | {arrows[metric.better]} | {gate} |" in page, (
+            "docs/metrics.md lags behind the registry: run scripts/metrics_table.py"
+        )
