@@ -133,23 +133,25 @@ def balanced_assignment(
     """
     workers = workers or Workers()
     num_rows, num_codes = len(distances) * workers.size, distances.shape[1]
-    spread = _standardised(distances.double(), workers)
-    plan = torch.exp(spread.mul_(-sharpness))
-    plan /= workers.total(plan.sum()) + _EPS
-    for _ in range(iterations):
-        codes = workers.total(plan.sum(dim=0, keepdim=True))
-        plan /= (codes + _EPS) * num_codes
-        plan /= (plan.sum(dim=1, keepdim=True) + _EPS) * num_rows
-    return plan.argmax(dim=1)
-
-
-def _standardised(distances: torch.Tensor, workers: Workers) -> torch.Tensor:
-    """Distances over the global batch with unit deviation and minimum 0."""
-    count = distances.numel() * workers.size
-    mean = workers.total(distances.sum()) / count
-    variance = workers.total((distances - mean).square_().sum()) / max(1, count - 1)
     least = workers.least(distances.min())
-    return (distances - least) / (variance.sqrt() + 1e-6)
+    scale = sharpness / (_deviation(distances, workers) + 1e-6)
+    plan = distances.double().sub_(least).mul_(-scale).exp_()
+    plan /= workers.total(plan.sum()) + _EPS
+    # The plan itself stays; what iterations change are the factors of its rows and columns.
+    rows, codes = plan.new_ones(len(plan)), plan.new_ones(num_codes)
+    for _ in range(iterations):
+        codes /= (workers.total(plan.T @ rows) * codes + _EPS) * num_codes
+        rows /= ((plan @ codes) * rows + _EPS) * num_rows
+    return plan.mul_(rows[:, None]).mul_(codes).argmax(dim=1)
+
+
+def _deviation(distances: torch.Tensor, workers: Workers) -> torch.Tensor:
+    """Standard deviation of all distances of the global batch, from each worker's moments."""
+    variance, mean = torch.var_mean(distances, correction=0)
+    center = workers.total(mean.clone()) / workers.size
+    spread = workers.total(variance + (mean - center).square()) / workers.size
+    count = distances.numel() * workers.size
+    return (spread * (count / max(1, count - 1))).sqrt()
 
 
 @torch.no_grad()
@@ -176,13 +178,13 @@ def uniform_assignment(
     """
     workers = workers or Workers()
     num_rows, num_codes = len(distances) * workers.size, distances.shape[1]
-    exact = distances.double()
-    most, least = workers.greatest(exact.max()), workers.least(exact.min())
-    middle = (most + least) / 2
+    most, least = workers.greatest(distances.max()), workers.least(distances.min())
+    middle = (most.double() + least) / 2
     # Centred first: epsilon is so small that the plan would underflow otherwise.
-    plan = torch.exp((exact - middle).div_(most - middle + 1e-5).div_(-epsilon))
+    plan = (distances.double() - middle).div_((most - middle + 1e-5) * -epsilon).exp_()
     plan /= workers.total(plan.sum())
+    rows, codes = plan.new_ones(len(plan)), plan.new_ones(num_codes)
     for _ in range(iterations):
-        plan /= plan.sum(dim=1, keepdim=True) * num_rows
-        plan /= workers.total(plan.sum(dim=0, keepdim=True)) * num_codes
-    return plan.argmax(dim=1)
+        rows /= (plan @ codes) * rows * num_rows
+        codes /= workers.total(plan.T @ rows) * codes * num_codes
+    return plan.mul_(rows[:, None]).mul_(codes).argmax(dim=1)
