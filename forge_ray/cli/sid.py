@@ -63,7 +63,7 @@ def fit(
     where = open_store(store)
     set_threads(os.cpu_count() or 1)
     dataset = open_data(data, where, verbose=verbose)
-    is_small = dataset.num_items <= settings.encode.local_items
+    is_small = dataset.num_items <= settings.encode.local_items and not settings.train.workers
     # A small catalogue is encoded in this process; starting Ray would take longer than the work.
     with nullcontext() if is_small else connected(verbose=verbose):
         sids = _fit_with_progress(settings, dataset, where)
