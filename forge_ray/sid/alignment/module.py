@@ -42,8 +42,6 @@ class Alignment(nn.Module):
     """Share of the pair batches (or pair rows) by source; sums to 1, empty without pairs."""
     reads_identity: bool
     """Whether a term reads batches of source `identity`."""
-    needs_known: bool
-    """Whether a term reads `AlignmentBatch.known`."""
     terms: nn.ModuleDict
     users: UserTokenizer | None
 
@@ -69,7 +67,6 @@ class Alignment(nn.Module):
         super().__init__()
         self.sources = dict(sources)
         self.reads_identity = any(term.source == "identity" for term in terms.values())
-        self.needs_known = any(term.mask == "known" for term in terms.values())
         self.terms = nn.ModuleDict(
             {name: Term(name, term, _widths(term, dims, users)) for name, term in terms.items()}
         )

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from forge_ray.config import Component
+from forge_ray.embed.pairs import SOURCES
 from forge_ray.embed.teachers import TeacherConfig
 from forge_ray.embed.teachers.ppmi_svd import PpmiSvdConfig
 from forge_ray.embed.teachers.sasrec import SasRecTeacherConfig
@@ -26,6 +27,16 @@ class AlignmentConfig(Component):
     """What pulls the codes of related items together; `kind` picks one."""
 
     kind: str = "none"
+
+    def __post_init__(self) -> None:
+        """Check the terms and their sources, before anything is fitted for them."""
+        known = (INTERACTIONS, *SOURCES)
+        unknown = sorted(set(self.sources) - set(known))
+        if unknown:
+            raise ConfigError(
+                f"alignment source must be one of {', '.join((IDENTITY, *known))}, got "
+                f"{unknown[0]!r}. Choose one of them."
+            )
 
     def list_terms(self) -> dict[str, TermConfig]:
         """The terms by name."""
@@ -57,16 +68,6 @@ class AlignmentConfig(Component):
         shares = {name: self.source_shares.get(name, 1.0) for name in names}
         kept = {name: share for name, share in shares.items() if share > 0}
         return {name: share / sum(kept.values()) for name, share in kept.items()}
-
-    @property
-    def reads_identity(self) -> bool:
-        """Whether a term reads the reconstruction steps' items."""
-        return any(term.source == IDENTITY for term in self.list_terms().values())
-
-    @property
-    def reads_users(self) -> bool:
-        """Whether a term reads users: batches of source `interactions` need user views."""
-        return any(term.has_users for term in self.list_terms().values())
 
     def build(self, dims: AlignmentDims) -> Alignment:
         """Make the trainable module; draws weights from torch's global generator.
@@ -104,6 +105,7 @@ class TermsConfig(AlignmentConfig):
 
     def __post_init__(self) -> None:
         """Check that names match."""
+        super().__post_init__()
         wanted = {term.teacher for term in self.terms.values() if term.has_teacher}
         missing = sorted(wanted - set(self.teacher))
         if missing:
@@ -113,6 +115,12 @@ class TermsConfig(AlignmentConfig):
             )
         if min(self.shares.values(), default=0) < 0:
             raise ConfigError(f"alignment.shares must be >= 0, got {self.shares}. Raise them.")
+        unused = sorted(set(self.shares) - {term.source for term in self.terms.values()})
+        if unused:
+            raise ConfigError(
+                f"alignment.shares must name sources of the terms, got {unused[0]!r}. Remove it, "
+                "or add a term that reads it."
+            )
 
     def list_terms(self) -> dict[str, TermConfig]:
         """The terms given."""
@@ -324,10 +332,12 @@ class DasConfig(AlignmentConfig):
 
     def __post_init__(self) -> None:
         """Check the views."""
+        # Before the terms, which are made from them.
         if not self.views or not {*self.views} <= {1, 2, 3, 4, 5, 6}:
             raise ConfigError(
                 f"alignment.views must be some of 1 to 6, got {self.views}. List at least one."
             )
+        super().__post_init__()
 
     def list_terms(self) -> dict[str, TermConfig]:
         """The views chosen."""

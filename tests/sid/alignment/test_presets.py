@@ -27,6 +27,7 @@ from forge_ray.sid.alignment import (
     TermsConfig,
 )
 from forge_ray.sid.alignment.module import Alignment
+from forge_ray.sid.config import SidConfig
 from tests.sid.alignment import references
 from tests.sid.alignment.batches import (
     INPUTS,
@@ -188,22 +189,42 @@ def test_das_without_user_codes_has_no_user_side() -> None:
 
 def test_none_has_no_loss_and_asks_for_nothing() -> None:
     config = NoAlignmentConfig()
-    assert (config.sources, config.teachers, config.reads_identity) == ({}, {}, False)
+    assert (config.sources, config.teachers) == ({}, {})
     assert build(config)(random_batch("co_occurrence", 4)) == {}
 
 
 def test_sources_and_teachers_are_what_the_terms_read() -> None:
     assert ForgeI2iConfig(source="swing").sources == {"swing": 1.0}
     assert LetterCfConfig().sources == {}
-    assert LetterCfConfig().reads_identity
     assert DasConfig().sources == {"interactions": 1.0}
-    assert DasConfig().reads_users
     assert isinstance(RlmRecConfig().teachers["teacher"], PpmiSvdConfig)
     terms = TermsConfig(
         terms={"a": TermConfig(), "b": TermConfig(source="swing"), "c": TermConfig(source="i2i")},
         shares={"swing": 3.0, "i2i": 0.0},
     )
     assert terms.sources == {"co_occurrence": 0.25, "swing": 0.75}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["kind=co_occurrence", "source=swng"], "one of identity, interactions, .* got 'swng'"),
+        (["kind=co_occurrence", "source=identity"], "source identity must have pairing own"),
+        (["kind=co_occurrence", "temperature=0"], "temperature must be > 0, got 0.0"),
+        (["kind=letter_cf", "weight=-1"], "weights must be >= 0, got -1.0"),
+        (["kind=das", "weight=-1"], "weights must be >= 0, got -1.0"),
+        (["kind=das", "views=[]"], "views must be some of 1 to 6"),
+        (["kind=terms", "shares.swing=2"], "shares must name sources of the terms, got 'swing'"),
+        (["kind=terms", "terms.a.source=swng"], "got 'swng'"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_fitted(given: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(SidConfig, overrides=_of_alignment(given))
+
+
+def _of_alignment(given: list[str]) -> list[str]:
+    return ["quantizer.kind=rq_vae", *(f"quantizer.alignment.{one}" for one in given)]
 
 
 def test_free_terms_name_their_teachers() -> None:
