@@ -12,6 +12,7 @@ import dataclasses
 import difflib
 import inspect
 import json
+import math
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -79,6 +80,7 @@ def load_config(
     given = _merge(given, _dotlist(overrides))
     try:
         merged = OmegaConf.merge(_structured(schema, given, at=""), given)
+        _require_finite(OmegaConf.to_container(merged))
         return typing.cast(T, OmegaConf.to_object(merged))
     except OmegaConfBaseException as error:
         raise ConfigError(_explain(error)) from error
@@ -278,6 +280,15 @@ def _choose(family: type, given: DictConfig, default: Any, *, at: str) -> type:
         hint = f"Did you mean {near[0]!r}?" if near else f"Set {at}.kind."
         raise ConfigError(f"{at}.kind must be one of {', '.join(choices)}, got {kind!r}. {hint}")
     return choices[kind]
+
+
+def _require_finite(value: Any, at: str = "") -> None:
+    # NaN passes every check that asks for a number below a bound, and no manifest can hold it.
+    if isinstance(value, float) and not math.isfinite(value):
+        raise ConfigError(f"{at} must be finite, got {value}. Change the value.")
+    parts = value.items() if isinstance(value, dict) else ()
+    for name, part in enumerate(value) if isinstance(value, list) else parts:
+        _require_finite(part, f"{at}.{name}" if at else str(name))
 
 
 def _explain(error: OmegaConfBaseException) -> str:

@@ -119,6 +119,8 @@ def test_later_sources_win(tmp_path: Path) -> None:
         ("by_name.sun={radius: 1}", ["by_name.sun.kind must be one of", "None"]),
         ("layers=[{shap: 1}]", ["shap", "shape"]),
         ("layer.shape.sides=[1]", ["layer.shape.sides", "radius"]),
+        ("layer.shape.radius=.nan", ["layer.shape.radius must be finite", "nan"]),
+        ("shapes=[{kind: circle, radius: .inf}]", ["shapes.0.radius must be finite", "inf"]),
     ],
 )
 def test_a_bad_override_names_path_rule_and_value(override: str, words: list[str]) -> None:
