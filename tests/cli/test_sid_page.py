@@ -30,7 +30,7 @@ def titles(num_items: int = 300) -> list[str]:
 
 
 def fitted(store: ArtifactStore, *, with_titles: bool = True, **changes: Any) -> SidArtifact:
-    dataset = topic_dataset(store, titles=titles() if with_titles else None)
+    dataset = topic_dataset(store, columns={"title": titles()} if with_titles else None)
     config = SidConfig(quantizer=RqKmeansConfig(levels=2, codebook_size=10), **changes)
     return fit_sids(config, dataset, store)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,7 @@ import pyarrow.parquet as pq
 
 from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.data.ragged import Ragged
-from forge_ray.data.schema import Dataset, vectors_schema
+from forge_ray.data.schema import PAIRS_SCHEMA, Dataset, vectors_schema
 
 
 def write_dataset(
@@ -20,7 +21,9 @@ def write_dataset(
     *,
     item_ids: np.ndarray,
     vectors: np.ndarray | None = None,
-    titles: list[str] | None = None,
+    columns: Mapping[str, Sequence[object]] | None = None,
+    pairs: tuple[np.ndarray, np.ndarray] | None = None,
+    spaces: Mapping[str, np.ndarray] | None = None,
     name: str = "toy",
 ) -> Dataset:
     """Split every user's sequence (at least 3 items each) by leave-one-out and publish it."""
@@ -41,11 +44,8 @@ def write_dataset(
             pq.write_table(table, writer.path(*parts), filesystem=writer.filesystem)
 
         index = pa.array(np.arange(len(item_ids)), pa.int32())
-        named = {} if titles is None else {"title": titles}
-        put(
-            {"item_index": index, "item_id": item_ids.astype(str), "train_count": counts, **named},
-            "items", "part-0.parquet",
-        )  # fmt: skip
+        items = {"item_index": index, "item_id": item_ids.astype(str), "train_count": counts}
+        put({**items, **(columns or {})}, "items", "part-0.parquet")
         put(
             {"user_index": users, "items": train.to_arrow(), "timestamps": train.to_arrow()},
             "sequences", "train", "part-0.parquet",
@@ -56,12 +56,20 @@ def write_dataset(
                  "targets": targets[split].to_arrow()},
                 "sequences", split, "part-0.parquet",
             )  # fmt: skip
-        if vectors is not None:
-            dim = vectors.shape[1]
-            flat = pa.array(vectors.astype(np.float32).ravel())
+        if pairs is not None:
+            weight = np.ones(len(pairs[0]))
+            put(
+                {"anchor": pairs[0], "positive": pairs[1], "weight": weight},
+                "pairs", "part-0.parquet",
+                schema=PAIRS_SCHEMA,
+            )  # fmt: skip
+        given = {} if vectors is None else {"default": vectors}
+        for space, rows in {**given, **(spaces or {})}.items():
+            dim = rows.shape[1]
+            flat = pa.array(rows.astype(np.float32).ravel())
             put(
                 {"item_index": index, "vector": pa.FixedSizeListArray.from_arrays(flat, dim)},
-                "vectors", "default", "part-0.parquet",
+                "vectors", space, "part-0.parquet",
                 schema=vectors_schema(dim, "float32"),
             )  # fmt: skip
         return ArtifactInfo(rows={"items": len(item_ids), "users": len(sequences)})
@@ -78,7 +86,7 @@ def topic_dataset(
     *,
     num_items: int = 300,
     num_users: int = 600,
-    titles: list[str] | None = None,
+    columns: Mapping[str, Sequence[object]] | None = None,
 ) -> Dataset:
     """Users stay inside one of ten topics; an item's vector is its topic's, plus noise."""
     rng = np.random.default_rng(0)
@@ -88,7 +96,7 @@ def topic_dataset(
     rows = rows + rng.integers(0, 10, size=(num_users, 1))
     sequences = Ragged.from_lists(rows, dtype=np.int32)
     ids = np.array([f"i{number:04d}" for number in range(num_items)])
-    return write_dataset(store, sequences, item_ids=ids, vectors=vectors, titles=titles)
+    return write_dataset(store, sequences, item_ids=ids, vectors=vectors, columns=columns)
 
 
 def beauty_dataset(store: ArtifactStore, folder: Path) -> Dataset:

@@ -25,7 +25,7 @@ TOPICS = ("soap", "brush", "cream", "mask", "razor", "comb", "scarf", "towel", "
 def page(store: ArtifactStore, tmp_path: Path) -> Path:
     titles = [f"{TOPICS[item % 10]} number {item}" for item in range(300)]
     titles[7] = EVIL
-    dataset = topic_dataset(store, titles=titles)
+    dataset = topic_dataset(store, columns={"title": titles})
     config = SidConfig(quantizer=RqKmeansConfig(levels=2, codebook_size=10))
     path = tmp_path / "page.html"
     sid_page.write_page(path, fit_sids(config, dataset, store), store)
