@@ -269,6 +269,7 @@ def _one_epoch(
     for rows in _batches(windows.lengths, config.batch_users, rng):
         hidden_RD, targets_R = _next_items(model, windows.take(rows))
         negatives = _draw(config.negatives, model.items.num_embeddings, rng)
+        negatives = None if negatives is None else negatives.to(hidden_RD.device)
         loss = cross_entropy(hidden_RD, model.items.weight, targets_R, negatives=negatives)
         if not torch.isfinite(loss):
             raise TrainingError(

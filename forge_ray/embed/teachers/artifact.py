@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,14 +24,14 @@ from forge_ray.errors import DataError
 logger = logging.getLogger(__name__)
 
 KIND = "teacher"
+_LOG_EVERY = 5
+"""Epochs between two lines of progress."""
 
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
     """Frozen vectors of a behaviour model; memory-mapped where the store is a local disk."""
 
-    key: str
-    """Content key of the artifact; what is fitted with this teacher names it as parent."""
     items: FloatArray
     """float32 [N, t] in item order; zero rows for items without a train interaction."""
     users: FloatArray
@@ -38,11 +39,6 @@ class Teacher:
     user_index: Int64Array
     """int64 [U], the dataset's user of each row of `users`."""
     artifact: Artifact
-
-    @property
-    def is_known(self) -> npt.NDArray[np.bool_]:
-        """Whether each item has a vector, bool [N]."""
-        return np.asarray(self.items.any(axis=1))
 
 
 def load_teacher(config: TeacherConfig, dataset: Dataset, store: ArtifactStore) -> Teacher:
@@ -65,7 +61,6 @@ def load_teacher(config: TeacherConfig, dataset: Dataset, store: ArtifactStore) 
         produce=lambda writer: _produce(config, dataset, writer),
     )
     return Teacher(
-        key=artifact.key,
         items=_mapped(artifact, "items"),
         users=_mapped(artifact, "users"),
         user_index=_mapped(artifact, "user_index"),
@@ -103,7 +98,14 @@ def _produce(config: TeacherConfig, dataset: Dataset, writer: ArtifactWriter) ->
     logger.info("fitting teacher %s on the train part of %s", config.kind, dataset.name)
     log = train_log(dataset, max_users=config.max_users)
     curve: list[dict[str, float]] = []
-    found = config.fit(log, report=lambda step, row: curve.append({"epoch": step, **row}))
+
+    def record(epoch: int, figures: Mapping[str, float]) -> None:
+        curve.append({"epoch": epoch, **figures})
+        if epoch % _LOG_EVERY == 0:
+            shown = ", ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            logger.info("teacher %s, epoch %d: %s", config.kind, epoch, shown)
+
+    found = config.fit(log, report=record)
     arrays: dict[str, npt.NDArray[Any]] = {
         "items": found.items,
         "users": found.users,
