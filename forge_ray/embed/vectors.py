@@ -224,6 +224,7 @@ def _write_transformed(
 ) -> ArtifactInfo:
     """In memory, on one machine: `Transforms.peak_bytes`, logged before the expensive part."""
     transforms = config.transforms
+    side = read_side(dataset, config.side)
     counts = train_counts(config.counts, dataset) if transforms.reads_counts else None
     related = 0 if counts is None else int(counts.nnz)
     needed = transforms.peak_bytes(plain.num_items, plain.dim, related)
@@ -231,7 +232,6 @@ def _write_transformed(
         "vectors of %s items: %s, at most %.1f GB of memory",
         f"{plain.num_items:,}", _names(transforms), needed / 1e9,
     )  # fmt: skip
-    side = read_side(dataset, config.side)
     vectors = plain.take(np.arange(plain.num_items))
     result = transform(vectors, counts, transforms, side=side)
     _write_shards(result.vectors, writer)

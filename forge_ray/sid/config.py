@@ -28,9 +28,17 @@ class EncodeConfig:
 
     def __post_init__(self) -> None:
         """Check the counts."""
-        for name in ("max_actors", "batch_rows"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"encode.{name} must be >= 1, got {getattr(self, name)}.")
+        for name, least in (
+            ("local_items", 0),
+            ("max_actors", 1),
+            ("cpus_per_actor", 0),
+            ("gpus_per_actor", 0),
+            ("batch_rows", 1),
+        ):
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"encode.{name} must be >= {least}, got {getattr(self, name)}. Raise it."
+                )
 
 
 @dataclass(kw_only=True)
@@ -60,13 +68,18 @@ class TrainConfig:
         """Check the counts."""
         for name, least in (
             ("workers", 0),
+            ("cpus_per_worker", 0),
+            ("gpus_per_worker", 0),
             ("checkpoint_every", 1),
             ("max_failures", 0),
             ("prefetch_batches", 1),
             ("read_tasks", 1),
+            ("read_cpus", 0),
         ):
             if getattr(self, name) < least:
-                raise ConfigError(f"train.{name} must be >= {least}, got {getattr(self, name)}.")
+                raise ConfigError(
+                    f"train.{name} must be >= {least}, got {getattr(self, name)}. Raise it."
+                )
 
 
 @dataclass(kw_only=True)

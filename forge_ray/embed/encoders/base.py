@@ -64,9 +64,17 @@ class EncoderConfig(Component):
 
     def __post_init__(self) -> None:
         """Check ranges."""
-        for name in ("batch_size", "shard_rows", "max_actors"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}. Raise it.")
+        at_least_one = dict.fromkeys(("batch_size", "shard_rows", "max_actors"), 1)
+        for name, least in {
+            **at_least_one,
+            "local_items": 0,
+            "cpus_per_actor": 0,
+            "gpus_per_actor": 0,
+        }.items():
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"{name} must be >= {least}, got {getattr(self, name)}. Raise it."
+                )
         if not self.columns:
             raise ConfigError("columns must name a column of the items, got none. Name one.")
         if "/" in self.name or self.name.startswith("."):
