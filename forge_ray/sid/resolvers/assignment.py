@@ -129,7 +129,7 @@ def _blocks(rows: Int64Array, problem: Problem) -> Iterator[Movers]:
     if not len(rows):
         return
     size = problem.last_size
-    keys = problem.keys
+    keys, own = problem.keys, problem.current()[rows, -1]
     prefixes = keys[rows] // size
     stays = np.ones(len(keys), dtype=bool)
     stays[rows] = False
@@ -140,10 +140,10 @@ def _blocks(rows: Int64Array, problem: Problem) -> Iterator[Movers]:
         limit = starts[first] + max(1, _BLOCK_CELLS // size)
         until = max(int(np.searchsorted(starts, limit, side="right")) - 1, first + 1)
         names = prefixes[starts[first:until]]
-        inside = rows[starts[first] : starts[until]]
+        places = slice(starts[first], starts[until])
         yield Movers(
-            rows=inside,
-            own=problem.current()[inside, -1],
+            rows=rows[places],
+            own=own[places],
             starts=starts[first:until] - starts[first],
             is_open=_open_codes(held, names, size),
         )
