@@ -7,9 +7,10 @@ training of minutes.
 
 Shapes: B users, T places, L levels, K codes of a level, S distinct SIDs, D width.
 
-Source: parallel heads of RPG (arXiv 2506.05781): item = mean of its token vectors, causal
-transformer, zero-initialised residual head per level, cosine over temperature, score = sum of log
-probabilities. Where we differ: narrower, less dropout, and no graph search: every item is scored.
+Source: parallel heads of RPG (arXiv 2506.05781): item = mean of its token vectors (here their
+scaled sum), causal transformer, zero-initialised residual head per level, cosine over temperature,
+score = sum of log probabilities. Where we differ: narrower, less dropout, a bias per code for
+popularity, and no graph search: every item is scored.
 """
 
 from __future__ import annotations
@@ -61,8 +62,12 @@ class ParallelHeads(nn.Module):
         self.sizes = [int(size) for size in codebook_sizes]
         self.temperature = config.temperature
         self.num_heads = config.heads
+        # Items enter as loud as the layers answer: at the size of their initial weights they would
+        # drown in the residual stream, and learning took eight times the steps.
+        self.scale = width**0.5
         self.tokens = nn.Embedding(sum(self.sizes), width)
         nn.init.normal_(self.tokens.weight, std=width**-0.5)
+        self.bias = nn.Parameter(torch.zeros(sum(self.sizes)))
         self.places = nn.Parameter(torch.zeros(config.history, width))
         self.dropout = nn.Dropout(config.dropout)
         layer = nn.TransformerEncoderLayer(
@@ -89,7 +94,7 @@ class ParallelHeads(nn.Module):
         """
         is_item = tokens_BTL[..., 0] >= 0
         length = tokens_BTL.shape[1]
-        items = self.tokens(tokens_BTL.clamp(min=0)).mean(dim=2) * is_item[..., None]
+        items = self.tokens(tokens_BTL.clamp(min=0)).sum(dim=2) * self.scale * is_item[..., None]
         # Padding stands on the left, so counting places from the right aligns the newest items.
         hidden = self.dropout(items + self.places[-length:])
         # Padding is masked as a key; a padded place sees itself, so that no softmax is empty.
@@ -110,11 +115,13 @@ class ParallelHeads(nn.Module):
             L tensors float32 [n, K_l].
         """
         tables = torch.split(self.tokens.weight, self.sizes)
+        biases = torch.split(self.bias, self.sizes)
         found = []
-        for inner, outer, table in zip(self.inner, self.outer, tables, strict=True):
+        parts = zip(self.inner, self.outer, tables, biases, strict=True)
+        for inner, outer, table, bias in parts:
             head = F.normalize(states + outer(F.gelu(inner(states))), dim=1)
             cosines = head @ F.normalize(table, dim=1).T
-            found.append(F.log_softmax(cosines / self.temperature, dim=1))
+            found.append(F.log_softmax(cosines / self.temperature + bias, dim=1))
         return found
 
 
