@@ -104,7 +104,8 @@ def build_codes(
         CODES_KIND,
         _quantizer_name(config.quantizer),
         {part: identity[part] for part in ("quantizer", "vectors", "seed")},
-        parents=(quantizer.key, dataset.key),
+        # The source as well: a frozen quantizer may read another space of the same name.
+        parents=tuple(dict.fromkeys((quantizer.key, dataset.key, source.key))),
         produce=lambda writer: _produce_codes(config, source, quantizer, writer),
         command=command,
     )

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from forge_ray.artifacts import ArtifactStore
+from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.config import load_config
 from forge_ray.data.ragged import Ragged
-from forge_ray.data.schema import Dataset
+from forge_ray.data.schema import Dataset, vectors_schema
 from forge_ray.errors import ConfigError, DataError
 from forge_ray.sid.config import EncodeConfig, SidConfig
 from forge_ray.sid.extend import extend_sids
@@ -104,3 +106,32 @@ def test_a_table_whose_dataset_is_gone_says_what_to_do(store: ArtifactStore) -> 
     store.remove(f"dataset/old-{sids.dataset_key[:12]}", force=True)
     with pytest.raises(DataError, match="Prepare it again"):
         extended(store, sids, dataset(store, np.arange(300), "grown"))
+
+
+def test_another_space_of_the_same_name_is_encoded_anew(store: ArtifactStore) -> None:
+    sids, data = fitted(store), dataset(store, np.arange(300), "grown")
+
+    def extended_by(vectors: np.ndarray) -> SidArtifact:
+        artifact = store.build(
+            "vectors",
+            "encoder",
+            {"mean": float(vectors.mean())},
+            parents=(data.key,),
+            produce=lambda writer: _write_vectors(vectors, writer),
+        )
+        grown = extend_sids(sids, data, store, encode=EncodeConfig(), space="encoder")
+        assert artifact.key in grown.codes_artifact.manifest.parents
+        store.remove(artifact.manifest.ref, force=True)
+        return grown
+
+    first, second = (extended_by(VECTORS[:300].astype(np.float32) * sign) for sign in (1, -1))
+    assert not np.array_equal(first.raw.codes, second.raw.codes)
+
+
+def _write_vectors(vectors: np.ndarray, writer: ArtifactWriter) -> ArtifactInfo:
+    schema = vectors_schema(vectors.shape[1], "float32")
+    flat = pa.FixedSizeListArray.from_arrays(pa.array(vectors.reshape(-1)), vectors.shape[1])
+    index = pa.array(np.arange(len(vectors), dtype=np.int32))
+    with writer.open("vectors", "part-00000.parquet") as stream:
+        pq.write_table(pa.Table.from_arrays([index, flat], schema=schema), stream)
+    return ArtifactInfo(rows={"items": len(vectors)})
