@@ -42,8 +42,9 @@ def plain_lloyd(points: np.ndarray, centroids: np.ndarray, iterations: int) -> n
     return centroids
 
 
-def test_both_backends_follow_a_plain_loop() -> None:
-    points = mixture(600)
+@pytest.mark.parametrize("dim", [1, 3, 12])
+def test_both_backends_follow_a_plain_loop(dim: int) -> None:
+    points = mixture(600, dim)
     start = points[:20].clone()
     expected = plain_lloyd(points.double().numpy(), start.double().numpy(), 5)
     assert np.allclose(lloyd(points, start, 5).numpy(), expected, atol=1e-4)
