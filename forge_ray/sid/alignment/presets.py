@@ -126,6 +126,19 @@ class TermsConfig(AlignmentConfig):
         """The terms given."""
         return dict(self.terms)
 
+    def build(self, dims: AlignmentDims) -> Alignment:
+        """Make the trainable module.
+
+        Raises:
+            ConfigError: when there is no term; see also `AlignmentConfig.build`.
+        """
+        # Not with the fields: a kind is configured before the terms that follow it.
+        if not self.terms:
+            raise ConfigError(
+                "alignment.terms must hold a term, got none. Add one, or set alignment.kind=none."
+            )
+        return super().build(dims)
+
     @property
     def teachers(self) -> Mapping[str, TeacherConfig]:
         """The teachers given."""

@@ -241,6 +241,11 @@ def test_every_kind_survives_its_configuration(kind: str) -> None:
     assert from_mapping(type(config), to_mapping(config)) == config
 
 
+def test_no_terms_are_no_alignment() -> None:
+    with pytest.raises(ConfigError, match="must hold a term, got none"):
+        build(TermsConfig())
+
+
 def test_terms_are_configured_by_name() -> None:
     config = load_config(
         TermsConfig,
