@@ -179,7 +179,7 @@ def open_space(space: str, dataset: Dataset, store: ArtifactStore) -> VectorSet:
         choices = [*dataset.spaces, *(one.ref for one in found or made)]
         raise DataError(
             f"vectors.space must be one of {choices}, got {space!r}. Prepare {dataset.name!r} with "
-            "vectors, or choose an existing space."
+            "vectors, make some with `forge-ray embed text`, or choose an existing space."
         )
     return _of_artifact(artifact, dataset.num_items)
 
