@@ -56,6 +56,8 @@ def main() -> None:
     options = parser.parse_args()
     watch = Watch()
     for command, stages in plan(options.folder.resolve(), options.items):
+        if all(stage.is_done() for stage in stages):  # by an earlier run of this script
+            continue
         targets = [stage.name for stage in stages] if options.kill else []
         while not run(command, stages, watch, targets):
             print(f"killed in {watch.killed[-1]}; the same command again", file=sys.stderr)

@@ -41,7 +41,13 @@ PLAIN = [
     "quantizer.batch_size=512",
     "quantizer.max_steps=250",
 ]
-CF = [*PLAIN, "quantizer.alignment.kind=letter_cf", "quantizer.alignment.weight=0.2"]
+CF = [
+    *PLAIN,
+    "quantizer.alignment.kind=letter_cf",
+    "quantizer.alignment.weight=0.2",
+    "quantizer.alignment.teacher.kind=ppmi_svd",
+    "quantizer.alignment.teacher.dim=64",
+]
 DESIGNS: dict[str, list[str]] = {
     "kmeans": KMEANS,
     "kmeans+behaviour": [*KMEANS, "vectors.behaviour.alpha=0.5"],
