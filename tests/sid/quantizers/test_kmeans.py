@@ -13,6 +13,7 @@ from forge_ray.sid.quantizers.kmeans import (
     Clustering,
     cluster,
     lloyd,
+    lloyd_faiss,
     lloyd_torch,
     means,
     residual_kmeans,
@@ -47,9 +48,12 @@ def test_both_backends_follow_a_plain_loop(dim: int) -> None:
     points = mixture(600, dim)
     start = points[:20].clone()
     expected = plain_lloyd(points.double().numpy(), start.double().numpy(), 5)
-    assert np.allclose(lloyd(points, start, 5).numpy(), expected, atol=1e-4)
+    assert np.allclose(lloyd_faiss(points, start, 5).numpy(), expected, atol=1e-4)
     assert np.allclose(lloyd_torch(points, start, 5).numpy(), expected, atol=1e-4)
     assert torch.equal(lloyd(points, start, 0), start)
+    assert torch.equal(lloyd(points, start, 5), lloyd_torch(points, start, 5))
+    many = points.repeat(1 + (1 << 17) // points.numel(), 1)
+    assert torch.equal(lloyd(many, start, 5), lloyd_faiss(many, start, 5))
 
 
 @pytest.mark.parametrize("init", list(_STARTS))
@@ -57,7 +61,7 @@ def test_backends_reach_the_same_quality_from_every_start(init: str) -> None:
     points = mixture()
     start = _STARTS[init](points, 40, np.random.default_rng(3))
     assert start.shape == (40, 12)
-    on_faiss = error(points, lloyd(points, start, 15))
+    on_faiss = error(points, lloyd_faiss(points, start, 15))
     on_torch = error(points, lloyd_torch(points, start, 15))
     # From one start they differ only in how they split clusters that lost all their points.
     assert on_torch == pytest.approx(on_faiss, rel=0.05)
@@ -155,21 +159,26 @@ def test_infinite_points_are_refused() -> None:
         cluster(points, 4, Clustering(3, "sample"), seed=0)
 
 
-def test_residual_levels_beat_faiss_residual_quantizer() -> None:
-    points = mixture(2000, 16)
+def test_residual_levels_reach_faiss_residual_quantizer() -> None:
+    points = mixture(4000, 16)
     faiss.omp_set_num_threads(1)
-    bare = faiss.ResidualQuantizer(16, 3, 5)
-    bare.max_beam_size = 1
-    bare.train(points.numpy())
-    bare_error = np.square(bare.decode(bare.compute_codes(points.numpy())) - points.numpy())
-    curve: list[float] = []
-    residual_kmeans(
-        points,
-        [32] * 3,
-        iterations=10,
-        seed=0,
-        init="progressive",
-        report=lambda step, metrics: curve.append(metrics["residual"]),
-    )
-    assert curve == sorted(curve, reverse=True)
-    assert curve[-1] < 1.02 * bare_error.sum(axis=1).mean()
+    ours, theirs = [], []
+    for seed in range(3):
+        bare = faiss.ResidualQuantizer(16, 3, 5)
+        bare.max_beam_size, bare.cp.seed = 1, seed
+        bare.train(points.numpy())
+        decoded = bare.decode(bare.compute_codes(points.numpy()))
+        theirs.append(np.square(decoded - points.numpy()).sum(axis=1).mean())
+        curve: list[float] = []
+        residual_kmeans(
+            points,
+            [32] * 3,
+            iterations=10,
+            seed=10 * seed,
+            init="progressive",
+            report=lambda step, metrics, curve=curve: curve.append(metrics["residual"]),
+        )
+        assert curve == sorted(curve, reverse=True)
+        ours.append(curve[-1])
+    # Their spread over seeds is two per cent at this size; the benchmark compares at a real one.
+    assert np.mean(ours) < 1.02 * np.mean(theirs)
