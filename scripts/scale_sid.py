@@ -164,7 +164,7 @@ def family(pid: int) -> list[psutil.Process]:
 def stored_metrics(store: Path) -> dict[str, object]:
     """What the stages measured of themselves, from their manifests."""
     wanted = ("quantizer", "codes", "sids", "scores")
-    manifests = {kind: next(store.glob(f"{kind}/*/manifest.json")) for kind in wanted}
+    manifests = {kind: next(store.glob(f"{kind}/rq_kmeans*/manifest.json")) for kind in wanted}
     found = {kind: json.loads(path.read_text())["metrics"] for kind, path in manifests.items()}
     found["quantizer"].pop("loss_curve", None)
     return found
