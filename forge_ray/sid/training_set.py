@@ -74,7 +74,7 @@ def load_training_set(
     trained = trained_part(config)
     if trained is None:
         return TrainingSet(vectors, pairs=named)
-    wanted = trained.alignment.teachers
+    wanted = trained.teachers
     teachers = {name: load_teacher(one, dataset, store) for name, one in wanted.items()}
     known = {name: np.asarray(one.items[items]) for name, one in teachers.items()}
     if INTERACTIONS not in config.pair_sources:

@@ -90,6 +90,12 @@ def test_each_kind_gets_what_it_reads(
     assert whole.user_teachers["teacher"].shape == (600, 6)
     assert whole.user_teachers["teacher"].any(axis=1).all()
     assert set(whole.pairs) == {"interactions"}
+    alone = from_mapping(
+        RqVaeConfig, {"alignment": {"kind": "das"}, "pair_share": 0.0, "codebook_size": 8}
+    )
+    bare = load_training_set(alone, dataset, source, store, seed=0)
+    assert not bare.teachers
+    assert not bare.pairs
     few = from_mapping(
         RqVaeConfig,
         {

@@ -13,7 +13,7 @@ from forge_ray.errors import ConfigError
 from forge_ray.sid.alignment.batch import AlignmentBatch, UserView, View
 from forge_ray.sid.alignment.sides import Sides
 from forge_ray.sid.alignment.terms import Term, TermConfig
-from forge_ray.sid.alignment.users import UserTokenizer, UserTokenizerConfig
+from forge_ray.sid.alignment.users import UserCodes, UserTokenizer, UserTokenizerConfig
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,6 +44,8 @@ class Alignment(nn.Module):
     """Whether a term reads batches of source `identity`."""
     terms: nn.ModuleDict
     users: UserTokenizer | None
+    coded_users: UserCodes | None
+    """Users of the last batch, for what moves their codebooks; None when it had none."""
 
     def __init__(
         self,
@@ -72,6 +74,7 @@ class Alignment(nn.Module):
         )
         reads_users = any({"user_z", "user_z_q"} & {*term.tensors} for term in terms.values())
         self.users = UserTokenizer(users, dims.users) if reads_users else None
+        self.coded_users = None
 
     def forward(self, batch: AlignmentBatch) -> dict[str, torch.Tensor]:
         """Compute the weighted losses of the terms that read this batch's source.
@@ -83,6 +86,7 @@ class Alignment(nn.Module):
             One scalar per term, and `users` for the user side's own loss; their sum is to be
             minimised. Empty when no term reads the source.
         """
+        self.coded_users = None
         with torch.autocast(batch.anchor.latents.device.type, enabled=False):
             return self._losses(batch)
 
@@ -131,7 +135,7 @@ class Alignment(nn.Module):
             # All users, then all the others, as one worker has them: codebooks start on rows.
             return torch.cat([batch.gather(half) for half in rows.chunk(2)])
 
-        coded = self.users(inputs, gather=gather)
+        coded = self.coded_users = self.users(inputs, gather=gather)
         for name, rows in (("user_z", coded.latents), ("user_z_q", coded.quantized)):
             anchor[name], positive[name] = rows.chunk(2)
         return {"users": self.users.config.weight * coded.loss}

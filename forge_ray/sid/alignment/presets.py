@@ -69,13 +69,34 @@ class AlignmentConfig(Component):
         kept = {name: share for name, share in shares.items() if share > 0}
         return {name: share / sum(kept.values()) for name, share in kept.items()}
 
-    def build(self, dims: AlignmentDims) -> Alignment:
+    def read_terms(self, *, has_pairs: bool = True) -> dict[str, TermConfig]:
+        """The terms whose batches occur.
+
+        Args:
+            has_pairs: whether there are pair batches; without them only items with themselves.
+        """
+        read = {IDENTITY, *(self.sources if has_pairs else ())}
+        return {name: term for name, term in self.list_terms().items() if term.source in read}
+
+    def read_teachers(self, *, has_pairs: bool = True) -> dict[str, TeacherConfig]:
+        """The teachers that those terms read; no other need be fitted."""
+        terms = self.read_terms(has_pairs=has_pairs).values()
+        names = {term.teacher for term in terms if term.has_teacher}
+        return {name: teacher for name, teacher in self.teachers.items() if name in names}
+
+    def build(self, dims: AlignmentDims, *, has_pairs: bool = True) -> Alignment:
         """Make the trainable module; draws weights from torch's global generator.
+
+        Args:
+            dims: widths of what the batches will hold.
+            has_pairs: as for `read_terms`; other terms are left out.
 
         Raises:
             ConfigError: when a term compares different widths or lacks its teacher or users.
         """
-        return Alignment(self.list_terms(), dims, sources=self.sources, users=self.user_side)
+        terms = self.read_terms(has_pairs=has_pairs)
+        sources = self.sources if has_pairs else {}
+        return Alignment(terms, dims, sources=sources, users=self.user_side)
 
 
 @dataclass(kw_only=True)
@@ -126,7 +147,7 @@ class TermsConfig(AlignmentConfig):
         """The terms given."""
         return dict(self.terms)
 
-    def build(self, dims: AlignmentDims) -> Alignment:
+    def build(self, dims: AlignmentDims, *, has_pairs: bool = True) -> Alignment:
         """Make the trainable module.
 
         Raises:
@@ -137,7 +158,7 @@ class TermsConfig(AlignmentConfig):
             raise ConfigError(
                 "alignment.terms must hold a term, got none. Add one, or set alignment.kind=none."
             )
-        return super().build(dims)
+        return super().build(dims, has_pairs=has_pairs)
 
     @property
     def teachers(self) -> Mapping[str, TeacherConfig]:
@@ -320,6 +341,10 @@ class DasConfig(AlignmentConfig):
     1 user code → the item's teacher vector, 2 item code → the user's teacher vector, 3 user code →
     the user's, 4 item code → the item's, 5 codes of two users of one item, 6 codes of two items of
     one user. User codebooks are trained beside the items'.
+
+    Views 1, 3 and 5 compare users with users or with the frozen teacher: they train the user
+    tokenizer alone and cannot move item SIDs. Views 2, 4 and 6 move them. User SIDs are not
+    exported: the user tokenizer is dropped after training.
 
     Source: DAS (arXiv 2508.10584), which publishes no code. Temperature and the tensor that is
     compared are not certain there, so they are fields. We differ: the teacher is fitted before and

@@ -29,7 +29,10 @@ class UserTokenizerConfig:
     hidden: list[int] = field(default_factory=lambda: [256])
     """Widths of the encoder's hidden layers; the decoder mirrors them."""
     commitment: float = 0.25
-    """Weight of the term that moves the encoder to its codewords, beside 1 for the codewords."""
+    """Weight of the term that moves the encoder to its codewords."""
+    ema_decay: float = 0.99
+    """Share of a running mean that a batch leaves; codewords follow the means of their residuals.
+    Not in DAS."""
     weight: float = 1.0
     """Factor of the user reconstruction and commitment; 1 in DAS."""
 
@@ -41,6 +44,10 @@ class UserTokenizerConfig:
                     f"alignment users.{name} must be >= {least}, got {getattr(self, name)}. "
                     "Raise it."
                 )
+        if not 0 <= self.ema_decay < 1:
+            raise ConfigError(
+                f"alignment users.ema_decay must be in [0, 1), got {self.ema_decay}. Lower it."
+            )
         if min(self.commitment, self.weight) < 0:
             raise ConfigError(
                 "alignment users.commitment and users.weight must be >= 0, "
@@ -56,8 +63,10 @@ class UserCodes:
     """float32 [B, d]."""
     quantized: torch.Tensor
     """float32 [B, d], with straight-through gradient."""
-    codes: torch.Tensor
-    """int64 [B, L]."""
+    codes: list[torch.Tensor]
+    """int64 [B] per level."""
+    residuals: list[torch.Tensor]
+    """What each level had to code, float32 [B, d] per level, without gradient."""
     loss: torch.Tensor
     """Scalar: reconstruction and commitment, unweighted."""
 
@@ -66,7 +75,10 @@ class UserTokenizer(nn.Module):
     """Encoder, residual codebooks and decoder of user vectors, trained with straight-through.
 
     Source: DAS (arXiv 2508.10584), whose user side is 3 x 512 codes. The loss is
-    MSE(x, x̂) + mean_l(‖e_l − sg(r_l)‖² + β‖r_l − sg(e_l)‖²), mean over columns.
+    MSE(x, x̂) + β mean_l ‖r_l − sg(e_l)‖², mean over columns. Codebooks have no gradient; the
+    trainer moves them to running means of their residuals, as it does with the items'. A codeword
+    that learns by Adam moves at most the rate a step, while the views, cosines of short codeword
+    sums, push the latents on by straight-through: these ran away from their codebooks.
     """
 
     codebooks: nn.ParameterList
@@ -86,7 +98,7 @@ class UserTokenizer(nn.Module):
         self.decoder = _mlp(widths[::-1])
         shape = (config.codebook_size, config.latent_dim)
         self.codebooks = nn.ParameterList(
-            nn.Parameter(torch.zeros(shape)) for _ in range(config.levels)
+            nn.Parameter(torch.zeros(shape), requires_grad=False) for _ in range(config.levels)
         )
         self.register_buffer("is_started", torch.tensor(False))
         self.register_buffer("seed", torch.randint(2**31, ()))
@@ -104,22 +116,20 @@ class UserTokenizer(nn.Module):
         inputs = inputs / self.scale
         latents = self.encoder(inputs)
         residual = latents
-        codes, losses = [], []
+        codes, residuals, losses = [], [], []
         for book in self.codebooks:
             with torch.no_grad():
                 code = torch.cdist(residual, book).argmin(dim=1)
             word = functional.embedding(code, book)
-            to_word = functional.mse_loss(residual, word.detach())
-            losses.append(
-                functional.mse_loss(word, residual.detach()) + self.config.commitment * to_word
-            )
-            residual = residual - word.detach()
+            losses.append(self.config.commitment * functional.mse_loss(residual, word))
             codes.append(code)
+            residuals.append(residual.detach())
+            residual = residual - word
         # What is left of the residual is z − z_q.
         quantized = latents - residual.detach()
         reconstruction = functional.mse_loss(self.decoder(quantized), inputs)
         loss = reconstruction + torch.stack(losses).mean()
-        return UserCodes(latents, quantized, torch.stack(codes, dim=1), loss)
+        return UserCodes(latents, quantized, codes, residuals, loss)
 
     @torch.no_grad()
     def _start(self, inputs: torch.Tensor) -> None:

@@ -106,7 +106,7 @@ class RqVae(Quantizer):
                     f"{self.config.alignment.kind!r} and 0 pairs. Set "
                     "quantizer.alignment.kind=none, or prepare the dataset with pairs."
                 )
-        missing = sorted(set(self.config.alignment.teachers) - set(data.teachers))
+        missing = sorted(set(self.config.teachers) - set(data.teachers))
         if missing:
             raise DataError(
                 f"a training set must hold the teachers that quantizer.alignment reads, got none "
@@ -145,7 +145,7 @@ class RqVae(Quantizer):
         )
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.seed)
-            alignment = config.alignment.build(dims)
+            alignment = config.alignment.build(dims, has_pairs=config.pair_share > 0)
         return Trainer(self, alignment, total=total, known=facts.known, workers=workers)
 
     def keep(self, kept: Kept) -> None:

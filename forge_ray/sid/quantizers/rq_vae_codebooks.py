@@ -7,7 +7,7 @@ codebooks stay equal on all workers and a resumed run draws what the uninterrupt
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -17,6 +17,9 @@ from forge_ray.sid.quantizers.base import FloatArray
 from forge_ray.sid.quantizers.rq_kmeans import residual_kmeans
 from forge_ray.sid.quantizers.rq_vae_network import Quantized
 from forge_ray.sid.quantizers.workers import Workers
+
+if TYPE_CHECKING:
+    from forge_ray.sid.alignment.users import UserCodes
 
 _INIT_ITERATIONS = 15
 _NOISE = 0.01
@@ -60,13 +63,13 @@ class RunningMeans:
         self.counts = [torch.ones(len(book), device=book.device) for book in books]
 
     @torch.no_grad()
-    def update(self, quantized: Quantized) -> None:
+    def update(self, quantized: Quantized | UserCodes) -> None:
         """Move every codebook by one batch."""
         for level, book in enumerate(self.books):
             code, residual = quantized.codes[level], quantized.residuals[level]
             # Counts beside the sums: one collective a level.
             rows = torch.cat([residual, residual.new_ones(len(residual), 1)], dim=1)
-            fresh = torch.zeros(len(book), rows.shape[1], device=rows.device)
+            fresh = rows.new_zeros(len(book), rows.shape[1])
             self.workers.total(fresh.index_add_(0, code, rows))
             self._move(level, fresh[:, :-1], fresh[:, -1])
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Literal
 
+from forge_ray.embed.teachers import TeacherConfig
 from forge_ray.errors import ConfigError
 from forge_ray.sid.alignment.diversity import DiversityConfig
 from forge_ray.sid.alignment.hamr import HamrConfig
@@ -178,6 +179,11 @@ class RqVaeConfig(QuantizerConfig):
     def pair_sources(self) -> tuple[str, ...]:
         """Names of the pairs that fitting reads."""
         return tuple(self.alignment.sources) if self.pair_share > 0 else ()
+
+    @property
+    def teachers(self) -> dict[str, TeacherConfig]:
+        """Teachers that fitting reads, by the name that the alignment uses."""
+        return self.alignment.read_teachers(has_pairs=self.pair_share > 0)
 
     def build(self, input_dim: int, *, seed: int) -> RqVae:
         """Make an unfitted quantizer for vectors of width `input_dim`."""

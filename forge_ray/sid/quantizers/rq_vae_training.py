@@ -50,6 +50,8 @@ class Trainer:
     optimizer: torch.optim.AdamW
     diversity: CodeDiversity | None
     means: RunningMeans | None
+    user_means: RunningMeans | None
+    """What moves the alignment's user codebooks, where it has any."""
     restarts: Restarts | None
     is_finite: torch.Tensor
     """Scalar bool: no loss of this worker was NaN or infinite so far."""
@@ -88,6 +90,12 @@ class Trainer:
         books = list(model.network.codebooks)
         self.means = (
             RunningMeans(books, self.config.ema_decay, self.workers) if self.config.ema else None
+        )
+        users = alignment.users
+        self.user_means = (
+            RunningMeans(list(users.codebooks), users.config.ema_decay, self.workers)
+            if users is not None
+            else None
         )
         self.restarts = (
             Restarts(books, seed=model.seed, workers=self.workers)
@@ -153,6 +161,7 @@ class Trainer:
             "optimizer": self.optimizer.state_dict(),
             "diversity": {} if self.diversity is None else self.diversity.state_dict(),
             "counts": [] if self.means is None else self.means.counts,
+            "user_counts": [] if self.user_means is None else self.user_means.counts,
             "usage": [self.workers.total(one.clone()) for one in usage],
         }
 
@@ -166,6 +175,8 @@ class Trainer:
             self.diversity.load_state_dict(state["diversity"])
         if self.means is not None:
             self.means.counts = [one.to(self.device) for one in state["counts"]]
+        if self.user_means is not None:
+            self.user_means.counts = [one.to(self.device) for one in state["user_counts"]]
         if self.restarts is not None and self.workers.rank == 0:
             # Totals over all workers; the others go on from zero.
             self.restarts.usage = [one.to(self.device) for one in state["usage"]]
@@ -304,6 +315,8 @@ class Trainer:
     def _move_codebooks(self, quantized: Quantized) -> None:
         if self.means is not None:
             self.means.update(quantized)
+        if self.user_means is not None and self.alignment.coded_users is not None:
+            self.user_means.update(self.alignment.coded_users)
         if self.restarts is None:
             return
         self.restarts.observe(quantized)

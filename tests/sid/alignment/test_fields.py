@@ -24,6 +24,8 @@ from forge_ray.sid.alignment import (
     TermsConfig,
 )
 from forge_ray.sid.alignment.users import UserTokenizerConfig
+from forge_ray.sid.quantizers.rq_vae_codebooks import RunningMeans
+from forge_ray.sid.quantizers.workers import Workers
 from tests.sid.alignment.batches import (
     INPUTS,
     LATENTS,
@@ -50,6 +52,10 @@ def trained(config: AlignmentConfig) -> list[float]:
     free = [view for batch in batches for view in (batch.anchor, batch.positive)]
     tensors = [view.quantized.requires_grad_(True) for view in {id(v): v for v in free}.values()]
     optimizer = torch.optim.SGD([*tensors, *module.parameters()], lr=0.5)
+    means = None
+    if module.users is not None:
+        decay = module.users.config.ema_decay
+        means = RunningMeans(list(module.users.codebooks), decay, Workers())
     shares = {"identity": 1.0, **config.sources}
     curve = []
     for progress in (0.0, 0.3, 0.9):
@@ -66,6 +72,8 @@ def trained(config: AlignmentConfig) -> list[float]:
         if total.requires_grad:
             torch.autograd.backward(total)
             optimizer.step()
+        if means is not None and module.coded_users is not None:
+            means.update(module.coded_users)
         curve.append(total.item())
     return curve
 
@@ -172,6 +180,7 @@ USER_CHANGES: dict[str, Any] = {
     "latent_dim": LATENTS + 1,
     "hidden": [6],
     "commitment": 1.0,
+    "ema_decay": 0.5,
     "weight": 0.5,
 }
 

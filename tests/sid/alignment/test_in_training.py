@@ -68,6 +68,20 @@ CASES: dict[str, tuple[list[str], set[str]]] = {
 }
 
 
+@pytest.mark.parametrize(("kind", "teachers"), [("das", set()), ("letter_cf", {"teacher"})])
+def test_without_pair_steps_only_teachers_of_single_items_are_read(
+    kind: str, teachers: set[str]
+) -> None:
+    sizes = ["codebook_size=8", f"latent_dim={LATENTS}", "hidden=[12]", "max_steps=3"]
+    config = load_config(RqVaeConfig, overrides=[*sizes, f"alignment.kind={kind}", "pair_share=0"])
+    assert set(config.teachers) == teachers
+    data, seen = training_set(), dict[str, Any]()
+    items = TrainingSet(data.vectors, teachers={name: data.teachers[name] for name in teachers})
+    config.build(WIDTH, seed=0).fit(items, report=lambda step, metrics: seen.update(metrics))
+    assert ("cf" in seen) == bool(teachers)
+    assert not {"users", "view_6"} & set(seen)
+
+
 @pytest.mark.parametrize("mixing", ["alternate", "masked"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_alignment_trains(case: str, mixing: str) -> None:
