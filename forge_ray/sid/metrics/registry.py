@@ -241,16 +241,16 @@ _BEHAVIOUR = (
 )  # fmt: skip
 _PROBE = (
     Metric(
-        name="parallel_bits", group="probe", better="lower", cost="minutes", gate_safe=True,
-        shown=True, doc="bits of the held-out item under trained per-level heads",
+        name="parallel_bits", group="probe", better="lower", cost="minutes", shown=True,
+        doc="bits of the held-out item under trained per-level heads",
     ),
     Metric(
-        name="parallel_item_hit", group="probe", better="higher", cost="minutes", gate_safe=True,
-        shown=True, doc="ItemHit@k of the trained per-level heads, whole catalogue ranked",
+        name="parallel_item_hit", group="probe", better="higher", cost="minutes", shown=True,
+        doc="ItemHit@k of the trained per-level heads, whole catalogue ranked",
     ),
     Metric(
-        name="parallel_item_ndcg", group="probe", better="higher", cost="minutes", gate_safe=True,
-        shown=True, doc="ItemNDCG@k of the same ranking",
+        name="parallel_item_ndcg", group="probe", better="higher", cost="minutes", shown=True,
+        doc="ItemNDCG@k of the same ranking",
     ),
     Metric(
         name="parallel_item_hit_se", group="probe", better=None, cost="minutes",
