@@ -371,6 +371,7 @@ ALIGNMENTS = (
             "latent_dim": Other(5, ("quantizer.alignment.views=[1,2,3,4]",)),
             "hidden": Other([5]),
             "commitment": Other(2.0),
+            "ema_decay": Other(0.5),
             "weight": Other(0.2),
         },
     ),
