@@ -25,3 +25,21 @@ class ArtifactError(ForgeError):
 
 class TrainingError(ForgeError):
     """A training run diverged or lost its workers for good."""
+
+
+def worker_error(error: Exception, rule: str, advice: str) -> ForgeError:
+    """Our own error when a worker of Ray Train raised one, else a summary of the first failure.
+
+    Args:
+        error: what the trainer raised; its `worker_failures`, if any, are by rank.
+        rule: beginning of the summary, up to `must …`.
+        advice: what to do.
+    """
+    failures = getattr(error, "worker_failures", {})
+    for failure in failures.values():
+        for candidate in (failure, failure.__cause__, getattr(failure, "_base_exc", None)):
+            if isinstance(candidate, ForgeError):
+                return candidate
+    text = str(next(iter(failures.values()), error)).strip()
+    line = text.splitlines()[-1] if text else type(error).__name__
+    return TrainingError(f"{rule}, got: {line}. {advice}")

@@ -27,7 +27,7 @@ from forge_ray.artifacts import (
     open_filesystem,
 )
 from forge_ray.data.schema import Dataset
-from forge_ray.errors import ConfigError, ForgeError, TrainingError
+from forge_ray.errors import ConfigError, ForgeError, TrainingError, worker_error
 from forge_ray.gr.checkpoint import (
     HISTORY_FILE,
     MODEL_KIND,
@@ -265,17 +265,10 @@ def _publish(
 
 
 def _cause(error: Exception, name: str) -> ForgeError:
-    """Our own error when a worker raised one, else a summary of the first failure."""
-    failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        for candidate in (failure, failure.__cause__, getattr(failure, "_base_exc", None)):
-            if isinstance(candidate, ForgeError):
-                return candidate
-    first = next(iter(failures.values()), error)
-    line = str(first).strip().splitlines()[-1] if str(first).strip() else type(first).__name__
-    return TrainingError(
-        f"run {name!r} must keep its workers, got: {line}. The same command resumes it from the "
-        "last checkpoint; --verbose shows the workers' log."
+    return worker_error(
+        error,
+        f"run {name!r} must keep its workers",
+        "The same command resumes it from the last checkpoint; --verbose shows the workers' log.",
     )
 
 

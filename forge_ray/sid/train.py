@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from pyarrow.fs import FileSystem, LocalFileSystem
 
-from forge_ray.errors import ForgeError, TrainingError
+from forge_ray.errors import ForgeError, TrainingError, worker_error
 from forge_ray.sid.config import TrainConfig
 from forge_ray.sid.quantizers.base import Report, TrainingSet, ignore_report
 from forge_ray.sid.quantizers.rq_vae import DataFacts, RqVae, RqVaeConfig, data_facts
@@ -204,17 +204,10 @@ def _run_config(spread: TrainConfig, filesystem: FileSystem, folder: str) -> ray
 
 
 def _cause(error: Exception) -> ForgeError:
-    """Our own error when a worker raised one, else a summary of the first failure."""
-    failures = getattr(error, "worker_failures", {})
-    for failure in failures.values():
-        for candidate in (failure, failure.__cause__, getattr(failure, "_base_exc", None)):
-            if isinstance(candidate, ForgeError):
-                return candidate
-    first = next(iter(failures.values()), error)
-    line = str(first).strip().splitlines()[-1] if str(first).strip() else type(first).__name__
-    return TrainingError(
-        f"quantizer training must keep its workers, got: {line}. The same command continues it "
-        "from the last checkpoint; --verbose shows the workers' log."
+    return worker_error(
+        error,
+        "quantizer training must keep its workers",
+        "The same command continues it from the last checkpoint; --verbose shows the workers' log.",
     )
 
 
