@@ -25,7 +25,11 @@ def test_threads_are_the_whole_cpus_given(num_cpus: float, threads: int) -> None
 
 ENTRY_POINTS = {
     "training": "forge_ray.gr.train:train_worker",
-    "encoding": "forge_ray.sid.fit:_Encoder",
+    "fitting": "forge_ray.sid.train:train_worker",
+    "encoding": "forge_ray.sid.encode:_Encoder",
+    "resolving": "forge_ray.sid.resolve:_place_partition",
+    "scoring": "forge_ray.sid.metrics.sharded:_call",
+    "embedding": "forge_ray.embed.encoders.stage:_EncodeSlice",
     "recommending": "forge_ray.gr.recommend:_PartWriter",
     "tokenizing": "forge_ray.sweep.stages:fit_and_score",
     "evaluating": "forge_ray.sweep.stages:evaluate_model",
@@ -41,7 +45,9 @@ def test_a_worker_takes_the_threads_of_its_cpus(ray_local: None, name: str) -> N
 
     # max_calls: a fresh process for each, since the setting outlives the call.
     @ray.remote(num_cpus=1, max_calls=1, runtime_env={"env_vars": {"OMP_NUM_THREADS": "2"}})
-    def threads_around(entry: str, arguments: tuple[object, ...]) -> tuple[int, int]:
+    def threads_around(
+        entry: str, arguments: tuple[object, ...], keywords: dict[str, object]
+    ) -> tuple[int, int]:
         import importlib
 
         import torch
@@ -50,7 +56,7 @@ def test_a_worker_takes_the_threads_of_its_cpus(ray_local: None, name: str) -> N
         call = getattr(importlib.import_module(module), function)
         before = torch.get_num_threads()
         with pytest.raises(Exception):  # noqa: B017, PT011
-            call(*arguments)
+            call(*arguments, **keywords)
         return before, torch.get_num_threads()
 
     class Config:
@@ -59,14 +65,21 @@ def test_a_worker_takes_the_threads_of_its_cpus(ray_local: None, name: str) -> N
         batch_rows = 1
 
     class Job:
-        config = Config()
+        config = spread = Config()
 
     arguments: dict[str, tuple[object, ...]] = {
         "training": ({"job": Job()},),
-        "encoding": ({}, b"", None, Config()),
+        "fitting": ({"job": Job()},),
+        "encoding": (None, None, Config(), None),
+        "resolving": (None,),
+        "scoring": (None, None),
+        "embedding": (Config(), None, None, None),
         "recommending": (Job(),),
         "tokenizing": ("/nonexistent", "", {}, {}, 1.0),
         "evaluating": ("/nonexistent", "", "validation", 0, {}, 1.0),
     }
-    found = ray.get(threads_around.remote(ENTRY_POINTS[name], arguments[name]))
+    keywords: dict[str, dict[str, object]] = {"resolving": {"shared": None}}
+    found = ray.get(
+        threads_around.remote(ENTRY_POINTS[name], arguments[name], keywords.get(name, {}))
+    )
     assert found == (2, 1)
