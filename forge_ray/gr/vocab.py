@@ -70,6 +70,11 @@ class Vocab:
         offsets = torch.tensor(self.level_offsets, device=codes.device) + self.num_special
         return codes.long() + offsets
 
+    def levels_of(self, tokens: Tensor) -> Tensor:
+        """Level of each token id counted from 1, int64 of the same shape; 0 for specials."""
+        starts = torch.tensor(self.level_offsets, device=tokens.device) + self.num_special
+        return torch.bucketize(tokens, starts, right=True)
+
     def level_tokens(self, codes: Tensor, level: int) -> Tensor:
         """Token ids int64 [...] of codes [...] that all belong to one level."""
         return codes.long() + (self.num_special + self.level_offsets[level])
@@ -100,6 +105,14 @@ class Vocab:
         # BOS stands directly before the first item, wherever the padding ends.
         start = (tokens.shape[1] - 1 - body_mask.sum(dim=1, keepdim=True)).long()
         return tokens.scatter(1, start, BOS), mask.scatter(1, start, True)
+
+    def history_recency(self, num_tokens: int, device: torch.device | str = "cpu") -> Tensor:
+        """Items back from the next one, int64 [S], for the columns of `history_tokens`.
+
+        The newest item is 1. BOS counts as one item before the oldest, whatever its column.
+        """
+        back = torch.arange(num_tokens - 1, -1, -1, device=device)
+        return back // self.num_levels + 1
 
 
 def vocab_of(codebook_sizes: Sequence[int]) -> Vocab:

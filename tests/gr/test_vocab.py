@@ -21,6 +21,12 @@ def test_tokens_of_levels_are_disjoint_and_complete():
     ]
 
 
+def test_levels_of_tokens_count_from_one_and_specials_are_none():
+    vocab = Vocab((3, 2, 4))
+    tokens = torch.tensor([[PAD, BOS, 2], [3, 5, 6], [7, 8, 11]])
+    assert vocab.levels_of(tokens).tolist() == [[0, 0, 0], [1, 1, 2], [2, 3, 3]]
+
+
 def test_history_tokens_are_left_padded_with_bos_before_the_first_item():
     vocab = Vocab((4, 4))
     codes = np.array([[0, 0], [1, 2], [3, 1]], dtype=np.uint16)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -23,16 +23,77 @@ from forge_ray.data.stream import ExampleMode
 from forge_ray.errors import ConfigError
 from forge_ray.gr.vocab import BOS, Vocab
 
+Competitors: TypeAlias = Literal["level", "full"]
+"""Which codes a target competes with: those of its own level, or all codes of all levels."""
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a target is charged.
+
+    Attributes:
+        softmax: codes that compete.
+        label_smoothing: share of a target's mass that is spread evenly over its competitors.
+    """
+
+    softmax: Competitors = "level"
+    label_smoothing: float = 0.0
+
 
 @dataclass(kw_only=True)
 class GeneratorConfig(Component):
-    """Size of a generator; subclasses choose the architecture.
+    """What every generator can be told; subclasses choose the architecture."""
+
+    kind: str = ""
+    dropout: float = 0.1
+    """Share of activations dropped while training."""
+    attention: Literal["sdpa", "eager"] = "sdpa"
+    """Attention kernel of transformers."""
+    softmax: Competitors = "level"
+    """Codes that compete in the loss. `full` also charges mass on other levels' codes, which
+    decoding never reads: it conditions on the level."""
+    label_smoothing: float = 0.0
+    """Share of a target's mass that is spread evenly over its competitors."""
+
+    def __post_init__(self) -> None:
+        """Checks the rules that no single field states."""
+        for name in ("dropout", "label_smoothing"):
+            if not 0.0 <= getattr(self, name) < 1.0:
+                raise ConfigError(
+                    f"model.{name} must be in [0, 1), got {getattr(self, name)}. Use e.g. 0.1."
+                )
+
+    @property
+    def examples(self) -> ExampleMode:
+        """How sequences become training rows."""
+        return "window"
+
+    @property
+    def objective(self) -> Objective:
+        """What a target is charged."""
+        return Objective(self.softmax, self.label_smoothing)
+
+    def resolved(self) -> GeneratorConfig:
+        """The config with all that it names read in, so that `build` needs no file."""
+        return self
+
+    def build(self, vocab: Vocab) -> Generator:
+        """Creates the model with fresh weights, drawn from torch's global generator."""
+        raise ConfigError("model.kind must name an architecture, got none. Set model.kind=decoder.")
+
+    def start(self, vocab: Vocab) -> Generator:
+        """Creates the model with the weights that training begins with: fresh ones, or others."""
+        return self.build(vocab)
+
+
+@dataclass(kw_only=True)
+class SizedConfig(GeneratorConfig):
+    """Size of a generator that is trained from scratch.
 
     The defaults give about 0.8 M parameters, which trains 1,000 batches of 64 short histories in
     about two minutes on one CPU thread.
     """
 
-    kind: str = ""
     hidden_size: int = 128
     """Width D of the residual stream."""
     num_layers: int = 4
@@ -41,29 +102,51 @@ class GeneratorConfig(Component):
     """Attention heads; must divide `hidden_size`."""
     intermediate_size: int = 256
     """Width of the feed-forward blocks."""
-    dropout: float = 0.1
-    """Share of activations dropped while training."""
     tie_embeddings: bool = False
     """Whether the output head reuses the input embeddings."""
-    attention: Literal["sdpa", "eager"] = "sdpa"
-    """Attention kernel of transformers."""
-
-    examples: ClassVar[ExampleMode] = "window"
+    temperature: float = 1.0
+    """Divides all logits, in the loss and in decoding alike; below 1 hard negatives weigh more.
+    LETTER (arXiv 2405.07314) divides in the loss only; here beam scores stay the probabilities
+    that the loss charged."""
+    level_embeddings: bool = False
+    """Whether a learned vector of its level is added to every token."""
+    recency_embeddings: int = 0
+    """Newest items of a history with a learned vector of their own, counted back from the target;
+    older ones share the last. 0 adds none."""
 
     def __post_init__(self) -> None:
         """Checks the rules that no single field states."""
+        super().__post_init__()
+        if self.temperature <= 0:
+            raise ConfigError(f"model.temperature must be > 0, got {self.temperature}. Use e.g. 1.")
+        if self.recency_embeddings < 0:
+            raise ConfigError(
+                f"model.recency_embeddings must be >= 0, got {self.recency_embeddings}. Use 0."
+            )
         if self.hidden_size % self.num_heads or (self.hidden_size // self.num_heads) % 2:
             raise ConfigError(
                 "model.hidden_size must be an even multiple of "
                 f"model.num_heads={self.num_heads}, got {self.hidden_size}. "
                 f"Set model.hidden_size={32 * self.num_heads}."
             )
-        if not 0.0 <= self.dropout < 1.0:
-            raise ConfigError(f"model.dropout must be in [0, 1), got {self.dropout}. Use e.g. 0.1.")
+        if self.temperature <= 0.0:
+            raise ConfigError(f"model.temperature must be > 0, got {self.temperature}. Use e.g. 1.")
+        if self.recency_embeddings < 0:
+            raise ConfigError(
+                f"model.recency_embeddings must be >= 0, got {self.recency_embeddings}. "
+                "Use 0 for none."
+            )
 
-    def build(self, vocab: Vocab) -> Generator:
-        """Creates the model with fresh weights, drawn from torch's global generator."""
-        raise ConfigError("model.kind must name an architecture, got none. Set model.kind=decoder.")
+    def token_table(self, vocab: Vocab) -> TokenTable:
+        """Creates the embeddings and the head, with fresh weights."""
+        return TokenTable(
+            vocab,
+            self.hidden_size,
+            is_tied=self.tie_embeddings,
+            temperature=self.temperature,
+            has_levels=self.level_embeddings,
+            num_recent=self.recency_embeddings,
+        )
 
 
 @dataclass(frozen=True)
@@ -94,50 +177,88 @@ class TokenTable(nn.Module):
     Attributes:
         weight: [V, D] input embeddings, and the head when tied.
         head: [V - specials, D] output head, None when tied.
+        levels: [L + 1, D] added to the tokens of each level (0 is all specials), or None.
+        recent: [R + 1, D] added by recency, 0 being the item under generation, or None.
     """
 
     vocab: Vocab
     weight: nn.Parameter
     head: nn.Parameter | None
+    levels: nn.Parameter | None
+    recent: nn.Parameter | None
 
-    def __init__(self, vocab: Vocab, width: int, *, is_tied: bool) -> None:
+    def __init__(
+        self,
+        vocab: Vocab,
+        width: int,
+        *,
+        is_tied: bool,
+        temperature: float = 1.0,
+        has_levels: bool = False,
+        num_recent: int = 0,
+    ) -> None:
         super().__init__()
         self.vocab = vocab
+        self._temperature = temperature
         # transformers' 0.02 was measured to learn slower at width 128; as a head it keeps the
         # first predictions uniform, so a tied table stays small.
         scale = 0.02 if is_tied else width**-0.5
         self.weight = nn.Parameter(torch.randn(vocab.size, width) * scale)
         rows = vocab.size - vocab.num_special
         self.head = None if is_tied else nn.Parameter(torch.randn(rows, width) * 0.02)
+        self.levels = nn.Parameter(torch.zeros(vocab.num_levels + 1, width)) if has_levels else None
+        self.recent = nn.Parameter(torch.zeros(num_recent + 1, width)) if num_recent else None
 
-    def forward(self, inputs: Tensor, level: int | None = None) -> Tensor:
-        """Embeds tokens, or scores the codes of one level.
+    def forward(
+        self,
+        inputs: Tensor,
+        level: int | None = None,
+        *,
+        recency: Tensor | None = None,
+        competitors: Competitors = "level",
+    ) -> Tensor:
+        """Embeds tokens, or scores codes.
 
         Args:
             inputs: token ids int64 [...], or hidden states [..., D] when a level is given.
-            level: which level's codes compete.
+            level: level of the code to score.
+            recency: int64 that broadcasts to the ids, items back from the one under generation;
+                None is that item itself. Read only by a table with `recent`.
+            competitors: which codes are scored.
 
         Returns:
-            embeddings [..., D], or float32 logits [..., K_level].
+            embeddings [..., D], or float32 logits [..., K_level] ([..., V - specials] for `full`).
         """
         if level is None:
-            return functional.embedding(inputs, self.weight)
-        start = self.vocab.level_offsets[level]
-        weight = self.weight[self.vocab.num_special :] if self.head is None else self.head
-        codes = weight[start : start + self.vocab.codebook_sizes[level]]
-        return functional.linear(inputs, codes).float()
+            return self._embed(inputs, recency)
+        codes = self.weight[self.vocab.num_special :] if self.head is None else self.head
+        if competitors == "level":
+            start = self.vocab.level_offsets[level]
+            codes = codes[start : start + self.vocab.codebook_sizes[level]]
+        return functional.linear(inputs, codes).float() / self._temperature
+
+    def _embed(self, tokens: Tensor, recency: Tensor | None) -> Tensor:
+        embedded = functional.embedding(tokens, self.weight)
+        if self.levels is not None:
+            embedded = embedded + functional.embedding(self.vocab.levels_of(tokens), self.levels)
+        if self.recent is not None:
+            place = torch.zeros_like(tokens) if recency is None else recency
+            place = place.clamp(max=len(self.recent) - 1)
+            embedded = embedded + functional.embedding(place, self.recent)
+        return embedded
 
 
 class Generator(nn.Module, ABC):
     """A model that generates semantic IDs code by code.
 
-    Every prediction is a softmax over the codes of *one* level: which level comes next is known, so
-    the other levels' codes never compete, and the output matrix product shrinks by the number of
-    levels.
+    By default every prediction is a softmax over the codes of *one* level: which level comes next
+    is known, so the other levels' codes never compete, and the output matrix product shrinks by the
+    number of levels.
     """
 
     vocab: Vocab
     table: TokenTable
+    objective: Objective
 
     @abstractmethod
     def loss_sum(self, batch: TokenBatch) -> Tensor:
@@ -183,15 +304,20 @@ class Generator(nn.Module, ABC):
         return self.loss_sum(batch) / max(1, self.num_targets(batch.lengths))
 
     def level_loss_sum(self, hidden_MLD: Tensor, targets_ML: Tensor) -> Tensor:
-        """Sum over levels of the level-restricted cross-entropy.
+        """Sum over levels of the cross-entropy that `objective` describes.
 
         Args:
             hidden_MLD: state that predicts each code of M items.
             targets_ML: the codes, int64.
         """
+        kind = self.objective.softmax
+        offsets = self.vocab.level_offsets if kind == "full" else (0,) * self.vocab.num_levels
         losses = [
             functional.cross_entropy(
-                self.table(hidden_MLD[:, level], level), targets_ML[:, level], reduction="sum"
+                self.table(hidden_MLD[:, level], level, competitors=kind),
+                targets_ML[:, level] + offsets[level],
+                reduction="sum",
+                label_smoothing=self.objective.label_smoothing,
             )
             for level in range(self.vocab.num_levels)
         ]
@@ -242,6 +368,19 @@ class BeamTree:
         device = self.ancestors.device
         steps = torch.arange(len(self.widths), device=device)
         return steps.repeat_interleave(torch.tensor(self.widths, device=device))
+
+
+def items_back(lengths: Tensor, num_tokens: int, num_levels: int) -> Tensor:
+    """Items between a token's item and its row's last one, int64 [B, S]; BOS is an item of its own.
+
+    Args:
+        lengths: int64 [B], items of each row; the last one is the target.
+        num_tokens: S, BOS first, padded on the right.
+        num_levels: tokens of an item.
+    """
+    column = torch.arange(num_tokens, device=lengths.device)
+    item = (column - 1).div(num_levels, rounding_mode="floor")
+    return (lengths.unsqueeze(1) - 1 - item).clamp(min=0)
 
 
 def shift_right(tokens: Tensor) -> Tensor:

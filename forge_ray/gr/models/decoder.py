@@ -1,11 +1,12 @@
 """Decoder-only generator: a causal language model over code tokens.
 
-Every item position of a training row is a target, so one pass over N items trains N predictions of
-L codes each. Knows nothing about items or files. The blocks are those of transformers, initialised
-from scratch.
+By default every item position of a training row is a target, so one pass over N items trains N
+predictions of L codes each. Knows nothing about items or files. The blocks are those of
+transformers, initialised from scratch.
 
 Source: LC-Rec (arXiv 2311.09049) and FORGE's Qwen2.5 recipe (arXiv 2509.20904), next item only;
-we differ in using code tokens alone (no text vocabulary) and a softmax over one level's codes.
+we differ in using code tokens alone (no text vocabulary) and, by default, in a softmax over one
+level's codes.
 
 Shapes: B rows, N items of a row, L levels, S tokens, W beams, D width, K codes of a level.
 """
@@ -13,32 +14,51 @@ Shapes: B rows, N items of a row, L levels, S tokens, W beams, D width, K codes 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from forge_ray.data.stream import ExampleMode
+from forge_ray.errors import ConfigError
 from forge_ray.gr.models.base import (
     BeamTree,
     Generator,
-    GeneratorConfig,
+    SizedConfig,
     TokenBatch,
     TokenTable,
+    items_back,
     shift_right,
 )
 from forge_ray.gr.vocab import Vocab
 
 
 @dataclass(kw_only=True)
-class DecoderConfig(GeneratorConfig):
+class DecoderConfig(SizedConfig):
     """A Qwen2 or Llama stack over code tokens."""
 
     kind: Literal["decoder"] = "decoder"
     family: Literal["qwen2", "llama"] = "qwen2"
     """Block type: Qwen2 has biases on queries, keys and values; Llama has none."""
 
-    examples: ClassVar[ExampleMode] = "window"
+    targets: Literal["all", "last"] = "all"
+    """Items of a training row that are targets. `all` reads every sequence once an epoch; `last`
+    reads it once per item, each time with that item last, as T5 does."""
+
+    def __post_init__(self) -> None:
+        """Checks the rules across fields."""
+        super().__post_init__()
+        if self.recency_embeddings and self.targets == "all":
+            raise ConfigError(
+                "model.recency_embeddings must be 0 with model.targets=all, got "
+                f"{self.recency_embeddings}. Recency counts back from one target: set "
+                "model.targets=last."
+            )
+
+    @property
+    def examples(self) -> ExampleMode:
+        """See `GeneratorConfig.examples`."""
+        return "window" if self.targets == "all" else "prefix"
 
     def build(self, vocab: Vocab) -> Decoder:
         """Creates the model with fresh weights."""
@@ -70,24 +90,30 @@ class Decoder(Generator):
     def __init__(self, config: DecoderConfig, vocab: Vocab) -> None:
         super().__init__()
         self.vocab = vocab
-        self.table = TokenTable(vocab, config.hidden_size, is_tied=config.tie_embeddings)
+        self.objective = config.objective
+        self.table = config.token_table(vocab)
+        self._all_items = config.targets == "all"
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = _blocks(config)
 
     def num_targets(self, lengths: Tensor) -> int:
-        """All codes of all items."""
-        return int(lengths.sum()) * self.vocab.num_levels
+        """The codes of every row's target items."""
+        items = lengths.sum() if self._all_items else (lengths > 0).sum()
+        return int(items) * self.vocab.num_levels
 
     def loss_sum(self, batch: TokenBatch) -> Tensor:
-        """Cross-entropy summed over every code of every item of the batch."""
+        """Cross-entropy summed over the codes of all target items of the batch."""
         rows, items, levels = batch.codes.shape
         tokens = shift_right(self.vocab.tokens(batch.codes).reshape(rows, items * levels))
         # Rows are padded on the right: under a causal mask no valid position sees padding, so the
         # kernel's built-in causal path serves and no mask is built.
-        states = self.blocks(inputs_embeds=self.dropout(self.table(tokens)), use_cache=False)
+        embedded = self.table(tokens, recency=items_back(batch.lengths, items * levels, levels))
+        states = self.blocks(inputs_embeds=self.dropout(embedded), use_cache=False)
         hidden = states.last_hidden_state.reshape(rows, items, levels, -1)
-        is_item = torch.arange(items, device=tokens.device) < batch.lengths.unsqueeze(1)
-        return self.level_loss_sum(hidden[is_item], batch.codes[is_item])
+        item = torch.arange(items, device=tokens.device)
+        last = batch.lengths.unsqueeze(1) - 1
+        is_target = item <= last if self._all_items else item == last
+        return self.level_loss_sum(hidden[is_target], batch.codes[is_target])
 
     def prefill(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, DecoderState]:
         """See `Generator.prefill`."""
@@ -100,7 +126,8 @@ class Decoder(Generator):
         itself = torch.eye(length, dtype=torch.bool, device=tokens.device)
         allowed = (causal & mask.unsqueeze(1)) | itself
         cache = DynamicCache()
-        hidden = self._attend(tokens, (mask.cumsum(1) - 1).clamp(min=0), allowed, cache)
+        embedded = self.table(tokens, recency=self.vocab.history_recency(length, tokens.device))
+        hidden = self._attend(embedded, (mask.cumsum(1) - 1).clamp(min=0), allowed, cache)
         tree = BeamTree.root(len(tokens), tokens.device)
         return self.table(hidden[:, -1], 0), DecoderState(cache, mask, tree)
 
@@ -114,13 +141,14 @@ class Decoder(Generator):
         allowed = torch.cat([history, tree.visible()], dim=2)
         position = state.history_mask.sum(dim=1, keepdim=True) + (level - 1)
         tokens = self.vocab.level_tokens(codes.clamp(min=0), level - 1)
-        hidden = self._attend(tokens, position.expand(rows, width), allowed, state.cache)
+        embedded = self.table(tokens)
+        hidden = self._attend(embedded, position.expand(rows, width), allowed, state.cache)
         return self.table(hidden, level), DecoderState(state.cache, state.history_mask, tree)
 
-    def _attend(self, tokens: Tensor, positions: Tensor, allowed: Tensor, cache: Any) -> Tensor:
-        """Hidden states [B, Q, D] of tokens [B, Q] that see `allowed` keys, [B, Q, cached + Q]."""
+    def _attend(self, embedded: Tensor, positions: Tensor, allowed: Tensor, cache: Any) -> Tensor:
+        """Hidden states [B, Q, D] of embeddings that see `allowed` keys, [B, Q, cached + Q]."""
         states = self.blocks(
-            inputs_embeds=self.table(tokens),
+            inputs_embeds=embedded,
             attention_mask=self._kernel_mask(allowed.unsqueeze(1)),
             position_ids=positions,
             past_key_values=cache,

@@ -5,7 +5,8 @@ items into its n - 1 prefixes, so that every position but the first is a target 
 nothing about items or files. The blocks are those of transformers, initialised from scratch.
 
 Source: TIGER (arXiv 2305.05065) in LETTER's form, and FORGE's T5 recipe (arXiv 2509.20904). We
-differ in omitting the end token (every SID has L codes) and in a softmax over one level's codes.
+differ in omitting the end token (every SID has L codes) and, by default, in a softmax over one
+level's codes.
 
 Shapes: B rows, N items of a row, L levels, S tokens, W beams, D width, K codes of a level, H heads.
 """
@@ -13,7 +14,7 @@ Shapes: B rows, N items of a row, L levels, S tokens, W beams, D width, K codes 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -22,16 +23,17 @@ from forge_ray.data.stream import ExampleMode
 from forge_ray.gr.models.base import (
     BeamTree,
     Generator,
-    GeneratorConfig,
+    SizedConfig,
     TokenBatch,
     TokenTable,
+    items_back,
     shift_right,
 )
 from forge_ray.gr.vocab import BOS, PAD, Vocab
 
 
 @dataclass(kw_only=True)
-class T5Config(GeneratorConfig):
+class T5Config(SizedConfig):
     """A T5 encoder and decoder of `num_layers` blocks each."""
 
     kind: Literal["t5"] = "t5"
@@ -40,7 +42,10 @@ class T5Config(GeneratorConfig):
     max_distance: int = 128
     """Tokens beyond which distances share one bucket (T5's default)."""
 
-    examples: ClassVar[ExampleMode] = "prefix"
+    @property
+    def examples(self) -> ExampleMode:
+        """See `GeneratorConfig.examples`."""
+        return "prefix"
 
     def build(self, vocab: Vocab) -> T5:
         """Creates the model with fresh weights."""
@@ -75,7 +80,8 @@ class T5(Generator):
     def __init__(self, config: T5Config, vocab: Vocab) -> None:
         super().__init__()
         self.vocab = vocab
-        self.table = TokenTable(vocab, config.hidden_size, is_tied=config.tie_embeddings)
+        self.objective = config.objective
+        self.table = config.token_table(vocab)
         self.encoder, self.decoder = _stacks(config)
 
     def num_targets(self, lengths: Tensor) -> int:
@@ -94,10 +100,11 @@ class T5(Generator):
         mask = torch.cat([torch.ones_like(body_mask[:, :1]), body_mask], dim=1)
         last = (batch.lengths - 1).clamp(min=0)
         targets = batch.codes[torch.arange(rows, device=device), last]
+        back = items_back(batch.lengths, tokens.shape[1], levels)
         fed = self.table(shift_right(self.vocab.tokens(targets)))
         hidden = self.decoder(
             inputs_embeds=fed,
-            encoder_hidden_states=self._encode(tokens, mask),
+            encoder_hidden_states=self._encode(tokens, mask, back),
             encoder_attention_mask=mask,
             use_cache=False,
         ).last_hidden_state
@@ -109,9 +116,10 @@ class T5(Generator):
         from transformers.cache_utils import DynamicCache, EncoderDecoderCache
 
         mask = mask.bool()
+        recency = self.vocab.history_recency(tokens.shape[1], tokens.device)
         state = T5State(
             EncoderDecoderCache(DynamicCache(), DynamicCache()),
-            self._encode(tokens, mask),
+            self._encode(tokens, mask, recency),
             mask,
             BeamTree.root(len(tokens), tokens.device),
         )
@@ -127,8 +135,9 @@ class T5(Generator):
         hidden, state = self._feed(state, parents, tokens)
         return self.table(hidden, level), state
 
-    def _encode(self, tokens: Tensor, mask: Tensor) -> Tensor:
-        states = self.encoder(inputs_embeds=self.table(tokens), attention_mask=mask)
+    def _encode(self, tokens: Tensor, mask: Tensor, recency: Tensor) -> Tensor:
+        embedded = self.table(tokens, recency=recency)
+        states = self.encoder(inputs_embeds=embedded, attention_mask=mask)
         return states.last_hidden_state
 
     def _feed(self, state: T5State, parents: Tensor, tokens: Tensor) -> tuple[Tensor, T5State]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from forge_ray.config import load_config
 from forge_ray.data.ragged import Ragged
@@ -26,9 +28,13 @@ class GeneratorContract:
     def config(self) -> GeneratorConfig:
         raise NotImplementedError
 
-    def model(self) -> Generator:
+    def model(self, config: GeneratorConfig | None = None) -> Generator:
         torch.manual_seed(0)
-        return self.config().build(Vocab(SIZES)).eval()
+        return self.prepared((config or self.config()).build(Vocab(SIZES)).eval())
+
+    def prepared(self, model: Generator) -> Generator:
+        """Change weights that start at 0 and would hide mistakes."""
+        return model
 
     def batch(self, rows: int = 6, items: int = 5) -> TokenBatch:
         draw = torch.Generator().manual_seed(1)
@@ -123,8 +129,7 @@ class GeneratorContract:
     def test_eager_attention_equals_sdpa(self):
         config = self.config()
         config.attention = "eager"
-        torch.manual_seed(0)
-        eager = config.build(Vocab(SIZES)).eval()
+        eager = self.model(config)
         model, batch = self.model(), self.batch()
         assert torch.allclose(eager.loss(batch), model.loss(batch), atol=1e-5)
         tokens, mask, _ = self.histories()
@@ -159,12 +164,47 @@ class TestTiedQwen2(GeneratorContract):
         return DecoderConfig(tie_embeddings=True, dropout=0.0, **SMALL)
 
 
-class TestT5(GeneratorContract):
-    def config(self) -> GeneratorConfig:
-        return T5Config(dropout=0.0, **SMALL)
+class LastTarget(GeneratorContract):
+    """The last item of a row is its only target."""
 
     def charge_last_item(self, model: Generator, codes: torch.Tensor) -> torch.Tensor:
         return model.loss_sum(TokenBatch(codes, torch.full((len(codes),), codes.shape[1])))
+
+
+class PlaceEmbeddings(LastTarget):
+    """Level and recency vectors start at 0; here they are drawn, and the logits are scaled."""
+
+    OPTIONS: ClassVar[dict[str, Any]] = {
+        "temperature": 0.8,
+        "level_embeddings": True,
+        "recency_embeddings": 3,
+    }
+
+    def prepared(self, model: Generator) -> Generator:
+        for weight in (model.table.levels, model.table.recent):
+            assert weight is not None
+            nn.init.normal_(weight, std=0.2)
+        return model
+
+
+class TestLastTarget(LastTarget):
+    def config(self) -> GeneratorConfig:
+        return DecoderConfig(targets="last", dropout=0.0, **SMALL)
+
+
+class TestPlaceEmbeddings(PlaceEmbeddings):
+    def config(self) -> GeneratorConfig:
+        return DecoderConfig(targets="last", dropout=0.0, **self.OPTIONS, **SMALL)
+
+
+class TestPlaceEmbeddingsOfT5(PlaceEmbeddings):
+    def config(self) -> GeneratorConfig:
+        return T5Config(dropout=0.0, **self.OPTIONS, **SMALL)
+
+
+class TestT5(LastTarget):
+    def config(self) -> GeneratorConfig:
+        return T5Config(dropout=0.0, **SMALL)
 
 
 class TestTiedT5(TestT5):
