@@ -40,6 +40,7 @@ from forge_ray.gr.checkpoint import (
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.engine import TAG, Engine, expected_shards
 from forge_ray.gr.models.base import TokenBatch
+from forge_ray.gr.vocab import vocab_of
 from forge_ray.sid.table import SidTable
 
 logger = logging.getLogger(__name__)
@@ -97,7 +98,7 @@ class TrainLoop:
         self._config = config
         self._table = SidTable(codes, job.codebook_sizes, resolver="", key=job.identity.table_key)
         torch.manual_seed(config.seed)
-        generator = build_generator(config.model, self._table)
+        generator = config.model.start(vocab_of(job.codebook_sizes))
         self._engine = Engine(
             generator, config.engine, max_steps=config.max_steps, seed=config.seed
         )

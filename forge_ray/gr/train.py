@@ -13,7 +13,7 @@ import logging
 import shutil
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -101,6 +101,7 @@ def train_generator(
             f"the SID table must cover the dataset's {dataset.num_items} items, got "
             f"{table.num_items}. Fit semantic IDs on this dataset."
         )
+    config = replace(config, model=config.model.resolved())
     content: dict[str, Any] = {"gr": config.identity(), "table_key": table_key(table)}
     identity = _run_identity(config, dataset, content)
 
