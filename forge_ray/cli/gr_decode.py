@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Annotated, Any
 
@@ -19,6 +18,7 @@ from forge_ray.cli.console import (
     open_store,
     stderr,
 )
+from forge_ray.cli.gr_table import emit_rows, workers
 from forge_ray.config import load_config
 
 ModelRef = Annotated[str, typer.Argument(help="A model: path, model/name-key, key prefix or name.")]
@@ -32,7 +32,13 @@ Output = Annotated[
     str | None, typer.Option(help="Folder or URI; default ./recommendations/<model>-<split>.")
 ]
 
-_FLOORS = ("popularity", "item_knn")
+AllowedItems = Annotated[
+    str | None,
+    typer.Option("--allow", help="Recommend only the item ids of this file, one a line."),
+]
+DeniedItems = Annotated[
+    str | None, typer.Option("--deny", help="Recommend none of the item ids in this file.")
+]
 
 
 def evaluate(
@@ -47,27 +53,26 @@ def evaluate(
 ) -> None:
     """Score a model at item level beside the popularity and item-kNN floors.
 
-    Settings: split, ks, widths, users, exclude_seen, constrained, batch_users, device.
+    Settings: split, ks, widths, users, exclude_seen, constrained, batch_users, device,
+    tail_max_count, bootstrap, num_workers, cpus_per_worker, users_per_part. `gr compare` shows more
+    models and baselines.
     """
-    from forge_ray.evaluate.floors import evaluate_floors
-    from forge_ray.gr.scoring import EvaluationConfig, evaluate_model
+    from forge_ray.evaluate.floors import FLOORS, evaluate_floors
+    from forge_ray.gr.scoring import ModelEvaluationConfig, evaluate_model
     from forge_ray.gr.source import ModelSource
 
     values = {"split": split} if split else None
-    settings = load_config(EvaluationConfig, path=config, overrides=overrides or (), values=values)
+    settings = load_config(
+        ModelEvaluationConfig, path=config, overrides=overrides or (), values=values
+    )
     opened = open_store(store)
     source = ModelSource.open(opened, model, sids=sids)
-    metrics = evaluate_model(source, source.dataset, settings, store=opened, name=source.name)
+    with workers(settings, verbose=verbose):
+        found = evaluate_model(source, source.dataset, settings, store=opened, name=source.name)
     which: Any = settings.split
     floors = evaluate_floors(source.dataset, which, settings.ks, opened)
-    boards = {source.name: metrics, **{name: floors[name] for name in _FLOORS}}
-    if as_json:
-        split_name = {"split": settings.split}
-        rows = [{"model": name, **split_name, **found} for name, found in boards.items()]
-        emit(rows, title="", as_json=True)
-        return
-    title = f"{source.dataset.name}, {settings.split} split, {int(metrics['users']):,} users"
-    emit(_comparison(boards, settings.ks), title=title, as_json=False)
+    rows = {source.name: found.metrics, **{name: floors[name] for name in FLOORS}}
+    emit_rows(rows, source.dataset.name, settings, as_json=as_json)
 
 
 def recommend(
@@ -76,6 +81,8 @@ def recommend(
     out: Output = None,
     config: ConfigFile = None,
     split: SplitName = None,
+    allow: AllowedItems = None,
+    deny: DeniedItems = None,
     sids: SidsRef = None,
     store: StoreUri = DEFAULT_STORE,
     as_json: AsJson = False,
@@ -83,15 +90,16 @@ def recommend(
 ) -> None:
     """Write item lists for every user of a split as Parquet; the same command resumes.
 
-    Settings: split, append_targets, top_k, widths, exclude_seen, batch_users, rows_per_part,
-    num_actors, cpus_per_actor, use_gpu.
+    Settings: split, append_targets, top_k, widths, exclude_seen, allow, deny, bucket_order
+    (popularity, dense), space, batch_users, rows_per_part, num_actors, cpus_per_actor, use_gpu.
     """
     from forge_ray.gr.recommend import RecommendConfig
     from forge_ray.gr.recommend import recommend as write_lists
     from forge_ray.gr.source import ModelSource
     from forge_ray.launch.connect import connected
 
-    values = {"split": split} if split else None
+    named = {"split": split, "allow": allow, "deny": deny}
+    values = {name: value for name, value in named.items() if value}
     settings = load_config(RecommendConfig, path=config, overrides=overrides or (), values=values)
     source = ModelSource.open(open_store(store), model, sids=sids)
     target = out or f"./recommendations/{source.name}-{settings.split}"
@@ -99,18 +107,3 @@ def recommend(
     with connected(verbose=verbose):
         report = write_lists(source, source.dataset, settings, out=target)
     emit(asdict(report), title=f"Recommendations of {source.name}", as_json=as_json)
-
-
-def _comparison(
-    boards: Mapping[str, Mapping[str, float]], ks: Sequence[int]
-) -> list[dict[str, Any]]:
-    """One line per metric, one column per model."""
-    families = ("ItemHit", "ItemNDCG", "ListHit", "ListNDCG", "SidHit")
-    names = [f"{family}@{k}" for family in families for k in sorted(ks)]
-    middle = 10 if 10 in ks else min(ks)
-    names += [f"ItemHit@{middle}/head", f"ItemHit@{middle}/tail", f"coverage@{middle}"]
-    names += ["invalid_rate", "short_rate", "users", "users_per_s"]
-    return [
-        {"metric": name, **{board: found.get(name) for board, found in boards.items()}}
-        for name in names
-    ]

@@ -61,9 +61,10 @@ class SidDecoder:
         max_history: int,
         batch_users: int = 32,
         constrained: bool = True,
+        allowed: NDArray[np.bool_] | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
-        """Index the table.
+        """Index the table, or the allowed part of it.
 
         Args:
             generator: on ``device``; put into evaluation mode while decoding.
@@ -72,9 +73,13 @@ class SidDecoder:
             max_history: newest items of a history that the generator reads.
             batch_users: users per search.
             constrained: False decodes without the index, to measure invalid SIDs.
+            allowed: bool [N], items whose SIDs may be emitted; None allows all. Beams never enter
+                a prefix without an allowed item, so lists stay as long as they can be.
             device: where the search runs.
         """
-        self.index = PrefixIndex.build(table.codes, table.codebook_sizes, device=device)
+        indexed = table.codes if allowed is None else table.codes[allowed]
+        self.index = PrefixIndex.build(indexed, table.codebook_sizes, device=device)
+        self._allowed = allowed
         self.widths = tuple(widths)
         self._generator = generator
         self._codes = table.codes
@@ -85,9 +90,11 @@ class SidDecoder:
         self._device = device
 
     def item_rank(self) -> NDArray[np.int64]:
-        """SID of every item as a rank among the sorted distinct SIDs, int64 [N]."""
+        """SID of every item as a rank among the indexed SIDs, int64 [N]; -1 is not allowed."""
         codes = torch.from_numpy(self._codes.astype(np.int64)).to(self._device)
-        return self.index.find(codes).cpu().numpy()
+        rank = self.index.find(codes).cpu().numpy()
+        # A denied item may share its SID with an allowed one.
+        return rank if self._allowed is None else np.where(self._allowed, rank, -1)
 
     def decode(self, histories: Ragged) -> DecodedUsers:
         """Search the SIDs of every history.

@@ -6,11 +6,12 @@ appears under its name only when complete, so a killed run continues with the pa
 missing. Knows nothing about how models are trained.
 
 Lists are in beam order; items that share a SID follow each other by train count (descending), then
-item index.
+item index, or with `bucket_order=dense` by how close they are to the user's newest items.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import uuid
@@ -18,7 +19,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -27,17 +28,26 @@ import pyarrow.dataset as pads
 import pyarrow.parquet as pq
 import ray
 import ray.data
+from numpy.typing import NDArray
 from pyarrow.fs import FileSelector, FileSystem
 
 from forge_ray.artifacts import open_filesystem
 from forge_ray.config import to_mapping
 from forge_ray.data import tasks
 from forge_ray.data.ragged import Ragged
-from forge_ray.data.schema import SPLITS, Dataset, SequenceBatch, sequence_batch
+from forge_ray.data.schema import (
+    DEFAULT_SPACE,
+    SPLITS,
+    Dataset,
+    SequenceBatch,
+    sequence_batch,
+)
 from forge_ray.errors import ConfigError
 from forge_ray.gr.beam import default_widths
+from forge_ray.gr.bucket_order import DenseOrder
 from forge_ray.gr.buckets import ItemBuckets, RankedItems
 from forge_ray.gr.decoding import DecodedUsers, SidDecoder
+from forge_ray.gr.filters import allowed_items
 from forge_ray.gr.source import GeneratorSource
 from forge_ray.threads import set_threads
 
@@ -63,6 +73,16 @@ class RecommendConfig:
     """Beams to keep after each level; by default wide enough for `top_k`."""
     exclude_seen: bool = True
     """Whether items of the history are kept out of the list."""
+    allow: str | None = None
+    """Text file with one item id a line: only these items are recommended."""
+    deny: str | None = None
+    """Text file with one item id a line: these items are not recommended."""
+    bucket_order: Literal["popularity", "dense"] = "popularity"
+    """Order of items that share a SID: train count, or the inner product of the item's unit vector
+    and the mean unit vector of the history that the model reads. `dense` holds all vectors in
+    every process."""
+    space: str = DEFAULT_SPACE
+    """Vectors that `dense` compares."""
     batch_users: int = 32
     """Users per search; raise it on a GPU."""
     rows_per_part: int = 8192
@@ -127,12 +147,13 @@ class _Part:
 
 @dataclass(frozen=True)
 class _Job:
-    """What an actor needs; sent once."""
+    """What an actor needs; sent once. `allowed` is bool [N], or None for all items."""
 
     config: RecommendConfig
     source: GeneratorSource
     dataset: Dataset
     out: str
+    allowed: NDArray[np.bool_] | None
 
 
 def recommend(
@@ -149,20 +170,25 @@ def recommend(
             a run that was killed.
 
     Raises:
-        ConfigError: ``out`` holds the lists of another request.
+        ConfigError: ``out`` holds the lists of another request, or no item is allowed.
+        DataError: a list of items does not fit the dataset, or it has no such vectors.
     """
     started = perf_counter()
     if "://" not in out:
         out = str(Path(out).resolve())  # actors may run in another directory
     filesystem, root = open_filesystem(out)
-    _claim(filesystem, root, _request(source, dataset, config))
+    if config.bucket_order == "dense":
+        dataset.vector_files(config.space)  # a wrong name fails here, not in an actor
+    allowed = allowed_items(_item_ids(dataset), allow=config.allow, deny=config.deny)
+    job = _Job(config, source, dataset, out, allowed)
+    _claim(filesystem, root, _request(job))
     parts = list(_plan(dataset, config))
     finished = _finished(filesystem, root)
     pending = [part for part in parts if part.name not in finished]
     logger.info(
         "recommend: %d parts, %d finished before; writing to %s", len(parts), len(finished), out
     )
-    _run(_Job(config, source, dataset, out), pending)
+    _run(job, pending)
     stats = [_stats(filesystem, root, part) for part in parts]
     written = sum(part.rows for part in pending)
     report = _report(
@@ -175,12 +201,15 @@ def recommend(
     return report
 
 
-def _request(source: GeneratorSource, dataset: Dataset, config: RecommendConfig) -> dict[str, Any]:
+def _request(job: _Job) -> dict[str, Any]:
     """What decides the bytes of the lists (resources do not)."""
-    given = to_mapping(config)
-    resources = ("num_actors", "cpus_per_actor", "use_gpu", "batch_users")
-    kept = {name: value for name, value in given.items() if name not in resources}
-    return {"model": source.key, "dataset": dataset.key, "config": kept}
+    given = to_mapping(job.config)
+    # Files count by what they say, not by where they lie.
+    other = ("num_actors", "cpus_per_actor", "use_gpu", "batch_users", "allow", "deny")
+    kept = {name: value for name, value in given.items() if name not in other}
+    if job.allowed is not None:
+        kept["allowed"] = hashlib.sha256(np.packbits(job.allowed).tobytes()).hexdigest()
+    return {"model": job.source.key, "dataset": job.dataset.key, "config": kept}
 
 
 def _claim(filesystem: FileSystem, root: str, request: dict[str, Any]) -> None:
@@ -266,6 +295,7 @@ class _PartWriter:
             widths=job.config.widths or default_widths(levels, max_k=job.config.top_k),
             max_history=loaded.max_history,
             batch_users=job.config.batch_users,
+            allowed=job.allowed,
             device=device,
         )
         self._buckets = ItemBuckets.build(
@@ -273,8 +303,11 @@ class _PartWriter:
             num_sids=self._decoder.index.num_sids,
             train_counts=job.dataset.train_counts(),
         )
-        items = job.dataset.items(["item_id"])
-        self._item_ids = items["item_id"].combine_chunks()
+        self._order = None
+        if job.config.bucket_order == "dense":
+            vectors = job.dataset.vectors(job.config.space)
+            self._order = DenseOrder.of(vectors, max_history=loaded.max_history)
+        self._item_ids = _item_ids(job.dataset)
         self._filesystem, self._root = open_filesystem(job.out)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -292,6 +325,7 @@ class _PartWriter:
             decoded.scores,
             k=self._job.config.top_k,
             seen=histories if self._job.config.exclude_seen else None,
+            affinity=self._order.profiles(histories) if self._order else None,
         )
         table = _table(users, lists, self._item_ids, _user_ids(self._job.dataset, users))
         stats = json.dumps(_part_stats(decoded, lists)).encode()
@@ -301,6 +335,10 @@ class _PartWriter:
         partial = f"{folder}/.{part.name}.{uuid.uuid4().hex}"
         pq.write_table(table, partial, filesystem=self._filesystem, compression="zstd")
         self._filesystem.move(partial, f"{folder}/{part.name}")
+
+
+def _item_ids(dataset: Dataset) -> pa.Array:
+    return dataset.items(["item_id"])["item_id"].combine_chunks()
 
 
 def _read(dataset: Dataset, part: _Part) -> SequenceBatch:

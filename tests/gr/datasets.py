@@ -7,7 +7,15 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter
-from forge_ray.data.schema import HELD_OUT_SCHEMA, KIND, TRAIN_SCHEMA, USERS_SCHEMA, Dataset
+from forge_ray.data.schema import (
+    DEFAULT_SPACE,
+    HELD_OUT_SCHEMA,
+    KIND,
+    TRAIN_SCHEMA,
+    USERS_SCHEMA,
+    Dataset,
+    vectors_schema,
+)
 
 
 def tiny_dataset(
@@ -23,6 +31,10 @@ def tiny_dataset(
             "train_count": pa.array(rng.integers(0, 30, num_items), pa.int64()),
         }
         _write(writer, pa.table(items), "items", "part-0.parquet")
+        vectors = np.random.default_rng(1).standard_normal((num_items, 4), dtype=np.float32)
+        columns = {"item_index": range(num_items), "vector": vectors.tolist()}
+        rows = pa.table(columns, vectors_schema(4, "float32"))
+        _write(writer, rows, "vectors", DEFAULT_SPACE, "part-0.parquet")
         for shard, users in enumerate(np.array_split(np.arange(num_users), num_shards)):
             name = f"part-{shard}.parquet"
             histories = [rng.integers(0, num_items, rng.integers(1, 10)) for _ in users]

@@ -17,7 +17,7 @@ import pytest
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
-from forge_ray.errors import ConfigError, TrainingError
+from forge_ray.errors import ConfigError, DataError, TrainingError
 from forge_ray.gr import recommend as module
 from forge_ray.gr.buckets import ItemBuckets
 from forge_ray.gr.decoding import SidDecoder
@@ -119,6 +119,45 @@ def test_appended_targets_are_known_history(dataset: Dataset, tmp_path: Path) ->
         [np.concatenate([h, t]) for h, t in zip(histories, targets, strict=True)], np.int64
     )
     assert [row["items"] for row in read(out)] == expected_lists(dataset, longer, 7)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_only_listed_items_in_dense_order(dataset: Dataset, tmp_path: Path) -> None:
+    allow = tmp_path / "allow.txt"
+    allow.write_text("\n".join(f"item-{item}" for item in range(100)))
+    deny = tmp_path / "deny.txt"
+    deny.write_text("item-7\nitem-8")
+    config = config_of(allow=str(allow), deny=str(deny), bucket_order="dense")
+    recommend(HashSource(), dataset, config, out=str(tmp_path / "out"))
+    rows = read(tmp_path / "out")
+    shown = {item for row in rows for item in row["items"]}
+    assert shown <= set(range(100)) - {7, 8}
+    assert all(len(row["items"]) == 7 for row in rows)
+    vectors = dataset.vectors()
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    histories, _ = all_users(dataset)
+    tied = 0
+    for row, history in zip(rows, histories, strict=True):
+        profile = vectors[history[-5:]].mean(axis=0)
+        close = vectors[row["items"]] @ profile
+        same = np.diff(row["scores"]) == 0
+        assert (np.diff(close)[same] <= 1e-6).all()
+        tied += int(same.sum())
+    assert tied > 100
+    deny.write_text("item-7")
+    with pytest.raises(ConfigError, match="must describe this request, got another config"):
+        recommend(HashSource(), dataset, config, out=str(tmp_path / "out"))
+
+
+def test_dense_order_needs_vectors(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"vectors\.space must be one of"):
+        recommend(
+            HashSource(),
+            dataset,
+            config_of(bucket_order="dense", space="absent"),
+            out=str(tmp_path / "out"),
+        )
 
 
 @pytest.mark.ray
