@@ -27,6 +27,10 @@ class TrainingError(ForgeError):
     """A training run diverged or lost its workers for good."""
 
 
+class StoppedError(ForgeError):
+    """A run was asked to stop, saved its state and ended; the same command continues it."""
+
+
 def worker_error(error: Exception, rule: str, advice: str) -> ForgeError:
     """Our own error when a worker of Ray Train raised one, else a summary of the first failure.
 

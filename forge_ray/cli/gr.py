@@ -25,6 +25,7 @@ from forge_ray.cli.console import (
     stderr,
     working,
 )
+from forge_ray.cli.gr_compare import compare
 from forge_ray.cli.gr_decode import evaluate, recommend
 from forge_ray.cli.inputs import open_data
 from forge_ray.config import load_config
@@ -35,6 +36,7 @@ from forge_ray.sid.table import SidTable
 
 app = typer.Typer(no_args_is_help=True, help="Train, evaluate and use generative retrieval.")
 app.command("eval")(evaluate)
+app.command("compare")(compare)
 app.command("recommend")(recommend)
 
 SidsRef = Annotated[str, typer.Argument(help="SID table: a stored one, or an .npz file.")]
@@ -141,7 +143,7 @@ def _shown(row: dict[str, Any]) -> dict[str, Any]:
 
 @contextmanager
 def _following(run: Path, *, quiet: bool) -> Iterator[None]:
-    """Prints one line per validation, read from the checkpoints that appear in a local folder."""
+    """Prints one line per validation, read from a local folder of the run."""
     stop = threading.Event()
     thread = threading.Thread(target=_follow, args=(run, stop), daemon=True)
     if not quiet:
@@ -155,18 +157,23 @@ def _following(run: Path, *, quiet: bool) -> Iterator[None]:
 
 
 def _follow(run: Path, stop: threading.Event) -> None:
-    told = {path.name for path in run.glob("step_*")}
+    told = {row["global_step"] for row in _rows(run)}
     while not stop.wait(0.5):
-        for history in sorted(run.glob("step_*/history.json")):
-            if history.parent.name in told:
+        for row in _rows(run):
+            if row["global_step"] in told:
                 continue
-            try:
-                row = json.loads(history.read_text(encoding="utf-8"))[-1]
-            except (ValueError, OSError):
-                continue  # still being written, or already replaced by a newer checkpoint
-            told.add(history.parent.name)
+            told.add(row["global_step"])
             stderr.print(
                 f"step {row['global_step']:,}  loss {row['loss']:.3f}  "
                 f"ItemNDCG@10 {row['ItemNDCG@10']:.4f}  {row['tokens_per_s']:,.0f} tokens/s",
                 highlight=False,
             )
+
+
+def _rows(run: Path) -> list[dict[str, Any]]:
+    """Validations of a run so far; none where its folder is not on this machine."""
+    try:
+        rows: list[dict[str, Any]] = json.loads((run / "history.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return []
+    return rows

@@ -34,7 +34,13 @@ from forge_ray.sid.table import SidTable
 MODEL_KIND = "model"
 WEIGHTS_FILE = "model.safetensors"
 HISTORY_FILE = "history.json"
+LOSSES_FILE = "losses.npy"
+"""Loss of every step so far, float64 [steps], mean over the target tokens of the global batch."""
 MANIFEST_FILE = "checkpoint.json"
+
+
+class DamagedCheckpointError(ArtifactError):
+    """A file of a checkpoint is missing, unreadable or of another size than it was written with."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +53,6 @@ class RunIdentity:
         dataset_key: of the training data.
         zero_stage: how state is sharded.
         precision: of the weights.
-        world_size: workers that wrote the shards.
     """
 
     config_hash: str
@@ -55,7 +60,6 @@ class RunIdentity:
     dataset_key: str
     zero_stage: int
     precision: str
-    world_size: int
 
 
 @dataclass(frozen=True)
@@ -67,74 +71,79 @@ class Progress:
         cursor: next batch of the stream.
         tokens: target tokens trained on.
         history: one row of metrics per validation so far.
+        pending: the row of the newest validation point, while its metrics are still computed.
     """
 
     step: int = 0
     cursor: Cursor = field(default_factory=Cursor)
     tokens: int = 0
     history: tuple[dict[str, Any], ...] = ()
+    pending: dict[str, Any] | None = None
 
 
 @dataclass(frozen=True)
 class CheckpointManifest:
-    """Description of a checkpoint; `shards` are paths relative to its folder."""
+    """Description of a checkpoint.
+
+    Attributes:
+        identity: of the run.
+        progress: of the run.
+        world_size: workers that wrote the shards.
+        files: bytes of each file, by path relative to the checkpoint's folder.
+    """
 
     identity: RunIdentity
     progress: Progress
-    shards: tuple[str, ...]
+    world_size: int
+    files: dict[str, int]
+
+    def to_json(self) -> str:
+        """The text of the manifest file."""
+        return json.dumps(dataclasses.asdict(self), indent=1)
 
 
-def write_manifest(folder: Path, manifest: CheckpointManifest) -> None:
-    """Writes the manifest into a checkpoint folder."""
-    text = json.dumps(dataclasses.asdict(manifest), indent=1)
-    (folder / MANIFEST_FILE).write_text(text, encoding="utf-8")
+def parse_manifest(text: str, path: str, expected: RunIdentity) -> CheckpointManifest:
+    """Reads a manifest after checking that this run may continue from its checkpoint.
 
-
-def read_manifest(folder: Path, expected: RunIdentity) -> CheckpointManifest:
-    """Reads a checkpoint's manifest after checking that this run may continue from it.
+    Args:
+        text: content of the manifest file.
+        path: of the file, for messages.
+        expected: identity of this run.
 
     Raises:
-        ArtifactError: The manifest or a shard is missing, or the checkpoint belongs to another
-            configuration, SID table, dataset or sharding.
+        DamagedCheckpointError: The text is no manifest.
+        ArtifactError: The checkpoint belongs to another configuration, SID table, dataset or
+            sharding.
     """
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
-        raise ArtifactError(
-            f"{path} must describe the checkpoint, got no such file. Remove the run's folder and "
-            "train again."
+    try:
+        raw = json.loads(text)
+        found, progress = RunIdentity(**raw["identity"]), raw["progress"]
+        manifest = CheckpointManifest(
+            found,
+            Progress(
+                progress["step"],
+                Cursor(**progress["cursor"]),
+                progress["tokens"],
+                tuple(progress["history"]),
+                progress["pending"],
+            ),
+            raw["world_size"],
+            raw["files"],
         )
-    raw = json.loads(path.read_text(encoding="utf-8"))
-    found = RunIdentity(**raw["identity"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpointError(
+            f"{path} must be a checkpoint's manifest, got: {error!r}."
+        ) from error
     _check_identity(path, found, expected)
-    missing = [shard for shard in raw["shards"] if not (folder / shard).is_file()]
-    if missing:
-        raise ArtifactError(
-            f"{folder} must hold {len(raw['shards'])} shards of {found.world_size} workers, got "
-            f"none of {', '.join(missing)}. Remove this checkpoint; an older one will be used."
-        )
-    progress = raw["progress"]
-    return CheckpointManifest(
-        found,
-        Progress(
-            progress["step"],
-            Cursor(**progress["cursor"]),
-            progress["tokens"],
-            tuple(progress["history"]),
-        ),
-        tuple(raw["shards"]),
-    )
+    return manifest
 
 
-def _check_identity(path: Path, found: RunIdentity, expected: RunIdentity) -> None:
+def _check_identity(path: str, found: RunIdentity, expected: RunIdentity) -> None:
     for name, value in dataclasses.asdict(found).items():
         wanted = getattr(expected, name)
-        # Only here is the whole state in one file; bf16 shards its float32 copies at any stage.
-        is_whole = expected.zero_stage == 0 and expected.precision == "fp32"
-        if value == wanted or (name == "world_size" and is_whole):
+        if value == wanted:
             continue
         advice = {
-            "world_size": "Resume with that number of workers, or train with engine.zero_stage=0 "
-            "in fp32.",
             "table_key": "Models do not move between SID tables; train under another name.",
         }.get(name, "Train under another name, or restore the old configuration.")
         raise ArtifactError(

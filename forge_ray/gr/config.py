@@ -10,6 +10,7 @@ from forge_ray.config import to_mapping
 from forge_ray.data.stream import BatchPlan, StreamConfig
 from forge_ray.errors import ConfigError
 from forge_ray.gr.engine import EngineConfig
+from forge_ray.gr.health import StopConfig
 from forge_ray.gr.models.base import GeneratorConfig
 from forge_ray.gr.models.decoder import DecoderConfig
 from forge_ray.gr.models.pretrained_decoder import PretrainedDecoderConfig
@@ -34,9 +35,22 @@ class ValidationConfig:
     """Beams kept after each level; empty takes 50 and 100 at the last level."""
     batch_users: int = 32
     """Users per search."""
+    aside: bool = True
+    """Whether a process of its own decodes while training goes on; otherwise rank 0 does and the
+    others wait. Training waits at the next validation point at the latest."""
+    cpus: float = 0.0
+    """CPUs reserved for that process, and its thread count. 0 reserves nothing and shares a core;
+    a reservation that the cluster cannot give leaves the decoding to rank 0."""
+    gpus: float = 0.0
+    """GPUs reserved for that process; 0 decodes on the CPU."""
 
     def __post_init__(self) -> None:
         """Checks the counts."""
+        if min(self.cpus, self.gpus) < 0:
+            raise ConfigError(
+                f"validation.cpus and validation.gpus must be >= 0, got {self.cpus} and "
+                f"{self.gpus}. Use 0 to reserve nothing."
+            )
         for name in ("users", "batch_users"):
             if getattr(self, name) < 1:
                 raise ConfigError(
@@ -52,6 +66,7 @@ class GrConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     data: StreamConfig = field(default_factory=StreamConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
+    stop: StopConfig = field(default_factory=StopConfig)
     max_steps: int = 1000
     """Optimiser steps."""
     max_history: int = 20
@@ -60,6 +75,9 @@ class GrConfig:
     """Of weights, dropout and the order of batches."""
     num_workers: int = 1
     """Ray Train workers; the global batch stays the same."""
+    max_workers: int = 0
+    """More than `num_workers` lets the run grow and shrink between the two with the cluster, each
+    time from the last checkpoint; 0 keeps `num_workers`. Not for sweeps."""
     cpus_per_worker: float = 1.0
     """CPUs of each worker, and its thread count; may be a fraction."""
     use_gpu: bool = False
@@ -67,7 +85,8 @@ class GrConfig:
     max_failures: int = 2
     """Restarts from the last checkpoint after a worker died."""
     keep_checkpoints: int = 2
-    """Checkpoints kept beside the latest, best ItemNDCG@10 first."""
+    """Newest checkpoints kept; a damaged one falls back to the one before. The best weights are
+    kept apart."""
 
     def __post_init__(self) -> None:
         """Checks the rules across fields."""
@@ -80,13 +99,22 @@ class GrConfig:
             )
         if self.seed < 0:
             raise ConfigError(f"seed must be >= 0, got {self.seed}. Use another seed.")
+        if self.max_workers and self.max_workers < self.num_workers:
+            raise ConfigError(
+                f"max_workers must be 0 or >= num_workers={self.num_workers}, got "
+                f"{self.max_workers}. Leave it out for a fixed number."
+            )
+        if self.keep_checkpoints < 2:
+            raise ConfigError(
+                f"keep_checkpoints must be >= 2, got {self.keep_checkpoints}. A damaged checkpoint "
+                "needs one before it."
+            )
         if self.validation.every < 1 or 10 not in self.validation.ks:
             raise ConfigError(
                 "validation.every must be >= 1 and validation.ks must contain 10, got "
                 f"{self.validation.every} and {self.validation.ks}. The best checkpoint is the one "
                 "with the highest ItemNDCG@10."
             )
-        self.engine.accumulation(self.num_workers)
 
     @property
     def plan(self) -> BatchPlan:
@@ -107,11 +135,20 @@ class GrConfig:
 def without_execution(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """A `GrConfig` as mapping, or some of it, less the fields that only say how it runs."""
     kept = {name: value for name, value in mapping.items() if name not in _RUNNING}
-    if "data" in kept:
-        data = kept["data"].items()
-        kept["data"] = {name: value for name, value in data if name not in _RUNNING_DATA}
+    for part, running in (("data", _RUNNING_DATA), ("validation", _RUNNING_VALIDATION)):
+        if part in kept:
+            given = kept[part].items()
+            kept[part] = {name: value for name, value in given if name not in running}
     return kept
 
 
-_RUNNING = ("num_workers", "cpus_per_worker", "use_gpu", "max_failures", "keep_checkpoints")
+_RUNNING = (
+    "num_workers",
+    "max_workers",
+    "cpus_per_worker",
+    "use_gpu",
+    "max_failures",
+    "keep_checkpoints",
+)
 _RUNNING_DATA = ("segments_per_execution", "prefetch_batches", "read_tasks", "read_cpus")
+_RUNNING_VALIDATION = ("aside", "cpus", "gpus")

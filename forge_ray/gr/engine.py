@@ -19,13 +19,15 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar, cast
 
 import torch
 from torch import Tensor, distributed
 
 from forge_ray.errors import ArtifactError, ConfigError
 from forge_ray.gr.models.base import Generator, TokenBatch
+
+T = TypeVar("T")
 
 TAG = "engine"
 """Folder of DeepSpeed's files inside a checkpoint."""
@@ -76,17 +78,11 @@ class EngineConfig:
     def accumulation(self, world_size: int) -> int:
         """Forward passes of one worker per optimiser step.
 
-        Raises:
-            ConfigError: the global batch does not divide evenly.
+        The global batch need not divide evenly: gradients are scaled by the targets of all rows,
+        so shares may differ by a row.
         """
-        rows = self.micro_batch * world_size
-        if self.global_batch % (rows or world_size):
-            raise ConfigError(
-                f"engine.global_batch must be a multiple of workers x micro batch = "
-                f"{rows or world_size}, got {self.global_batch}. Change engine.micro_batch or the "
-                "number of workers."
-            )
-        return self.global_batch // rows if rows else 1
+        share = -(-self.global_batch // world_size)
+        return -(-share // self.micro_batch) if self.micro_batch else 1
 
     def learning_rate_at(self, step: int, max_steps: int) -> float:
         """Learning rate of the update that ends step `step`, counted from 1."""
@@ -109,9 +105,11 @@ def zero_config(config: EngineConfig, *, world_size: int, num_parameters: int) -
         num_parameters: of the model; bounds the communication buffers, whose default is 2 GB.
     """
     accumulation = config.accumulation(world_size)
+    # DeepSpeed only multiplies the two; rows of a pass are what the stream gives.
+    rows = max(1, config.global_batch // (world_size * accumulation))
     bucket = max(1_000_000, min(num_parameters, 500_000_000))
     return {
-        "train_micro_batch_size_per_gpu": config.global_batch // (world_size * accumulation),
+        "train_micro_batch_size_per_gpu": rows,
         "gradient_accumulation_steps": accumulation,
         "gradient_clipping": config.clip_norm,
         "bf16": {"enabled": config.precision == "bf16"},
@@ -204,6 +202,16 @@ class Engine:
         distributed.all_reduce(tensor)
         return [float(value) for value in tensor]
 
+    def barrier(self) -> None:
+        """Waits for all workers."""
+        distributed.barrier()
+
+    def from_first(self, value: T) -> T:
+        """Rank 0's value, on every worker; small and picklable."""
+        shared: list[Any] = [value]
+        distributed.broadcast_object_list(shared, src=0, device=self.device)
+        return cast(T, shared[0])
+
     def full_state(self) -> dict[str, Tensor]:
         """Consolidated float32 weights on the CPU; every worker calls it and gets all of them."""
         if self.config.zero_stage < 3:
@@ -213,12 +221,16 @@ class Engine:
             return _to_cpu(self.module.state_dict())
 
     def save(self, folder: Path) -> None:
-        """Writes this worker's shard; every worker calls it, each with its own folder."""
+        """Writes this worker's shard; every worker calls it."""
         folder.mkdir(parents=True, exist_ok=True)
         self._engine.save_checkpoint(str(folder), tag=TAG)
 
-    def load(self, folder: Path) -> None:
-        """Restores weights and optimiser; the folder holds all workers' shards.
+    def load(self, folder: Path, *, world_size: int) -> None:
+        """Restores weights and optimiser.
+
+        Args:
+            folder: holds all workers' shards.
+            world_size: workers that wrote them.
 
         Raises:
             ArtifactError: The folder holds no shards.

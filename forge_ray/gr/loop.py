@@ -1,21 +1,24 @@
 """The training loop of one worker, whoever started it.
 
-Streams its share of the global batches, steps the engine, validates, and hands rows of metrics and
-its part of each checkpoint to a callback. Knows nothing about Ray, runs or names.
+Streams its share of the global batches, steps the engine, and at validation points writes a
+checkpoint and asks for its metrics, which it takes up while training goes on. Every decision (a
+loss that left, a metric that stands, a request to stop) is taken by all workers at the same step.
+Knows nothing about Ray: what it tells and asks goes through `LoopHooks`.
+
+::
+
+    step ... step, check-up, step ... step, check-up, validation point
+    validation point: take up the metrics of the one before, checkpoint, ask for metrics
 """
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
-import math
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -25,28 +28,27 @@ from torch import Tensor
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
 from forge_ray.data.stream import SequenceStream, StreamBatch, prefetched
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ArtifactError
 from forge_ray.gr.checkpoint import (
     HISTORY_FILE,
+    LOSSES_FILE,
     WEIGHTS_FILE,
     CheckpointManifest,
     Progress,
     RunIdentity,
-    build_generator,
-    read_manifest,
     save_weights,
-    write_manifest,
 )
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.engine import TAG, Engine, expected_shards
+from forge_ray.gr.health import SELECTION_METRIC, LossWatch, best_row, has_settled
 from forge_ray.gr.models.base import TokenBatch
+from forge_ray.gr.run_folder import BEST, CHECKPOINTS, OUTCOME_FILE, RunFolder, checkpoint_name
 from forge_ray.gr.vocab import vocab_of
-from forge_ray.sid.table import SidTable
 
 logger = logging.getLogger(__name__)
 
-Report = Callable[[dict[str, Any], "Path | None"], None]
-"""Takes a row of metrics and a checkpoint folder; a barrier that every rank calls equally often."""
+_CHECKUP_STEPS = 10
+"""Steps between two collectives that share losses and requests: one small message each."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class TrainJob:
         dataset: handle of the data.
         codebook_sizes: of the SID table.
         identity: what a checkpoint must agree with.
+        folder: of the run.
         started: `time.time()` at which the run was asked for; measures the start-up.
     """
 
@@ -65,15 +68,68 @@ class TrainJob:
     dataset: Dataset
     codebook_sizes: tuple[int, ...]
     identity: RunIdentity
+    folder: RunFolder
     started: float
+
+
+class Validation(Protocol):
+    """Computes metrics of checkpoints; only rank 0 has one."""
+
+    def submit(self, step: int, best: float) -> None:
+        """Asks for the metrics of a step's checkpoint; weights above `best` are kept."""
+
+    def is_ready(self) -> bool:
+        """Whether `result` returns at once."""
+
+    def result(self) -> dict[str, Any]:
+        """The metrics that were asked for last; waits for them."""
+
+
+@dataclass(frozen=True)
+class LoopHooks:
+    """The outside of a loop.
+
+    Attributes:
+        report: tells the trainer a row of metrics; a barrier that every worker calls equally often.
+        validation: of rank 0, None elsewhere.
+        poll: asked by rank 0 at check-ups, must be quick; "stop" asks the run to save and end,
+            "look" makes all workers call `is_preempted`.
+        is_preempted: whether a worker's node is about to go; a collective.
+    """
+
+    report: Callable[[dict[str, Any]], None]
+    validation: Validation | None
+    poll: Callable[[], str]
+    is_preempted: Callable[[], bool]
+
+
+@dataclass(frozen=True)
+class Ending:
+    """How training ended.
+
+    Attributes:
+        kind: `finished`, `settled` (early stopping), `stopped` (on request), `diverged`.
+        reason: in words, for the last two.
+    """
+
+    kind: str
+    reason: str = ""
+
+
+@dataclass(frozen=True)
+class _Signs:
+    """What a check-up found; the same on all workers."""
+
+    trouble: str
+    is_validated: bool
+    is_stopping: bool
+    must_look: bool
 
 
 @dataclass
 class _Interval:
-    """What is measured between two reports."""
+    """What is measured between two validation points."""
 
-    loss: float = 0.0
-    steps: int = 0
     tokens: int = 0
     wait_s: float = 0.0
     started: float = field(default_factory=time.perf_counter)
@@ -83,20 +139,20 @@ class TrainLoop:
     """The training loop of one rank."""
 
     def __init__(
-        self, job: TrainJob, codes: NDArray[np.unsignedinteger[Any]], report: Report
+        self, job: TrainJob, codes: NDArray[np.unsignedinteger[Any]], hooks: LoopHooks
     ) -> None:
         """Builds model, engine and stream; every rank does so with the same job.
 
         Args:
             job: the run.
             codes: [num_items, L], kept resident.
-            report: tells the trainer of a row of metrics and of this rank's part of a checkpoint.
+            hooks: the outside.
         """
         config = job.config
-        self._tell = report
+        self._hooks = hooks
         self._job = job
         self._config = config
-        self._table = SidTable(codes, job.codebook_sizes, resolver="", key=job.identity.table_key)
+        self._codes = codes
         torch.manual_seed(config.seed)
         generator = config.model.start(vocab_of(job.codebook_sizes))
         self._engine = Engine(
@@ -111,34 +167,93 @@ class TrainLoop:
             world_size=self._engine.world_size,
         )
         self._progress = Progress()
+        self._losses: list[float] = []  # of every step, over all workers
+        self._unshared: list[Tensor] = []  # this worker's, since the last check-up
+        self._watch = LossWatch(config.stop)
         self._interval = _Interval()
+        self._warnings: tuple[str, ...] = ()
         self._startup_s: float | None = None
 
-    def restore(self, folder: Path) -> None:
-        """Continues from a checkpoint that holds the shards of all ranks."""
-        manifest = read_manifest(folder, self._job.identity)
-        self._engine.load(folder)
+    def restore(self) -> None:
+        """Continues from the newest whole checkpoint of the run, if there is one.
+
+        Raises:
+            ArtifactError: The checkpoints belong to another run.
+        """
+        folder = self._job.folder
+        found = folder.newest_checkpoint(self._job.identity)
+        self._warnings = found.warnings
+        for warning in found.warnings:
+            logger.warning(warning)
+        manifest = found.manifest
+        if manifest is None:
+            return
+        with folder.checkpoint(found.name, list(manifest.files)) as files:
+            self._engine.load(files, world_size=manifest.world_size)
+            self._losses = np.load(files / LOSSES_FILE).tolist()
+        self._watch.follow(self._losses, 1)
         self._progress = manifest.progress
         logger.info("resumed at step %d", self._progress.step)
+        self._ask_again()
 
-    def run(self) -> None:
-        """Trains to the last step, reporting at every validation."""
-        config = self._config
-        if self._progress.step >= config.max_steps:
-            return
-        batches = prefetched(
-            self._stream.batches(self._progress.cursor), config.data.prefetch_batches
-        )
+    def run(self) -> Ending:
+        """Trains to the end; every rank returns the same."""
+        ending = Ending("finished") if self._is_over() else self._train()
+        if ending.kind in ("finished", "settled"):
+            self._take_up_metrics()
+        if self._is_first:
+            self._write_outcome(ending)
+        self._engine.barrier()
+        return ending
+
+    @property
+    def _is_first(self) -> bool:
+        return self._engine.rank == 0
+
+    def _is_point(self) -> bool:
+        step = self._progress.step
+        return step % self._config.validation.every == 0 or step >= self._config.max_steps
+
+    def _is_over(self) -> bool:
+        """Whether the validation point just passed is the last one; metrics may be pending."""
+        if self._progress.step >= self._config.max_steps:
+            return True
+        settled = has_settled(self._progress.history, self._config.stop.patience)
+        return self._progress.step > 0 and self._is_point() and settled
+
+    def _train(self) -> Ending:
+        """Steps until the last validation point, or until something else ends the run."""
         self._interval = _Interval()
-        while self._progress.step < config.max_steps:
-            self._step(batches)
-            step = self._progress.step
-            if step % config.validation.every and step < config.max_steps:
-                continue
-            if not self._report():
-                break
-            self._interval = _Interval()
-        batches.close()
+        stream = prefetched(
+            self._stream.batches(self._progress.cursor), self._config.data.prefetch_batches
+        )
+        with contextlib.closing(stream) as batches:
+            while True:
+                self._step(batches)
+                if not self._is_point() and self._progress.step % _CHECKUP_STEPS:
+                    continue
+                ending = self._pause()
+                if ending is not None:
+                    return ending
+
+    def _pause(self) -> Ending | None:
+        """Check-up, and what it calls for; an ending if training is over."""
+        signs = self._check_up()
+        if signs.trouble:
+            return Ending("diverged", signs.trouble)
+        is_preempted = signs.must_look and self._hooks.is_preempted()
+        if self._is_point():
+            trouble = self._pass_point()
+        else:
+            if signs.is_validated:
+                self._take_up_metrics()
+            trouble = self._checkpoint() if is_preempted or signs.is_stopping else ""
+        if trouble:
+            return Ending("diverged", trouble)
+        if self._is_point() and self._is_over():
+            is_last = self._progress.step >= self._config.max_steps
+            return Ending("finished" if is_last else "settled")
+        return Ending("stopped", "a request to stop") if signs.is_stopping else None
 
     def _step(self, batches: Generator[StreamBatch, None, None]) -> None:
         """One optimiser step on the next global batch."""
@@ -148,7 +263,7 @@ class TrainLoop:
         targets = self._engine.module.num_targets(torch.from_numpy(batch.global_lengths))
         step = self._progress.step + 1
         loss = self._engine.step(
-            micro_batches(batch.rows, self._table.codes, self._engine.accumulation),
+            micro_batches(batch.rows, self._codes, self._engine.accumulation),
             num_targets=targets,
             step=step,
         )
@@ -158,106 +273,159 @@ class TrainLoop:
             cursor=batch.following,
             tokens=self._progress.tokens + targets,
         )
-        self._interval.loss += loss.item()
-        self._interval.steps += 1
+        self._unshared.append(loss)
         self._interval.tokens += targets
         if self._startup_s is None:
             self._startup_s = time.time() - self._job.started
 
-    def _report(self) -> bool:
-        """Validates, checkpoints and reports; False when the loss is no longer finite.
+    def _check_up(self) -> _Signs:
+        """Shares losses and requests; every worker calls it at the same steps."""
+        flags = [0.0, 0.0, 0.0]
+        if self._is_first:
+            asked = self._hooks.poll()
+            flags = [float(self._is_validated()), float(asked == "stop"), float(asked == "look")]
+        mine = torch.stack(self._unshared).double().tolist()
+        self._unshared = []
+        *losses, validated, stopping, look = self._engine.sum_over_workers([*mine, *flags])
+        trouble = self._watch.follow(losses, len(self._losses) + 1)
+        self._losses.extend(losses)
+        return _Signs(trouble, validated > 0, stopping > 0, look > 0)
 
-        Every worker calls it at the same steps: it holds collectives and a barrier.
+    def _is_validated(self) -> bool:
+        validation = self._hooks.validation
+        return validation is not None and bool(self._progress.pending) and validation.is_ready()
+
+    def _pass_point(self) -> str:
+        """Takes up the metrics of the point before, checkpoints, asks for metrics of this one.
+
+        Returns:
+            Why the weights cannot be kept, or an empty string.
         """
         row = self._training_row()
-        if not math.isfinite(row["loss"]):
-            self._tell(row, None)  # same decision on every rank: the loss is a sum over all
-            return False
-        weights = self._engine.full_state()
-        is_first = self._engine.rank == 0
-        if is_first:
-            row |= self._validate(weights)
-        self._progress = replace(self._progress, history=(*self._progress.history, row))
-        folder = Path(tempfile.mkdtemp(prefix="forge-ray-checkpoint-"))
-        try:
-            self._engine.save(folder)
-            if is_first:
-                self._describe(folder, weights)
-            self._tell({name: value for name, value in row.items() if "/" not in name}, folder)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-        return True
+        self._take_up_metrics()
+        self._progress = replace(self._progress, pending=row)
+        trouble = self._checkpoint()
+        if not trouble:
+            self._ask()
+        self._interval = _Interval()
+        return trouble
+
+    def _ask(self) -> None:
+        history = self._progress.history
+        best = history[best_row(history)][SELECTION_METRIC] if history else -1.0
+        if self._hooks.validation is not None and self._progress.pending:
+            self._hooks.validation.submit(self._progress.pending["global_step"], best)
+
+    def _ask_again(self) -> None:
+        """Asks for the metrics that a resumed run was waiting for."""
+        pending = self._progress.pending
+        if not pending:
+            return
+        name = checkpoint_name(pending["global_step"])
+        if self._job.folder.exists(CHECKPOINTS, name, WEIGHTS_FILE):
+            self._ask()
+            return
+        # Only after more interruptions between two validations than checkpoints are kept.
+        logger.warning("%s was not validated before it was dropped", name)
+        self._progress = replace(self._progress, pending=None)
+
+    def _take_up_metrics(self) -> None:
+        """Completes the pending row with its metrics and reports it; every worker calls it."""
+        row = self._progress.pending
+        if row is None:
+            return
+        if self._hooks.validation is not None:
+            began = time.perf_counter()
+            row = {**row, **self._hooks.validation.result()}
+            row["validation_wait_s"] = round(time.perf_counter() - began, 2)
+        row = self._engine.from_first(row)
+        history = (*self._progress.history, row)
+        self._progress = replace(self._progress, pending=None, history=history)
+        if self._is_first:
+            self._job.folder.write_json(list(history), HISTORY_FILE)
+            self._drop_surpassed()
+        self._hooks.report({name: value for name, value in row.items() if "/" not in name})
+
+    def _drop_surpassed(self) -> None:
+        """Deletes best weights that no kept checkpoint could still call its best."""
+        history = self._progress.history
+        first = max(1, len(history) - self._config.keep_checkpoints)
+        needed = {
+            history[best_row(history[:count])]["global_step"]
+            for count in range(first, len(history) + 1)
+        }
+        kept = {f"{checkpoint_name(step)}.safetensors" for step in needed}
+        for name in self._job.folder.names(BEST):
+            if name not in kept:
+                self._job.folder.delete(BEST, name)
 
     def _training_row(self) -> dict[str, Any]:
-        interval = self._interval
+        interval, history = self._interval, self._progress.history
         seconds = time.perf_counter() - interval.started
-        total, wait = self._engine.sum_over_workers([interval.loss, interval.wait_s])
+        (wait,) = self._engine.sum_over_workers([interval.wait_s])
+        last = self._progress.pending or (history[-1] if history else {"global_step": 0})
         return {
             "stage": "gr",
             "global_step": self._progress.step,
             "epoch": self._progress.cursor.epoch,
             "train_tokens": self._progress.tokens,
-            "loss": total / interval.steps,
+            "loss": float(np.mean(self._losses[last["global_step"] :])),
             "tokens_per_s": round(interval.tokens / seconds, 1),
             "input_wait_share": round(wait / self._engine.world_size / seconds, 4),
             "startup_s": round(self._startup_s or 0.0, 2),
             "num_threads": torch.get_num_threads(),
+            "num_workers": self._engine.world_size,
         }
 
-    def _validate(self, weights: dict[str, Tensor]) -> dict[str, Any]:
-        """Item-level metrics of the sampled users, by a copy that no sharding touches."""
-        from forge_ray.gr.evaluation import evaluate_generator
+    def _checkpoint(self) -> str:
+        """Writes a checkpoint; every worker calls it at the same step.
 
-        began = time.perf_counter()
-        config = self._config.validation
-        histories, targets = validation_sample(self._job.dataset, config.users)
-        generator = build_generator(self._config.model, self._table)
-        generator.load_state_dict(weights)
-        metrics = evaluate_generator(
-            generator.eval().to(self._engine.device),
-            self._table,
-            histories,
-            targets,
-            train_counts=self._job.dataset.train_counts(),
-            max_history=self._config.max_history,
-            ks=config.ks,
-            widths=config.widths or None,
-            batch_users=config.batch_users,
-            device=self._engine.device,
-        )
-        return {**metrics, "validation_s": round(time.perf_counter() - began, 2)}
+        Returns:
+            Why it was not written, or an empty string.
+        """
+        weights = self._engine.full_state()
+        # The loss is that of the weights before the last update, which may have ruined them. All
+        # workers see the same weights.
+        if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
+            return f"weights that are not finite after step {self._progress.step}"
+        folder, name = self._job.folder, checkpoint_name(self._progress.step)
+        if self._is_first:
+            folder.clear_checkpoint(name)
+        self._engine.barrier()
+        with folder.new_checkpoint(name) as local:
+            self._engine.save(local)
+            if self._is_first:
+                save_weights(local / WEIGHTS_FILE, weights)
+                np.save(local / LOSSES_FILE, np.array(self._losses))
+        self._engine.barrier()
+        if self._is_first:
+            folder.commit(name, self._manifest(name), keep=self._config.keep_checkpoints)
+        return ""
 
-    def _describe(self, folder: Path, weights: dict[str, Tensor]) -> None:
-        """Rank 0's files of a checkpoint: weights, rows and the manifest."""
-        config = self._config.engine
-        shards = expected_shards(config.zero_stage, self._engine.world_size, config.precision)
-        save_weights(folder / WEIGHTS_FILE, weights)
-        rows = json.dumps(list(self._progress.history))
-        (folder / HISTORY_FILE).write_text(rows, encoding="utf-8")
-        write_manifest(
-            folder,
-            CheckpointManifest(
-                self._job.identity,
-                self._progress,
-                (WEIGHTS_FILE, HISTORY_FILE, *(f"{TAG}/{shard}" for shard in shards)),
-            ),
-        )
+    def _manifest(self, name: str) -> CheckpointManifest:
+        config, workers = self._config.engine, self._engine.world_size
+        shards = expected_shards(config.zero_stage, workers, config.precision)
+        written = self._job.folder.sizes(name)
+        wanted = [WEIGHTS_FILE, LOSSES_FILE, *(f"{TAG}/{shard}" for shard in shards)]
+        missing = [file for file in wanted if file not in written]
+        if missing:
+            raise ArtifactError(
+                f"{self._job.folder.uri}/{CHECKPOINTS}/{name} must hold the shards of {workers} "
+                f"workers, got none of {', '.join(missing)}. Give all nodes the same --run-dir."
+            )
+        files = {file: written[file] for file in wanted}
+        return CheckpointManifest(self._job.identity, self._progress, workers, files)
 
-
-def validation_sample(dataset: Dataset, limit: int) -> tuple[Ragged, Ragged]:
-    """Histories and targets of the first `limit` validation users, a fixed random sample.
-
-    Raises:
-        ConfigError: The dataset has no validation users.
-    """
-    batches = list(dataset.sequence_batches("validation", limit=limit))
-    targets = [batch.targets for batch in batches if batch.targets is not None]
-    if not targets:
-        raise ConfigError(
-            "dataset must have validation users, got none. Prepare it with a split that leaves "
-            "some."
-        )
-    return Ragged.concatenate([batch.items for batch in batches]), Ragged.concatenate(targets)
+    def _write_outcome(self, ending: Ending) -> None:
+        """What the driver reads once all workers have ended."""
+        outcome = {
+            "kind": ending.kind,
+            "reason": ending.reason,
+            "step": self._progress.step,
+            "losses": self._losses,
+            "warnings": list(self._warnings),
+        }
+        self._job.folder.write_json(outcome, OUTCOME_FILE)
 
 
 def micro_batches(rows: Ragged, codes: NDArray[np.integer[Any]], count: int) -> list[TokenBatch]:

@@ -1,23 +1,28 @@
 """Training of one generator by Ray Train: driver side and worker side.
 
-The driver starts a `TorchTrainer` of fixed size, from a plain process or from inside a Tune trial.
-Every worker streams the same global batches, takes its share, and reports its own shard; Ray merges
-the shards into one checkpoint. A run is known by its name: the same name continues after a crash of
-a worker (by itself) or of the driver (by the same call), and a changed configuration is refused.
+The driver starts a `TorchTrainer`, from a plain process or from inside a Tune trial. Every worker
+streams the same global batches, takes its share, and writes its own shard of each checkpoint. A run
+is known by its name: the same name continues after a crash of a worker (by itself) or of the driver
+(by the same call), and a changed configuration is refused.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import os
 import shutil
+import signal
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from forge_ray.artifacts import (
     Artifact,
@@ -27,9 +32,10 @@ from forge_ray.artifacts import (
     open_filesystem,
 )
 from forge_ray.data.schema import Dataset
-from forge_ray.errors import ConfigError, ForgeError, TrainingError, worker_error
+from forge_ray.errors import ConfigError, ForgeError, StoppedError, TrainingError, worker_error
 from forge_ray.gr.checkpoint import (
     HISTORY_FILE,
+    LOSSES_FILE,
     MODEL_KIND,
     WEIGHTS_FILE,
     RunIdentity,
@@ -37,7 +43,16 @@ from forge_ray.gr.checkpoint import (
     table_key,
 )
 from forge_ray.gr.config import GrConfig
-from forge_ray.gr.loop import TrainJob, TrainLoop
+from forge_ray.gr.health import best_row
+from forge_ray.gr.loop import LoopHooks, TrainJob, TrainLoop, Validation
+from forge_ray.gr.run_folder import (
+    BEST,
+    CHECKPOINTS,
+    OUTCOME_FILE,
+    STOP_FILE,
+    RunFolder,
+    checkpoint_name,
+)
 from forge_ray.sid.table import SidTable
 from forge_ray.threads import set_threads
 
@@ -47,10 +62,12 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SELECTION_METRIC = "ItemNDCG@10"
 RUN_FILE = "forge-run.json"
-_CONTROLLER_RETRIES = 60
-"""Attempts, a minute each, to get the workers' resources before a run gives up."""
+_START_TIMEOUT_S = 900
+_CONTROLLER_RETRIES = 4
+"""Attempts, of `_START_TIMEOUT_S` each, to start the workers before a run gives up."""
+_POLL_S = 2.0
+"""Seconds between two looks at the stop file and at notices of preemption."""
 
 
 @dataclass(frozen=True)
@@ -61,11 +78,13 @@ class TrainResult:
         artifact: the published model, of kind `model`.
         metrics: the row of its best validation.
         history: one row per validation, oldest first.
+        losses: float64 [steps], mean loss per target token of every step's global batch.
     """
 
     artifact: Artifact
     metrics: dict[str, Any]
     history: list[dict[str, Any]]
+    losses: NDArray[np.float64]
 
 
 def train_generator(
@@ -86,7 +105,7 @@ def train_generator(
         dataset: its train part is streamed, its validation part sampled.
         table: SIDs of the dataset's items.
         store: where the model is published.
-        run_dir: absolute path or URI that all nodes share; checkpoints go to `<run_dir>/<name>`.
+        run_dir: absolute path or URI that all nodes share; see `gr/run_folder.py`.
         name: of the run and the model; the same name resumes.
         callbacks: Ray Train callbacks, told of every report. They are not called when the model
             was already there; its `history` holds the rows.
@@ -95,6 +114,8 @@ def train_generator(
     Raises:
         ConfigError: The name belongs to a run with another configuration.
         TrainingError: The loss diverged, or workers were lost more often than allowed.
+        StoppedError: SIGTERM or a file `stop` in the run's folder asked for the end; a checkpoint
+            was saved, and the same call continues from it.
     """
     if table.num_items != dataset.num_items:
         raise ConfigError(
@@ -106,17 +127,19 @@ def train_generator(
     identity = _run_identity(config, dataset, content)
 
     def produce(writer: ArtifactWriter) -> ArtifactInfo:
-        _claim_run(run_dir, name, identity)
-        best, history = _fit(
-            config,
-            dataset,
-            table,
+        folder = RunFolder.open(run_dir, name)
+        _claim_run(folder, identity)
+        job = TrainJob(
+            config=config,
+            dataset=dataset,
+            codebook_sizes=table.codebook_sizes,
             identity=identity,
-            run_dir=run_dir,
-            name=name,
-            callbacks=callbacks,
+            folder=folder,
+            started=time.time(),
         )
-        return _publish(writer, best, history)
+        outcome = _fit(job, table, run_dir=run_dir, name=name, callbacks=callbacks)
+        _check_outcome(outcome, folder, name=name, command=command)
+        return _publish(writer, folder, outcome)
 
     artifact = store.build(
         MODEL_KIND,
@@ -136,56 +159,48 @@ def _run_identity(config: GrConfig, dataset: Dataset, content: dict[str, Any]) -
         dataset_key=dataset.key,
         zero_stage=config.engine.zero_stage,
         precision=config.engine.precision,
-        world_size=config.num_workers,
     )
 
 
 def train_result(artifact: Artifact) -> TrainResult:
     """The result that belongs to a published model."""
     history = json.loads(artifact.local(HISTORY_FILE).read_text(encoding="utf-8"))
-    return TrainResult(artifact, dict(artifact.manifest.metrics), history)
+    losses = np.load(artifact.local(LOSSES_FILE))
+    return TrainResult(artifact, dict(artifact.manifest.metrics), history, losses)
 
 
-def _claim_run(run_dir: str, name: str, identity: RunIdentity) -> None:
-    """Writes who owns the run folder, or checks it: Ray resumes by name alone, whatever changed."""
-    filesystem, root = open_filesystem(run_dir)
-    path = f"{root}/{name}/{RUN_FILE}"
-    if filesystem.get_file_info(path).is_file:
-        with filesystem.open_input_stream(path) as source:
-            owner = json.loads(source.read().decode())["config_hash"]
-        if owner == identity.config_hash:
-            return
+def _claim_run(folder: RunFolder, identity: RunIdentity) -> None:
+    """Writes who owns the run folder, or checks it; forgets how an earlier attempt ended."""
+    owner = folder.read_json(RUN_FILE)
+    if owner is not None and owner["config_hash"] != identity.config_hash:
         raise ConfigError(
-            f"{path} must belong to this configuration ({identity.config_hash[:12]}), got "
-            f"{owner[:12]}. Choose another name, or remove that folder to start afresh."
+            f"{folder.uri}/{RUN_FILE} must belong to this configuration "
+            f"({identity.config_hash[:12]}), got {owner['config_hash'][:12]}. Choose another name, "
+            "or remove that folder to start afresh."
         )
-    filesystem.create_dir(path.rsplit("/", 1)[0], recursive=True)
-    with filesystem.open_output_stream(path) as sink:
-        sink.write(json.dumps({"config_hash": identity.config_hash}).encode())
+    folder.write_json({"config_hash": identity.config_hash}, RUN_FILE)
+    folder.delete(OUTCOME_FILE)
+    folder.delete(STOP_FILE)
 
 
 def _fit(
-    config: GrConfig,
-    dataset: Dataset,
+    job: TrainJob,
     table: SidTable,
     *,
-    identity: RunIdentity,
     run_dir: str,
     name: str,
     callbacks: Sequence[ray.train.UserCallback],
-) -> tuple[ray.train.Checkpoint, list[dict[str, Any]]]:
-    """Runs the trainer; the best checkpoint and all rows."""
+) -> dict[str, Any]:
+    """Runs the trainer; what the workers wrote about the end."""
     import ray
     import ray.train
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    job = TrainJob(
-        config=config,
-        dataset=dataset,
-        codebook_sizes=table.codebook_sizes,
-        identity=identity,
-        started=time.time(),
-    )
+    config = job.config
+    # The workers look for themselves; here it is said where a user sees it.
+    warnings = job.folder.newest_checkpoint(job.identity).warnings
+    for warning in warnings:
+        logger.warning(warning)
     trainer = TorchTrainer(
         train_worker,
         # The codes lie in the object store once; every worker of a node reads them in place.
@@ -194,11 +209,61 @@ def _fit(
         scaling_config=_scaling(config),
         run_config=_run_config(config, run_dir=run_dir, name=name, callbacks=callbacks),
     )
+    # A worker that imports torch on a busy machine, or boots its node first, needs more than Ray's
+    # 60 seconds; too short a wait starts all over again, for ever.
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     try:
-        result = trainer.fit()
+        with _stopping_on_sigterm(job.folder):
+            trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause(error, name) from error
-    return _best(result, name, config.max_steps)
+    outcome: dict[str, Any] | None = job.folder.read_json(OUTCOME_FILE)
+    if outcome is None:
+        raise TrainingError(
+            f"run {name!r} must come to an end, got none (was it interrupted?). The same command "
+            "resumes it from the last checkpoint."
+        )
+    for warning in outcome["warnings"]:
+        if warning not in warnings:
+            logger.warning(warning)
+    return outcome
+
+
+@contextmanager
+def _stopping_on_sigterm(folder: RunFolder) -> Iterator[None]:
+    """Turns SIGTERM into a request to save and end; signals reach a main thread only."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def ask(signum: int, frame: FrameType | None) -> None:
+        logger.warning("SIGTERM: training saves a checkpoint and ends")
+        folder.write_json({"signal": signum}, STOP_FILE)
+
+    before = signal.signal(signal.SIGTERM, ask)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _check_outcome(outcome: dict[str, Any], folder: RunFolder, *, name: str, command: str) -> None:
+    """Raises for a training that did not come to its end."""
+    if outcome["kind"] in ("finished", "settled"):
+        return
+    saved = folder.names(CHECKPOINTS)
+    last = f"{folder.uri}/{CHECKPOINTS}/{saved[-1]}" if saved else "none was written yet"
+    if outcome["kind"] == "stopped":
+        raise StoppedError(
+            f"run {name!r} must reach its end, got {outcome['reason']} at step {outcome['step']}. "
+            f"The same command continues it from {last}."
+        )
+    again = command or f"forge-ray gr train … --name {name}"
+    raise TrainingError(
+        f"run {name!r} must keep a falling, finite loss, got {outcome['reason']}. The last good "
+        f"checkpoint is intact: {last}. Lower engine.learning_rate (and use another --name) in: "
+        f"{again}"
+    )
 
 
 def _scaling(config: GrConfig) -> ray.train.ScalingConfig:
@@ -206,7 +271,9 @@ def _scaling(config: GrConfig) -> ray.train.ScalingConfig:
 
     gpus = {"GPU": 1} if config.use_gpu else {}
     return ray.train.ScalingConfig(
-        num_workers=config.num_workers,
+        num_workers=(config.num_workers, config.max_workers)
+        if config.max_workers > config.num_workers
+        else config.num_workers,
         use_gpu=config.use_gpu,
         resources_per_worker={"CPU": config.cpus_per_worker, **gpus},
     )
@@ -226,43 +293,21 @@ def _run_config(
         failure_config=ray.train.FailureConfig(
             max_failures=config.max_failures, controller_failure_limit=_CONTROLLER_RETRIES
         ),
-        checkpoint_config=ray.train.CheckpointConfig(
-            num_to_keep=config.keep_checkpoints,
-            checkpoint_score_attribute=SELECTION_METRIC,
-            checkpoint_score_order="max",
-        ),
     )
 
 
-def _best(
-    result: ray.train.Result, name: str, max_steps: int
-) -> tuple[ray.train.Checkpoint, list[dict[str, Any]]]:
-    """The best checkpoint of a finished run, and the rows that its newest one holds."""
-    rows: list[dict[str, Any]] = []
-    if result.checkpoint is not None:
-        with result.checkpoint.as_directory() as folder:
-            rows = json.loads(Path(folder, HISTORY_FILE).read_text(encoding="utf-8"))
-    reached = rows[-1]["global_step"] if rows else 0
-    if reached < max_steps or not result.best_checkpoints:
-        # A worker ends early for one reason only: it reports a loss without a checkpoint.
-        raise TrainingError(
-            f"run {name!r} must keep a finite loss up to step {max_steps}, got a loss that is not "
-            f"after step {reached}. Lower engine.learning_rate."
-        )
-    best, _ = max(result.best_checkpoints, key=lambda one: one[1].get(SELECTION_METRIC, -1.0))
-    return best, rows
-
-
-def _publish(
-    writer: ArtifactWriter, best: ray.train.Checkpoint, history: list[dict[str, Any]]
-) -> ArtifactInfo:
-    """Copies the best checkpoint's weights into the artifact; DeepSpeed's shards stay behind."""
-    with best.as_directory() as folder, writer.local_path(WEIGHTS_FILE) as target:
-        shutil.copyfile(Path(folder, WEIGHTS_FILE), target)
-        rows = json.loads(Path(folder, HISTORY_FILE).read_text(encoding="utf-8"))
+def _publish(writer: ArtifactWriter, folder: RunFolder, outcome: dict[str, Any]) -> ArtifactInfo:
+    """Copies the best weights into the artifact; DeepSpeed's shards stay behind."""
+    history = folder.read_json(HISTORY_FILE)
+    best = history[best_row(history)]
+    source = f"{checkpoint_name(best['global_step'])}.safetensors"
+    with folder.local(BEST, source) as weights, writer.local_path(WEIGHTS_FILE) as target:
+        shutil.copyfile(weights, target)
     with writer.open(HISTORY_FILE) as sink:
         sink.write(json.dumps(history).encode())
-    return ArtifactInfo(rows={"steps": history[-1]["global_step"]}, metrics=rows[-1])
+    with writer.local_path(LOSSES_FILE) as target:
+        np.save(target, np.array(outcome["losses"]))
+    return ArtifactInfo(rows={"steps": outcome["step"]}, metrics=best)
 
 
 def _cause(error: Exception, name: str) -> ForgeError:
@@ -284,27 +329,68 @@ def train_worker(settings: Mapping[str, Any]) -> None:
 
     job: TrainJob = settings["job"]
     set_threads(job.config.cpus_per_worker)
-    loop = TrainLoop(job, ray.get(settings["codes"]), _report)
-    checkpoint = ray.train.get_checkpoint()
-    if checkpoint is not None:
-        with checkpoint.as_directory() as folder:
-            loop.restore(Path(folder))
+    loop = TrainLoop(job, ray.get(settings["codes"]), _hooks(job, settings["codes"]))
+    loop.restore()
     loop.run()
 
 
-def _report(row: dict[str, Any], folder: Path | None) -> None:
+def _hooks(job: TrainJob, codes: Any) -> LoopHooks:
+    import ray.train
+
+    is_first = ray.train.get_context().get_world_rank() == 0
+    return LoopHooks(
+        report=_report,
+        validation=_validation(job, codes) if is_first else None,
+        poll=_Poll(job.folder),
+        is_preempted=_Preemption(),
+    )
+
+
+def _validation(job: TrainJob, codes: Any) -> Validation:
+    import ray
+
+    from forge_ray.gr.validation import AsideValidation, CheckpointValidator, InlineValidation
+
+    device = "cuda" if job.config.use_gpu else "cpu"
+    here = CheckpointValidator(job, ray.get(codes), device=device)
+    return (
+        AsideValidation(job, codes, here) if job.config.validation.aside else InlineValidation(here)
+    )
+
+
+class _Poll:
+    """Rank 0's look outside, at most every `_POLL_S` seconds."""
+
+    def __init__(self, folder: RunFolder) -> None:
+        self._folder = folder
+        self._next = time.monotonic() + _POLL_S
+
+    def __call__(self) -> str:
+        if time.monotonic() < self._next:
+            return ""
+        self._next = time.monotonic() + _POLL_S
+        return "stop" if self._folder.exists(STOP_FILE) else "look"
+
+
+class _Preemption:
+    """Notices of preemption, each told once."""
+
+    def __init__(self) -> None:
+        self._told: Any = None
+
+    def __call__(self) -> bool:
+        import ray.train
+
+        info = ray.train.get_preemption_info()
+        is_new = info is not None and info != self._told
+        self._told = info
+        return is_new
+
+
+def _report(row: dict[str, Any]) -> None:
     import ray.train
     from ray.util import get_current_placement_group
 
     # Whoever stops this run from outside frees its resources by this: a killed controller cannot.
     group = get_current_placement_group()
-    row = {**row, "placement_group": group.id.hex() if group else None}
-    if folder is None:
-        ray.train.report(row)
-        return
-    ray.train.report(
-        row,
-        checkpoint=ray.train.Checkpoint.from_directory(str(folder)),
-        # One name on all ranks: Ray merges their folders.
-        checkpoint_dir_name=f"step_{row['global_step']:08d}",
-    )
+    ray.train.report({**row, "placement_group": group.id.hex() if group else None})

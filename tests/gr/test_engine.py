@@ -75,7 +75,7 @@ def test_every_zero_stage_trains_saves_and_resumes_exactly(stage, precision, tmp
     written = sorted(path.name for path in (tmp_path / TAG).iterdir())
     assert set(expected_shards(stage, 1, precision)) <= set(written)
     resumed = make(zero_stage=stage, precision=precision)
-    resumed.load(tmp_path)
+    resumed.load(tmp_path, world_size=1)
     assert all(torch.equal(value, weights[name]) for name, value in resumed.full_state().items())
     assert train(resumed, work[3:], first=4) == rest
 
@@ -110,7 +110,7 @@ def test_golden_curve():
 
 def test_loading_nothing_is_an_error(tmp_path):
     with pytest.raises(ArtifactError, match="must hold a DeepSpeed checkpoint"):
-        make().load(tmp_path)
+        make().load(tmp_path, world_size=1)
 
 
 def test_learning_rate_schedules():
@@ -134,9 +134,10 @@ def test_global_batch_is_constant_over_world_sizes():
         assert rows * world_size == 64
 
 
-def test_uneven_global_batch_is_refused():
-    with pytest.raises(ConfigError, match=r"engine\.global_batch must be a multiple of .* = 24"):
-        EngineConfig(global_batch=64, micro_batch=8).accumulation(3)
+def test_uneven_shares_take_one_pass_more():
+    config = EngineConfig(global_batch=64, micro_batch=8)
+    assert config.accumulation(3) == 3  # 22 rows at most
+    assert EngineConfig(global_batch=64).accumulation(3) == 1
 
 
 def test_unknown_stage_is_refused():

@@ -160,7 +160,7 @@ class TestWorkers:
             target=lambda: outcome.append(run(folder, name, store="store-killed"))
         )
         thread.start()
-        wait_for(folder / "runs" / name / "step_00000020")
+        wait_for(folder / "runs" / name / "checkpoints" / "step_00000020" / "checkpoint.json")
         victims = worker_pids()
         for pid in victims:
             os.kill(pid, signal.SIGKILL)
@@ -194,7 +194,7 @@ class TestSlow:
             target=lambda: outcome.append(run(folder, name, *overrides, store=f"store-{name}"))
         )
         thread.start()
-        wait_for(folder / "runs" / name / "step_00000020")
+        wait_for(folder / "runs" / name / "checkpoints" / "step_00000020" / "checkpoint.json")
         os.kill(worker_pids()[0], signal.SIGKILL)
         thread.join(timeout=300)
         assert outcome, "the run did not finish"
@@ -227,7 +227,7 @@ class TestSlow:
         root = Path(__file__).resolve().parents[2]
         command = [sys.executable, "-c", script]
         first = subprocess.Popen(command, cwd=root)
-        wait_for(folder / "runs" / "driver" / "step_00000020")
+        wait_for(folder / "runs" / "driver" / "checkpoints" / "step_00000020" / "checkpoint.json")
         first.kill()
         first.wait()
         second = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
