@@ -7,6 +7,12 @@ an order of magnitude (spinning barriers), so every worker calls `set_threads` b
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+Argument = TypeVar("Argument")
+Result = TypeVar("Result")
 
 
 def set_threads(num_cpus: float) -> int:
@@ -28,3 +34,27 @@ def set_threads(num_cpus: float) -> int:
     torch.set_num_threads(threads)
     faiss.omp_set_num_threads(threads)
     return threads
+
+
+def threads_given() -> int:
+    """Threads this process may use: those of `set_threads`, else the machine's CPUs."""
+    return int(os.environ.get("OMP_NUM_THREADS") or os.cpu_count() or 1)
+
+
+def map_threads(
+    function: Callable[[Argument], Result], arguments: Iterable[Argument]
+) -> list[Result]:
+    """Calls a function that spends its time in NumPy, which lets other threads run meanwhile.
+
+    Args:
+        function: must not write where another call reads or writes.
+        arguments: one for each call.
+
+    Returns:
+        The results in the order of the arguments.
+    """
+    threads = threads_given()
+    if threads == 1:
+        return [function(argument) for argument in arguments]
+    with ThreadPoolExecutor(threads) as pool:
+        return list(pool.map(function, arguments))

@@ -2,8 +2,9 @@
 
 The first `cap` items of a SID stay, published ones before all others; the rest (the pool) move to
 the first of their candidate last codes that has room, or stay where they are and are counted.
-The table is worked through in parts that fit a processor's cache. Memory: about 45 bytes per row
-and, for 32,768 pool items at a time, their candidates and the free places of their prefixes.
+The table is worked through in parts that fit a processor's cache, as many at a time as the process
+has threads. Memory: about 45 bytes per row and, for 32,768 pool items per thread at a time, their
+candidates and the free places of their prefixes.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from forge_ray.sid.resolvers.groups import (
     positions,
     run_starts,
 )
+from forge_ray.threads import map_threads
 
 _PART_ROWS = 1 << 19
 _BLOCK_ROWS = 1 << 15
@@ -71,14 +73,21 @@ class CapacityConfig(ResolverConfig):
     def place_with(self, problem: Problem, source: CandidateSource) -> Placement:
         """Move the pool to the candidates that `source` gives."""
         codes = np.array(problem.current())
-        ranks_total = moved = 0
-        for block in _blocks(problem, self.cap):
-            options = source(block.rows, self.candidates + 1)
-            choice, ranks = self._choose(block, options)
-            placed = choice >= 0
-            codes[block.rows[placed], -1] = options[placed, choice[placed]]
-            ranks_total += int(ranks[placed].sum())
-            moved += int(placed.sum())
+
+        def place_part(part: Groups) -> tuple[int, int]:
+            moved = ranks_total = 0
+            for block in _blocks(problem, part, self.cap):
+                options = source(block.rows, self.candidates + 1)
+                choice, ranks = self._choose(block, options)
+                placed = choice >= 0
+                codes[block.rows[placed], -1] = options[placed, choice[placed]]
+                moved += int(placed.sum())
+                ranks_total += int(ranks[placed].sum())
+            return moved, ranks_total
+
+        # Parts are whole prefixes, so no two of them compete for a place or share a row.
+        counts = map_threads(place_part, problem.groups.parts(problem.last_size, _PART_ROWS))
+        moved, ranks_total = np.array(counts, dtype=np.float64).reshape(-1, 2).sum(axis=0)
         return Placement(codes, {"candidate_rank": float(ranks_total), "moved": float(moved)})
 
     def finish(self, placement: Placement, problem: Problem) -> Resolution:
@@ -103,7 +112,7 @@ class CapacityConfig(ResolverConfig):
 def find_pool(problem: Problem, cap: int) -> Int64Array:
     """Rows that must leave their SID, ordered by prefix, then hash; int64 [m]."""
     parts = problem.groups.parts(problem.last_size, _PART_ROWS)
-    pools = [_pool_of(problem, part, cap) for part in parts]
+    pools = map_threads(lambda part: _pool_of(problem, part, cap), parts)
     return np.concatenate([np.zeros(0, dtype=np.int64), *pools])
 
 
@@ -141,14 +150,10 @@ class _Block:
     """int32 [places], changed by placing."""
 
 
-def _blocks(problem: Problem, cap: int) -> Iterator[_Block]:
-    for part in problem.groups.parts(problem.last_size, _PART_ROWS):
-        pool = _pool_of(problem, part, cap)
-        if len(pool):
-            yield from _blocks_of(pool, part, problem, cap)
-
-
-def _blocks_of(pool: Int64Array, part: Groups, problem: Problem, cap: int) -> Iterator[_Block]:
+def _blocks(problem: Problem, part: Groups, cap: int) -> Iterator[_Block]:
+    pool = _pool_of(problem, part, cap)
+    if not len(pool):
+        return
     size, codes = problem.last_size, problem.current()
     prefixes = problem.keys[pool] // size
     starts = np.append(run_starts(prefixes), len(pool))
