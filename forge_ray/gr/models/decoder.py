@@ -94,7 +94,7 @@ class Decoder(Generator):
         self.table = config.token_table(vocab)
         self._all_items = config.targets == "all"
         self.dropout = nn.Dropout(config.dropout)
-        self.blocks = _blocks(config)
+        self.blocks = causal_stack(config)
 
     def num_targets(self, lengths: Tensor) -> int:
         """The codes of every row's target items."""
@@ -165,7 +165,7 @@ class Decoder(Generator):
         return zeros.masked_fill(~allowed, torch.finfo(dtype).min)
 
 
-def _blocks(config: DecoderConfig) -> Any:
+def causal_stack(config: DecoderConfig) -> Any:
     """The transformer stack without its own embeddings."""
     # Imported here: transformers costs seconds, and configs are read by processes that train
     # nothing.
