@@ -18,10 +18,14 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from forge_ray.threads import map_threads
+
 Integers = npt.NDArray[np.integer[Any]]
 
 _BLOCK = 1 << 16
 """Rows of one pass: half a megabyte of keys, inside the second-level cache."""
+_THREAD_ROWS = 16 * _BLOCK
+"""Rows that one thread packs at a time."""
 _INT64_MAX = 2**63 - 1
 
 
@@ -150,15 +154,21 @@ def _packed(codes: Integers, sizes: Sequence[int]) -> _Packed:
         sizes: codes per level, with a product below 2^63.
     """
     keys = np.empty(len(codes), dtype=np.uint32 if math.prod(sizes) <= 2**32 else np.int64)
-    histograms = [np.zeros(size, dtype=np.int64) for size in sizes[1:]]
-    for start in range(0, len(codes), _BLOCK):
-        # One widening copy per column serves the key and the count.
-        columns = codes[start : start + _BLOCK].T.astype(np.int64, order="C")
-        for level, (size, counts) in enumerate(zip(sizes[1:], histograms, strict=True), start=1):
-            counts += np.bincount(columns[level], minlength=size)
-            columns[0] *= size
-            columns[0] += columns[level]
-        keys[start : start + _BLOCK] = columns[0]
+
+    def pack(first: int) -> list[npt.NDArray[np.int64]]:
+        histograms = [np.zeros(size, dtype=np.int64) for size in sizes[1:]]
+        for start in range(first, min(first + _THREAD_ROWS, len(codes)), _BLOCK):
+            # One widening copy per column serves the key and the count.
+            columns = codes[start : start + _BLOCK].T.astype(np.int64, order="C")
+            for level, (size, counts) in enumerate(zip(sizes[1:], histograms, strict=True), 1):
+                counts += np.bincount(columns[level], minlength=size)
+                columns[0] *= size
+                columns[0] += columns[level]
+            keys[start : start + _BLOCK] = columns[0]
+        return histograms
+
+    parts = map_threads(pack, range(0, max(1, len(codes)), _THREAD_ROWS))
+    histograms = [np.sum(counts, axis=0) for counts in zip(*parts, strict=True)]
     return _Packed(keys, histograms)
 
 
