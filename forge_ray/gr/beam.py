@@ -141,13 +141,18 @@ def beam_search(
     for level, width in enumerate(widths):
         if level > 0:
             logits, state = generator.step(state, chosen.parents, chosen.codes, level)
-        chosen = _select(expand(index, level, chosen, _log_probs(logits, level)), width)
+        chosen = _select(expand(index, level, chosen, checked_log_probs(logits, level)), width)
         history = codes.gather(1, chosen.parents.unsqueeze(-1).expand(-1, -1, codes.shape[-1]))
         codes = torch.cat([history, chosen.codes.unsqueeze(-1)], dim=-1)
     return _padded(codes, chosen, widths[-1])
 
 
-def _log_probs(logits: Tensor, level: int) -> Tensor:
+def checked_log_probs(logits: Tensor, level: int) -> Tensor:
+    """Log-softmax of a level's logits [..., K], float32.
+
+    Raises:
+        TrainingError: they hold NaN.
+    """
     log_probs = torch.log_softmax(logits.float(), dim=-1)
     if bool(torch.isnan(log_probs).any()):
         raise TrainingError(
@@ -179,7 +184,7 @@ def _unconstrained(
 def _select(candidates: _Candidates, width: int) -> _Chosen:
     """The best candidates of each user; slots beyond the live ones are dead (row -1, code 0)."""
     num_candidates = candidates.scores.shape[1]
-    keys = _sort_keys(candidates.scores, candidates.ties)
+    keys = sort_keys(candidates.scores, candidates.ties)
     slots = keys.topk(min(width, num_candidates), dim=1).indices
     scores = candidates.scores.gather(1, slots)
     # The widest user sets the width: beams that are dead for everyone are not carried.
@@ -194,7 +199,7 @@ def _select(candidates: _Candidates, width: int) -> _Chosen:
     )
 
 
-def _sort_keys(scores: Tensor, ties: Tensor) -> Tensor:
+def sort_keys(scores: Tensor, ties: Tensor) -> Tensor:
     """One int64 per candidate: score descending, then tie ascending, so top-k is deterministic.
 
     The bits of a float32 order like a signed integer once the magnitude of negatives is inverted;

@@ -13,11 +13,18 @@ from forge_ray.gr.engine import EngineConfig
 from forge_ray.gr.health import StopConfig
 from forge_ray.gr.models.base import GeneratorConfig
 from forge_ray.gr.models.decoder import DecoderConfig
+from forge_ray.gr.models.parallel_heads import ParallelHeadsConfig
 from forge_ray.gr.models.pretrained_decoder import PretrainedDecoderConfig
 from forge_ray.gr.models.pretrained_t5 import PretrainedT5Config
 from forge_ray.gr.models.t5 import T5Config
 
-ARCHITECTURES = (DecoderConfig, T5Config, PretrainedDecoderConfig, PretrainedT5Config)
+ARCHITECTURES = (
+    DecoderConfig,
+    T5Config,
+    PretrainedDecoderConfig,
+    PretrainedT5Config,
+    ParallelHeadsConfig,
+)
 """Imported here so that every kind is registered wherever a configuration is read."""
 
 

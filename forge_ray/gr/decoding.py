@@ -18,6 +18,7 @@ from torch import nn
 
 from forge_ray.data.ragged import Ragged
 from forge_ray.gr.beam import Beams, StepwiseGenerator, beam_search
+from forge_ray.gr.exact import ParallelGenerator, exact_search
 from forge_ray.gr.prefix_index import PrefixIndex
 from forge_ray.gr.vocab import vocab_of
 from forge_ray.sid.table import SidTable
@@ -69,7 +70,8 @@ class SidDecoder:
         Args:
             generator: on ``device``; put into evaluation mode while decoding.
             table: SIDs of all items; also the codes that histories are written in.
-            widths: beams to keep after each level.
+            widths: beams to keep after each level; a generator that predicts all levels at once
+                ranks every SID, and only the last width counts.
             max_history: newest items of a history that the generator reads.
             batch_users: users per search.
             constrained: False decodes without the index, to measure invalid SIDs.
@@ -127,10 +129,13 @@ class SidDecoder:
 
     def _search(self, histories: Ragged) -> Beams:
         tokens, mask = self._vocab.history_tokens(histories, self._codes, self._max_history)
+        tokens, mask = tokens.to(self._device), mask.to(self._device)
+        if self._constrained and isinstance(self._generator, ParallelGenerator):
+            return exact_search(self._generator, tokens, mask, self.index, self.widths[-1])
         return beam_search(
             self._generator,
-            tokens.to(self._device),
-            mask.to(self._device),
+            tokens,
+            mask,
             self.index,
             self.widths,
             constrained=self._constrained,

@@ -205,9 +205,17 @@ class PrefixIndex:
             rows = self.lookup(level, rows, codes[..., level].contiguous())
         return rows
 
-    def sids(self) -> Tensor:
-        """The sorted distinct SIDs themselves, int64 [num_sids, L]."""
-        rows = torch.arange(self.num_sids, device=self.device)
+    def sids(self, rows: Tensor | None = None) -> Tensor:
+        """The sorted distinct SIDs themselves.
+
+        Args:
+            rows: int64 [...], ranks of SIDs; None is all of them in order.
+
+        Returns:
+            int64 [..., L].
+        """
+        if rows is None:
+            rows = torch.arange(self.num_sids, device=self.device)
         columns: list[Tensor] = []
         for table in reversed(self.levels):
             keys = table.keys[rows]

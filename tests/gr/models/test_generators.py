@@ -15,6 +15,7 @@ from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError
 from forge_ray.gr.models.base import Generator, GeneratorConfig, TokenBatch
 from forge_ray.gr.models.decoder import DecoderConfig
+from forge_ray.gr.models.parallel_heads import ParallelHeadsConfig
 from forge_ray.gr.models.t5 import T5Config
 from forge_ray.gr.vocab import Vocab
 
@@ -210,6 +211,45 @@ class TestT5(LastTarget):
 class TestTiedT5(TestT5):
     def config(self) -> GeneratorConfig:
         return T5Config(tie_embeddings=True, dropout=0.0, **SMALL)
+
+
+class TestParallelHeads(GeneratorContract):
+    def config(self) -> GeneratorConfig:
+        return ParallelHeadsConfig(dropout=0.0, temperature=0.3, **SMALL)
+
+    def prepared(self, model: Generator) -> Generator:
+        for head in model.heads:
+            nn.init.normal_(head.outer.weight, std=0.2)
+        return model
+
+    def test_untrained_loss_is_the_log_of_the_codebook_sizes(self):
+        """Where it is hot; cosines over a low temperature start off uniform."""
+        expected = sum(math.log(k) for k in SIZES) / len(SIZES)
+        hot = self.model(ParallelHeadsConfig(dropout=0.0, temperature=20.0, **SMALL))
+        assert abs(hot.loss(self.batch()).item() - expected) < 0.01
+        assert self.model().loss(self.batch()).item() < expected + 1.0 / 0.3
+
+    def test_one_pass_knows_all_levels(self):
+        model = self.model()
+        tokens, mask, _ = self.histories()
+        logits = model.level_logits(tokens, mask)
+        _, state = model.prefill(tokens, mask)
+        for level in (1, 2):
+            stepped, state = model.step(state, None, torch.zeros(4, 3, dtype=torch.int64), level)
+            assert torch.equal(stepped, logits[level].unsqueeze(1).expand(-1, 3, -1))
+
+    def test_the_temperature_divides_the_logits(self):
+        cold = self.model(ParallelHeadsConfig(dropout=0.0, temperature=0.15, **SMALL))
+        tokens, mask, _ = self.histories()
+        logits = self.model().level_logits(tokens, mask)
+        for one, other in zip(cold.level_logits(tokens, mask), logits, strict=True):
+            assert torch.allclose(one, 2 * other, atol=1e-5)
+
+    def test_all_codes_compete_on_request(self):
+        config = self.config()
+        config.softmax = "full"
+        model, batch = self.model(config), self.batch()
+        assert model.loss(batch) > self.model().loss(batch)
 
 
 def test_config_switches_by_kind():
