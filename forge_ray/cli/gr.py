@@ -16,7 +16,6 @@ from forge_ray.artifacts import ArtifactStore
 from forge_ray.cli.console import (
     DEFAULT_STORE,
     AsJson,
-    ConfigFile,
     Overrides,
     StoreUri,
     Verbose,
@@ -31,6 +30,7 @@ from forge_ray.cli.inputs import open_data
 from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
+from forge_ray.gr.recipes import recipe_names, recipe_path
 from forge_ray.sid.storage import SIDS_KIND
 from forge_ray.sid.table import SidTable
 
@@ -52,6 +52,12 @@ RunName = Annotated[
         "--name", help="Name of the run; the same name resumes. Default: from the content."
     ),
 ]
+Recipe = Annotated[
+    Path | None,
+    typer.Option(
+        "--config", "-c", help=f"YAML file, or a recipe by name: {', '.join(recipe_names())}."
+    ),
+]
 RunDir = Annotated[
     str, typer.Option("--run-dir", help="Where checkpoints go: a path or URI all nodes share.")
 ]
@@ -63,7 +69,7 @@ def train(
     sids: SidsRef,
     overrides: Overrides = None,
     data: DataRef = None,
-    config: ConfigFile = None,
+    config: Recipe = None,
     name: RunName = None,
     run_dir: RunDir = "./forge-runs",
     store: StoreUri = DEFAULT_STORE,
@@ -79,7 +85,8 @@ def train(
     from forge_ray.gr.train import train_generator
     from forge_ray.launch.connect import connected
 
-    settings = load_config(GrConfig, path=config, overrides=overrides or ())
+    path = config and recipe_path(config)
+    settings = load_config(GrConfig, path=path, overrides=overrides or ())
     where = open_store(store)
     folder = run_dir if "://" in run_dir else str(Path(run_dir).resolve())
     with connected(verbose=verbose):
