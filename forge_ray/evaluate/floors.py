@@ -1,121 +1,166 @@
-"""The floors that stand beside every model: popularity and item-kNN on one split, cached.
+"""Baselines that rank items without SIDs, as rows of the table; popularity and item-kNN.
 
-Streams the train part once to count and the held-out part once to score; holds item-to-item counts
-and one block of users.
+The two floors (popularity and item-kNN with stated constants) stand beside every model; what is
+tuned looks at validation targets only. Fitting streams the train part once and holds item-to-item
+counts.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import reduce
 from operator import add
-from typing import Any
+from time import perf_counter
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter, timed
-from forge_ray.config import to_mapping
-from forge_ray.data.schema import SPLITS, Dataset, SequenceBatch, Split
-from forge_ray.errors import ConfigError
-from forge_ray.evaluate.item_knn import ItemKnn, count_items
-from forge_ray.evaluate.popularity import popularity_order, recommend_popular
-from forge_ray.evaluate.ranking import MetricTotals, distinct_items, ranked_metrics, tail_slices
+from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter
+from forge_ray.config import from_mapping, to_mapping
+from forge_ray.data.ragged import Ragged
+from forge_ray.data.schema import Dataset, Split
+from forge_ray.evaluate.board import Ranked
+from forge_ray.evaluate.config import EvaluationConfig
+from forge_ray.evaluate.evaluator import Evaluation, Ready, evaluated
+from forge_ray.evaluate.item_knn import ItemKnn, ItemKnnConfig, count_items, tune
+from forge_ray.evaluate.popularity import Popularity, popularity_order
+from forge_ray.evaluate.ranking import distinct_items, list_places
 
-logger = logging.getLogger(__name__)
+BASELINE_KIND = "baseline"
+FLOORS = ("popularity", "item_knn")
+_TUNING_USERS = 5000
+_TUNING_CUT = 10
 
-KIND = "floors"
-DEFAULT_KS = (5, 10, 20, 100)
+
+class Recommender(Protocol):
+    """Lists items for users."""
+
+    def recommend(
+        self, histories: Ragged, k: int, *, exclude_seen: bool = True
+    ) -> npt.NDArray[np.int64]:
+        """The k best items of each of U users, int64 [U, k], −1 behind the last one."""
 
 
-@dataclass(kw_only=True)
-class FloorsConfig:
-    """What the floors are measured on and how item-kNN votes."""
+@dataclass(frozen=True)
+class ListRanker:
+    """A recommender of items as a ranker."""
 
-    split: str = "validation"
-    """`validation`, or `test` when a sweep is finalised."""
-    ks: list[int] = field(default_factory=lambda: list(DEFAULT_KS))
-    """Cut-offs."""
-    history: int = 10
-    """Newest history items that vote in item-kNN."""
-    decay: float = 0.7
-    """Weight of one more step of age in item-kNN."""
-    max_length: int = 60
-    """Train items above which a user is left out of the co-occurrences."""
-    tail_max_count: int = 5
-    """Train interactions up to which an item belongs to the tail."""
+    recommender: Recommender
+    ks: Sequence[int]
+    exclude_seen: bool
 
-    def __post_init__(self) -> None:
-        """Check the values."""
-        if self.split not in SPLITS[1:]:
-            raise ConfigError(
-                f"floors.split must be validation or test, got {self.split!r}. Name one of them."
-            )
-        if not self.ks or min(self.ks) < 1:
-            raise ConfigError(f"floors.ks must be cut-offs >= 1, got {self.ks}. Use 5,10,20,100.")
+    def rank(self, histories: Ragged, targets: Ragged) -> Ranked:
+        """List items for some users and find their targets.
+
+        Args:
+            histories: U rows of item indices.
+            targets: U rows of distinct held-out items, at least one each.
+        """
+        started = perf_counter()
+        lists = self.recommender.recommend(histories, max(self.ks), exclude_seen=self.exclude_seen)
+        seconds = perf_counter() - started
+        return Ranked(list_places(lists, targets, self.ks), lists, seconds=seconds)
 
 
 def evaluate_floors(
-    dataset: Dataset,
-    split: Split,
-    ks: Sequence[int],
-    store: ArtifactStore,
+    dataset: Dataset, split: Split, ks: Sequence[int], store: ArtifactStore
 ) -> dict[str, dict[str, float]]:
-    """Item-level metrics of both floors on all users of a split, computed once per dataset.
+    """Item-level figures of both floors on all users of a split, computed once per dataset.
 
     Args:
         dataset: a prepared dataset.
         split: `validation` or `test`.
         ks: cut-offs.
-        store: where the result is kept, as an artifact of kind `floors`.
+        store: where the results are kept, as artifacts of kind `evaluation`.
 
     Returns:
-        `popularity` and `item_knn`, each with `ItemHit@k`, `ItemNDCG@k`, their `_se`, `/head`
-        and `/tail` forms, `coverage@k` and `users`; see `ranking.MetricTotals.summary`.
+        `popularity` and `item_knn`, each as in `Board.summary`.
     """
-    config = FloorsConfig(split=split, ks=sorted(set(ks)))
-
-    def produce(_: ArtifactWriter) -> ArtifactInfo:
-        metrics: dict[str, Any] = {}
-        with timed(metrics, "seconds"):
-            metrics.update(measure_floors(dataset, config))
-        return ArtifactInfo(metrics=metrics)
-
-    artifact = store.build(
-        KIND,
-        f"{dataset.name}-{split}",
-        to_mapping(config),
-        parents=(dataset.key,),
-        produce=produce,
-    )
-    found: Mapping[str, Any] = artifact.manifest.metrics
-    return {name: dict(found[name]) for name in ("popularity", "item_knn")}
+    config = EvaluationConfig(split=split, ks=sorted(set(ks)))
+    popularity = evaluate_popularity(dataset, config, store)
+    item_knn = evaluate_item_knn(dataset, config, ItemKnnConfig(), store)
+    return {"popularity": popularity.metrics, "item_knn": item_knn.metrics}
 
 
-def measure_floors(dataset: Dataset, config: FloorsConfig) -> dict[str, dict[str, float]]:
-    """Compute both floors; `evaluate_floors` caches this.
+def evaluate_popularity(
+    dataset: Dataset, config: EvaluationConfig, store: ArtifactStore
+) -> Evaluation:
+    """Figures of the popularity floor.
 
     Args:
         dataset: a prepared dataset.
-        config: split, cut-offs and the kNN's constants.
+        config: which users and how.
+        store: keeps the result.
     """
-    train_counts = dataset.train_counts()
-    knn = _fit_knn(dataset, train_counts, config)
-    depth = max(config.ks)
-    boards = {name: _Board(dataset.num_items, config) for name in ("popularity", "item_knn")}
-    order = popularity_order(train_counts)
-    split: Any = config.split
-    for batch in dataset.sequence_batches(split, batch_rows=16_384):
-        boards["popularity"].add(batch, recommend_popular(batch.items, order, depth), train_counts)
-        boards["item_knn"].add(batch, knn.recommend(batch.items, depth), train_counts)
-    return {name: board.summary() for name, board in boards.items()}
+
+    def fit() -> Recommender:
+        return Popularity(popularity_order(dataset.train_counts()))
+
+    return evaluate_lists("popularity", fit, dataset, config, store, identity={})
 
 
-def _fit_knn(
-    dataset: Dataset, train_counts: npt.NDArray[np.int64], config: FloorsConfig
-) -> ItemKnn:
+def evaluate_item_knn(
+    dataset: Dataset, config: EvaluationConfig, knn: ItemKnnConfig, store: ArtifactStore
+) -> Evaluation:
+    """Figures of item-kNN.
+
+    Args:
+        dataset: a prepared dataset.
+        config: which users and how.
+        knn: how items vote.
+        store: keeps the result.
+    """
+    return evaluate_lists(
+        "item_knn",
+        lambda: fit_item_knn(dataset, knn),
+        dataset,
+        config,
+        store,
+        identity=to_mapping(knn),
+    )
+
+
+def evaluate_lists(
+    name: str,
+    fit: Callable[[], Recommender],
+    dataset: Dataset,
+    config: EvaluationConfig,
+    store: ArtifactStore,
+    *,
+    identity: Mapping[str, Any],
+    parents: Sequence[str] = (),
+) -> Evaluation:
+    """Figures of a recommender of items, from the store when they were computed before.
+
+    Args:
+        name: of the baseline.
+        fit: makes the recommender; called where the figures are new. Picklable results only.
+        dataset: a prepared dataset.
+        config: which users and how; with more than one worker Ray must be up.
+        store: keeps the result.
+        identity: what decides the recommender beside the dataset, JSON types.
+        parents: keys of artifacts that it was made from.
+    """
+    return evaluated(
+        name,
+        lambda: Ready(ListRanker(fit(), config.ks, config.exclude_seen)),
+        dataset,
+        config,
+        identity={"baseline": name, **identity},
+        parents=parents,
+        store=store,
+    )
+
+
+def fit_item_knn(dataset: Dataset, config: ItemKnnConfig) -> ItemKnn:
+    """Count on the train part.
+
+    Args:
+        dataset: a prepared dataset.
+        config: how items vote.
+    """
     counts = reduce(
         add,
         (
@@ -123,41 +168,48 @@ def _fit_knn(
             for batch in dataset.sequence_batches("train")
         ),
     )
-    return ItemKnn.fit(counts, train_counts, history=config.history, decay=config.decay)
+    return ItemKnn.fit(counts, dataset.train_counts(), config)
 
 
-class _Board:
-    """Running metrics of one floor."""
+def tuned_item_knn(dataset: Dataset, store: ArtifactStore) -> ItemKnnConfig:
+    """The constants of item-kNN that rank the validation targets best, by ItemNDCG@10.
 
-    totals: MetricTotals
-    shown: npt.NDArray[np.bool_]
-    """[len(ks), N] whether an item was listed within each cut-off."""
+    Args:
+        dataset: a prepared dataset; its first 5,000 validation users are looked at.
+        store: keeps the constants, as an artifact of kind `baseline`.
+    """
 
-    def __init__(self, num_items: int, config: FloorsConfig) -> None:
-        self.totals = MetricTotals()
-        self.ks = config.ks
-        self.tail_max_count = config.tail_max_count
-        self.shown = np.zeros((len(config.ks), num_items), dtype=bool)
+    def produce(_: ArtifactWriter) -> ArtifactInfo:
+        figure = validation_figure(dataset, users=_TUNING_USERS)
+        best = tune(fit_item_knn(dataset, ItemKnnConfig()), figure)
+        return ArtifactInfo(metrics={"item_knn": to_mapping(best)})
 
-    def add(
-        self,
-        batch: SequenceBatch,
-        lists: npt.NDArray[np.int64],
-        train_counts: npt.NDArray[np.int64],
-    ) -> None:
-        """Score the lists of one batch of users."""
-        assert batch.targets is not None  # held-out splits always have targets
-        wanted = distinct_items(batch.targets, len(train_counts))
-        slices = tail_slices(wanted, train_counts, tail_max_count=self.tail_max_count)
-        self.totals.add(ranked_metrics(lists, wanted, self.ks), slices)
-        for row, k in enumerate(self.ks):
-            top = lists[:, :k]
-            self.shown[row, top[top >= 0]] = True
+    content = {"kind": "item_knn", "users": _TUNING_USERS, "start": to_mapping(ItemKnnConfig())}
+    artifact = store.build(
+        BASELINE_KIND,
+        f"{dataset.name}-item_knn",
+        content,
+        parents=(dataset.key,),
+        produce=produce,
+    )
+    return from_mapping(ItemKnnConfig, artifact.manifest.metrics["item_knn"])
 
-    def summary(self) -> dict[str, float]:
-        """Means over all users, and coverage."""
-        covered = {
-            f"coverage@{k}": float(share)
-            for k, share in zip(self.ks, self.shown.mean(axis=1), strict=True)
-        }
-        return self.totals.summary() | covered
+
+def validation_figure(dataset: Dataset, *, users: int) -> Callable[[Recommender], float]:
+    """What decides between settings of a baseline: ItemNDCG@10 of some validation users.
+
+    Args:
+        dataset: a prepared dataset.
+        users: the first so many validation users, a fixed random sample, are held in memory.
+    """
+    batches = list(dataset.sequence_batches("validation", limit=users))
+    histories = Ragged.concatenate([batch.items for batch in batches])
+    targets = Ragged.concatenate([batch.targets for batch in batches if batch.targets is not None])
+    wanted = distinct_items(targets, dataset.num_items)
+
+    def figure(recommender: Recommender) -> float:
+        lists = recommender.recommend(histories, _TUNING_CUT)
+        found = list_places(lists, wanted, [_TUNING_CUT]).metrics([_TUNING_CUT])
+        return float(found[f"ItemNDCG@{_TUNING_CUT}"].mean())
+
+    return figure

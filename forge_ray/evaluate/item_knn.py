@@ -3,15 +3,18 @@
 Pure NumPy and SciPy: blocks of users in, blocks of lists out. For the newest history items a with
 age d = 0, 1, …:
 
-    score(b) = Σ_d decay^d · co(a_d, b) / sqrt(n(a_d)·n(b)) + transition(a_0, b) / sqrt(n(a_0)·n(b))
+    score(b) = Σ_d decay^d · co(a_d, b) / sqrt(n(a_d)·n(b))
+             + succession · transition(a_0, b) / sqrt(n(a_0)·n(b))
 
 where n counts train interactions, co counts ordered co-occurrences inside one user's train part and
-transition counts one-step successions in it.
+transition counts one-step successions in it. The floor is the stated constants; the tuned row has
+those that rank the validation targets best.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -19,7 +22,44 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from forge_ray.data.ragged import Ragged
+from forge_ray.errors import ConfigError
 from forge_ray.evaluate.popularity import fill_popular, is_member, popularity_order
+
+
+@dataclass(frozen=True, kw_only=True)
+class ItemKnnConfig:
+    """How item-kNN votes; the defaults are the floor."""
+
+    history: int = 10
+    """Newest history items that vote."""
+    decay: float = 0.7
+    """Weight of one more step of age."""
+    succession: float = 1.0
+    """Weight of the items that directly followed the newest one."""
+    max_length: int = 60
+    """Train items above which a user is left out of the co-occurrences."""
+
+    def __post_init__(self) -> None:
+        """Check ranges."""
+        if self.history < 1 or self.max_length < 1:
+            raise ConfigError(
+                "item_knn.history and item_knn.max_length must be >= 1, got "
+                f"{self.history} and {self.max_length}. Raise them."
+            )
+        if self.decay <= 0 or self.succession < 0:
+            raise ConfigError(
+                "item_knn.decay must be > 0 and item_knn.succession >= 0, got "
+                f"{self.decay} and {self.succession}. Use e.g. 0.7 and 1."
+            )
+
+
+GRID: dict[str, tuple[float, ...]] = {
+    "history": (1, 2, 3, 5, 10, 20, 50),
+    "decay": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
+    "succession": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0),
+}
+"""Values that tuning tries for each constant."""
+_ROUNDS = 2
 
 
 @dataclass(frozen=True)
@@ -71,43 +111,38 @@ class ItemKnn:
     """csr [N, N] float32: normalised one-step transitions."""
     order: npt.NDArray[np.int64]
     """Items by popularity [N], the filler of short lists."""
-    history: int
-    """Newest history items that vote."""
-    decay: float
-    """Weight of one more step of age."""
+    config: ItemKnnConfig
 
     @classmethod
     def fit(
         cls,
         counts: ItemCounts,
         train_counts: npt.NDArray[np.integer[Any]],
-        *,
-        history: int = 10,
-        decay: float = 0.7,
+        config: ItemKnnConfig | None = None,
     ) -> ItemKnn:
         """Normalise counts by popularity.
 
         Args:
             counts: of the whole train part.
             train_counts: train interactions of each item [N].
-            history: newest history items that vote.
-            decay: weight of one more step of age.
+            config: how items vote; the floor's by default.
         """
         scale = sp.diags_array(1.0 / np.sqrt(np.maximum(train_counts, 1)))
         together = sp.csr_array(scale @ counts.together @ scale, dtype=np.float32)
         follows = sp.csr_array(scale @ counts.next @ scale, dtype=np.float32)
-        return cls(together, follows, popularity_order(train_counts), history, decay)
+        return cls(together, follows, popularity_order(train_counts), config or ItemKnnConfig())
 
     def recommend(
-        self, histories: Ragged, k: int, *, block_users: int = 1024
+        self, histories: Ragged, k: int, *, exclude_seen: bool = True, block_users: int = 1024
     ) -> npt.NDArray[np.int64]:
-        """List the k best items that each user has not seen, short lists filled with popularity.
+        """List the k best items of each user, short lists filled with popularity.
 
         Memory: the scored items of `block_users` users, about 40 bytes each.
 
         Args:
             histories: items of each user in time order, U rows.
             k: length of the lists.
+            exclude_seen: whether items of the history are kept out.
             block_users: users scored at a time.
 
         Returns:
@@ -116,19 +151,42 @@ class ItemKnn:
         lists = np.full((len(histories), k), -1, dtype=np.int64)
         for start in range(0, len(histories), block_users):
             rows = np.arange(start, min(start + block_users, len(histories)))
-            seen = histories.take(rows)
-            lists[rows] = fill_popular(self._rank(seen, k), seen, self.order)
+            block = histories.take(rows)
+            hidden = block if exclude_seen else block.head(0)
+            found = _best_unseen(self._scores(block), hidden, k)
+            lists[rows] = fill_popular(found, hidden, self.order)
         return lists
 
-    def _rank(self, histories: Ragged, k: int) -> npt.NDArray[np.int64]:
-        recent = histories.tail(self.history)
+    def _scores(self, histories: Ragged) -> Any:
+        recent = histories.tail(self.config.history)
         age = np.repeat(recent.lengths, recent.lengths) - 1 - recent.positions
-        scores = _weights(recent, self.decay**age, len(self.order)) @ self.similarity
+        scores = _weights(recent, self.config.decay**age, len(self.order)) @ self.similarity
         last = histories.tail(1)
-        ones = np.ones(len(last.values))
-        scores = sp.csr_array(scores + _weights(last, ones, len(self.order)) @ self.succession)
+        weight = np.full(len(last.values), self.config.succession)
+        scores = sp.csr_array(scores + _weights(last, weight, len(self.order)) @ self.succession)
         scores.sort_indices()
-        return _best_unseen(scores, histories, k)
+        return scores
+
+
+def tune(knn: ItemKnn, figure: Callable[[ItemKnn], float]) -> ItemKnnConfig:
+    """Find constants by coordinate search over `GRID`, each in turn, twice.
+
+    Args:
+        knn: fitted; its constants are the start.
+        figure: what a set of constants is worth on validation users; larger is better.
+
+    Returns:
+        The constants of the best figure seen.
+    """
+    best, known = knn.config, {knn.config: figure(knn)}
+    for _ in range(_ROUNDS):
+        for name, values in GRID.items():
+            for value in values:
+                tried = replace(best, **{name: type(getattr(best, name))(value)})
+                if tried not in known:
+                    known[tried] = figure(replace(knn, config=tried))
+            best = max(known, key=known.__getitem__)
+    return best
 
 
 def _weights(items: Ragged, weight: npt.NDArray[np.floating[Any]], num_items: int) -> Any:

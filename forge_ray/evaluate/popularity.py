@@ -5,6 +5,7 @@ Pure NumPy; also the filler of every other baseline whose lists come out short.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -25,18 +26,28 @@ def popularity_order(train_counts: npt.NDArray[np.integer[Any]]) -> npt.NDArray[
     return np.argsort(-train_counts.astype(np.int64), kind="stable").astype(np.int64)
 
 
-def recommend_popular(seen: Ragged, order: npt.NDArray[np.int64], k: int) -> npt.NDArray[np.int64]:
-    """List the k most popular items that each user has not seen.
+@dataclass(frozen=True)
+class Popularity:
+    """Recommends the same items to everyone, but those already seen."""
 
-    Args:
-        seen: items of each user's history, U rows.
-        order: `popularity_order(...)` [N].
-        k: length of the lists.
+    order: npt.NDArray[np.int64]
+    """`popularity_order(...)` [N]."""
 
-    Returns:
-        int64 [U, k], −1 where the catalogue is exhausted.
-    """
-    return fill_popular(np.full((len(seen), k), -1, dtype=np.int64), seen, order)
+    def recommend(
+        self, histories: Ragged, k: int, *, exclude_seen: bool = True
+    ) -> npt.NDArray[np.int64]:
+        """List the k most popular items.
+
+        Args:
+            histories: items of each user, U rows.
+            k: length of the lists.
+            exclude_seen: whether items of the history are kept out.
+
+        Returns:
+            int64 [U, k], −1 where the catalogue is exhausted.
+        """
+        hidden = histories if exclude_seen else histories.head(0)
+        return fill_popular(np.full((len(histories), k), -1, dtype=np.int64), hidden, self.order)
 
 
 def fill_popular(

@@ -6,7 +6,8 @@ as a reference only; it rewards collisions and must not be optimised.
 
 Conventions: a user's metric is macro-averaged over the user's targets. `ItemHit@k` is the share of
 the targets among the first k items; `ItemNDCG@k` divides the discounted gain by that of the ideal
-list of min(targets, k) hits. With one target they are the usual Hit and NDCG.
+list of min(targets, k) hits. With one target they are the usual Hit and NDCG. A slice holds some of
+the targets; a user counts in it with those alone.
 
 Source: collision-aware evaluation after CollisionGenRec (arXiv 2605.25330); macro-averaged hit
 rate as in FORGE (arXiv 2509.20904) since November 2025.
@@ -41,16 +42,51 @@ def distinct_items(rows: Ragged, num_items: int) -> Ragged:
     return Ragged.from_lengths(items, np.bincount(users, minlength=len(rows)))
 
 
-def ranked_metrics(ranked_items: Integers, targets: Ragged, ks: Sequence[int]) -> dict[str, Floats]:
-    """Score plain item lists.
+@dataclass(frozen=True)
+class Places:
+    """Where the M targets of U users stand in the users' rankings."""
+
+    before: Integers
+    """Items ahead of the target's bucket [M], −1 where the target is not listed."""
+    size: Integers
+    """Items of the target's bucket, itself among them [M], >= 1; 1 in plain lists."""
+    user: Integers
+    """User of each target [M], 0..U−1."""
+    sid_rank: Integers | None = None
+    """SIDs ahead of the target's [M]; None in plain lists."""
+
+    def take(self, targets: npt.NDArray[np.bool_]) -> Places:
+        """The targets of a mask [M]; their users are numbered anew, others are left out."""
+        _, user = np.unique(self.user[targets], return_inverse=True)
+        rank = None if self.sid_rank is None else self.sid_rank[targets]
+        return Places(self.before[targets], self.size[targets], user, rank)
+
+    def metrics(self, ks: Sequence[int]) -> dict[str, Floats]:
+        """Score the targets, in expectation over the order inside a bucket.
+
+        Args:
+            ks: cut-offs.
+
+        Returns:
+            `ItemHit@k` and `ItemNDCG@k`; `SidHit@k` where SIDs were ranked. float64 [U] each.
+        """
+        per_user = np.bincount(self.user)
+        found = _user_metrics(self.before, self.size, self.user, per_user, ks)
+        if self.sid_rank is None:
+            return found
+        for k in ks:
+            hit = (self.before >= 0) & (self.sid_rank < k)
+            found[f"SidHit@{k}"] = np.bincount(self.user, weights=hit) / per_user
+        return found
+
+
+def list_places(ranked_items: Integers, targets: Ragged, ks: Sequence[int]) -> Places:
+    """Find targets in plain item lists.
 
     Args:
         ranked_items: item index [U, K], best first, −1 where a list is short. No item twice.
         targets: target items of each user, U rows of at least one distinct item.
         ks: cut-offs, each <= K.
-
-    Returns:
-        `ItemHit@k` and `ItemNDCG@k`, float64 [U] each.
 
     Raises:
         DataError: a user has no target, or a cut-off exceeds the lists.
@@ -58,11 +94,43 @@ def ranked_metrics(ranked_items: Integers, targets: Ragged, ks: Sequence[int]) -
     _check(targets, ranked_items.shape[1], ks)
     user = targets.row_ids
     at = ranked_items[user] == targets.values[:, None]
-    is_found = at.any(axis=1)
-    ones = np.ones(len(user), dtype=np.int64)
-    # A target at place r is a bucket of one item behind r others; −1: not in the list.
-    place = np.where(is_found, at.argmax(axis=1), -1)
-    return _user_metrics(place, ones, user, targets.lengths, ks)
+    # A target at place r is a bucket of one item behind r others.
+    place = np.where(at.any(axis=1), at.argmax(axis=1), -1)
+    return Places(place, np.ones(len(user), dtype=np.int64), user)
+
+
+def bucket_places(beam_sizes: Integers, target_beam: Integers, target_user: Integers) -> Places:
+    """Find targets in lists of SIDs.
+
+    Args:
+        beam_sizes: items that each beam's SID holds for this user [U, W], best beam first; items
+            that are not to be recommended (already seen) are subtracted; dead beams hold 0.
+        target_beam: beam whose SID holds the target [M], −1 if there is none.
+        target_user: user of each target [M]; every user has at least one.
+
+    Raises:
+        DataError: a user has no target.
+    """
+    _check_targets(np.bincount(target_user, minlength=len(beam_sizes)))
+    sizes = beam_sizes.astype(np.int64)
+    before = np.cumsum(sizes, axis=1) - sizes
+    beam = np.maximum(target_beam, 0)
+    size = sizes[target_user, beam]
+    is_found = (target_beam >= 0) & (size > 0)
+    # Beams without items (dead, or all seen) take no place, else SidHit could fall below ItemHit.
+    is_live = sizes > 0
+    rank: Integers = (np.cumsum(is_live, axis=1) - is_live)[target_user, beam]
+    place = np.where(is_found, before[target_user, beam], -1)
+    return Places(place, np.maximum(size, 1), target_user, rank)
+
+
+def ranked_metrics(ranked_items: Integers, targets: Ragged, ks: Sequence[int]) -> dict[str, Floats]:
+    """Score plain item lists; arguments as in `list_places`.
+
+    Returns:
+        `ItemHit@k` and `ItemNDCG@k`, float64 [U] each.
+    """
+    return list_places(ranked_items, targets, ks).metrics(ks)
 
 
 def bucket_metrics(
@@ -71,43 +139,17 @@ def bucket_metrics(
     target_user: Integers,
     ks: Sequence[int],
 ) -> dict[str, Floats]:
-    """Score lists of SIDs by the items they stand for, in expectation over the order inside a SID.
+    """Score lists of SIDs by the items they stand for; arguments as in `bucket_places`.
 
     With P items before the target's SID, G items on it and m = min(G, max(0, k − P)):
-    `ItemHit@k = m / G` and `ItemNDCG@k = (1/G) Σ_{i=1..m} 1/log2(P + i + 1)`.
-
-    Args:
-        beam_sizes: items that each beam's SID holds for this user [U, W], best beam first; items
-            that are not to be recommended (already seen) are subtracted; dead beams hold 0.
-        target_beam: beam whose SID holds the target [M], −1 if there is none.
-        target_user: user of each target [M]; every user has at least one.
-        ks: cut-offs. Exact only for k <= the items on all beams; `W >= k` guarantees it when no
-            beam is empty.
+    `ItemHit@k = m / G` and `ItemNDCG@k = (1/G) Σ_{i=1..m} 1/log2(P + i + 1)`. Exact only for
+    k <= the items on all beams; `W >= k` guarantees it when no beam is empty.
 
     Returns:
         `ItemHit@k`, `ItemNDCG@k` and, for reference, `SidHit@k` (the target's SID is among the
         first k that hold items), float64 [U] each.
-
-    Raises:
-        DataError: a user has no target.
     """
-    num_users = len(beam_sizes)
-    per_user = np.bincount(target_user, minlength=num_users)
-    _check_targets(per_user)
-    sizes = beam_sizes.astype(np.int64)
-    before = np.cumsum(sizes, axis=1) - sizes
-    beam = np.maximum(target_beam, 0)
-    size = sizes[target_user, beam]
-    is_found = (target_beam >= 0) & (size > 0)
-    place = np.where(is_found, before[target_user, beam], -1)
-    found = _user_metrics(place, np.maximum(size, 1), target_user, per_user, ks)
-    # Beams without items (dead, or all seen) take no place, else SidHit could fall below ItemHit.
-    is_live = sizes > 0
-    rank: Integers = (np.cumsum(is_live, axis=1) - is_live)[target_user, beam]
-    for k in ks:
-        hit = is_found & (rank < k)
-        found[f"SidHit@{k}"] = np.bincount(target_user, weights=hit, minlength=num_users) / per_user
-    return found
+    return bucket_places(beam_sizes, target_beam, target_user).metrics(ks)
 
 
 def _user_metrics(
@@ -147,22 +189,25 @@ def _check_targets(per_user: Integers) -> None:
         )
 
 
-def tail_slices(
+def target_slices(
     targets: Ragged, train_counts: Integers, *, tail_max_count: int = 5
 ) -> dict[str, npt.NDArray[np.bool_]]:
-    """Split users by the popularity of what they are asked for.
+    """Split targets by their popularity.
 
     Args:
-        targets: target items of each user.
+        targets: target items of each user, M in all.
         train_counts: train interactions of each item [N].
         tail_max_count: an item with at most this many train interactions belongs to the tail.
 
     Returns:
-        Masks [U] `tail` (the rarest target is a tail item) and `head` (no target is).
+        Masks [M]: `head`, `tail`, and `cold`, the part of the tail without a train interaction.
     """
-    is_tail_target = train_counts[targets.values] <= tail_max_count
-    tail = np.bincount(targets.row_ids, weights=is_tail_target, minlength=len(targets)) > 0
-    return {"head": ~tail, "tail": tail}
+    count = train_counts[targets.values]
+    return {
+        "head": count > tail_max_count,
+        "tail": count <= tail_max_count,
+        "cold": count == 0,
+    }
 
 
 @dataclass
@@ -176,26 +221,18 @@ class MetricTotals:
     squares: dict[tuple[str, str], float] = field(default_factory=dict)
     """Sum of squares over users, by (slice, metric)."""
 
-    def add(
-        self,
-        metrics: Mapping[str, Floats],
-        slices: Mapping[str, npt.NDArray[np.bool_]] | None = None,
-    ) -> None:
-        """Add a batch of users.
+    def add(self, metrics: Mapping[str, Floats], name: str = OVERALL) -> None:
+        """Add users.
 
         Args:
             metrics: per-user values [U] by name.
-            slices: masks [U] by name, beside the overall mean.
+            name: of the slice.
         """
-        num_users = len(next(iter(metrics.values())))
-        masks = {OVERALL: np.ones(num_users, dtype=bool), **(slices or {})}
-        for name, mask in masks.items():
-            self.counts[name] = self.counts.get(name, 0) + int(mask.sum())
-            for metric, values in metrics.items():
-                key = (name, metric)
-                self.sums[key] = self.sums.get(key, 0.0) + float(values[mask].sum())
-                square = float((values[mask] ** 2).sum())
-                self.squares[key] = self.squares.get(key, 0.0) + square
+        self.counts[name] = self.counts.get(name, 0) + len(next(iter(metrics.values())))
+        for metric, values in metrics.items():
+            key = (name, metric)
+            self.sums[key] = self.sums.get(key, 0.0) + float(values.sum())
+            self.squares[key] = self.squares.get(key, 0.0) + float((values**2).sum())
 
     def merge(self, other: MetricTotals) -> None:
         """Add the users of another total."""

@@ -1,20 +1,15 @@
-"""Item-level evaluation of a generator: decode, expand to items, score, slice.
+"""Item-level evaluation of ranked SIDs: decode, expand to items, find the targets.
 
-Knows how beams, buckets and the ranking metrics fit together. Knows nothing about training, files
-or Ray, so the trainer's validation and the command line share it.
+Knows how beams and buckets make places of targets and item lists. Knows nothing about training,
+files or Ray, so the trainer's validation, the command line and the Markov baseline share it.
 
-Conventions: metrics take the expectation over the order of items that share a SID (``ItemHit@k``,
-``ItemNDCG@k``, ``methods.md`` 8.1); ``ListHit@k`` and ``ListNDCG@k`` score the list that `gr
-recommend` would write, with popularity order inside a bucket; ``SidHit@k`` is the SID-level figure,
-for reference only. Items of the history are never recommended, so a target inside the history is a
-miss.
+Items of the history are never recommended, so a target inside the history is a miss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -22,19 +17,27 @@ from numpy.typing import NDArray
 
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError, DataError
-from forge_ray.evaluate.ranking import (
-    MetricTotals,
-    bucket_metrics,
-    distinct_items,
-    ranked_metrics,
-    tail_slices,
-)
+from forge_ray.evaluate.board import Board, Ranked
+from forge_ray.evaluate.config import DEFAULT_KS
+from forge_ray.evaluate.ranking import bucket_places, distinct_items
 from forge_ray.gr.beam import StepwiseGenerator, default_widths
 from forge_ray.gr.buckets import ItemBuckets
 from forge_ray.gr.decoding import DecodedUsers, SidDecoder
 from forge_ray.sid.table import SidTable
 
-DEFAULT_KS = (5, 10, 20, 100)
+
+class SidSearch(Protocol):
+    """Ranks distinct SIDs for users; `SidDecoder` is one."""
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        """SIDs kept after each level; the last is the length of the rankings."""
+
+    def item_rank(self) -> NDArray[np.int64]:
+        """SID of every item as a rank among the sorted distinct SIDs, int64 [N]."""
+
+    def decode(self, histories: Ragged) -> DecodedUsers:
+        """Rank SIDs for every history."""
 
 
 def evaluate_generator(
@@ -52,7 +55,7 @@ def evaluate_generator(
     constrained: bool = True,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
-    """Score a generator on users that fit in memory; see `Evaluator` for streams of them.
+    """Score a generator on users that fit in memory; `gr.scoring` streams them.
 
     Args:
         generator: a model on ``device``; its training mode is restored afterwards.
@@ -69,8 +72,16 @@ def evaluate_generator(
         device: where the search runs.
 
     Returns:
-        `Evaluator.summary`.
+        `Board.summary`.
+
+    Raises:
+        DataError: histories and targets do not match.
     """
+    if len(histories) != len(targets):
+        raise DataError(
+            f"targets must have one row per history ({len(histories)}), got {len(targets)}. "
+            "Read both from the same split."
+        )
     chosen = tuple(widths or default_widths(table.num_levels, max_k=max(ks)))
     decoder = SidDecoder(
         generator,
@@ -81,36 +92,20 @@ def evaluate_generator(
         constrained=constrained,
         device=device,
     )
-    evaluator = Evaluator(decoder, train_counts=train_counts, ks=ks, exclude_seen=exclude_seen)
-    evaluator.add(histories, targets)
-    return evaluator.summary()
+    ranker = SidRanker(decoder, train_counts=train_counts, ks=ks, exclude_seen=exclude_seen)
+    wanted = distinct_items(targets, len(train_counts))
+    board = Board(train_counts, ks)
+    users = np.arange(len(histories), dtype=np.int64)
+    board.add(users, wanted, ranker.rank(histories, wanted), train_counts)
+    return board.summary()
 
 
-@dataclass
-class _Counters:
-    """What is counted beside the metrics."""
-
-    users: int = 0
-    short_users: int = 0
-    emitted: int = 0
-    invalid: int = 0
-    seconds: float = 0.0
-
-
-class Evaluator:
-    """Running evaluation over batches of users; memory does not grow with their number.
-
-    Attributes:
-        totals: metric sums; those of several evaluators can be merged.
-        shown: bool [N] for each cut-off, items that were in somebody's list.
-    """
-
-    totals: MetricTotals
-    shown: dict[int, NDArray[np.bool_]]
+class SidRanker:
+    """A search over SIDs as a ranker of items; see `forge_ray.evaluate.evaluator.Ranker`."""
 
     def __init__(
         self,
-        decoder: SidDecoder,
+        search: SidSearch,
         *,
         train_counts: NDArray[np.integer[Any]],
         ks: Sequence[int] = DEFAULT_KS,
@@ -118,74 +113,52 @@ class Evaluator:
     ) -> None:
         """Group the items by SID.
 
+        Args:
+            search: ranks SIDs.
+            train_counts: int [N], interactions of each item in the train part; orders a bucket.
+            ks: cut-offs.
+            exclude_seen: whether items of the history are kept out of the lists.
+
         Raises:
             ConfigError: the beams are fewer than the longest list needs.
         """
-        num_sids = decoder.index.num_sids
-        if decoder.widths[-1] < min(max(ks), num_sids):
+        item_rank = search.item_rank()
+        num_sids = int(item_rank.max()) + 1
+        if search.widths[-1] < min(max(ks), num_sids):
             raise ConfigError(
-                f"widths must end in at least max(ks)={max(ks)} beams, got {list(decoder.widths)}. "
+                f"widths must end in at least max(ks)={max(ks)} beams, got {list(search.widths)}. "
                 "Widen the last level or lower ks."
             )
-        self.totals = MetricTotals()
-        self.shown = {k: np.zeros(len(train_counts), bool) for k in sorted(ks)}
-        self._decoder = decoder
-        self._ks = sorted(ks)
+        self._search = search
+        self._top_k = max(ks)
         self._exclude_seen = exclude_seen
-        self._train_counts = np.asarray(train_counts, np.int64)
         self._buckets = ItemBuckets.build(
-            decoder.item_rank(), num_sids=num_sids, train_counts=self._train_counts
+            item_rank, num_sids=num_sids, train_counts=np.asarray(train_counts, np.int64)
         )
-        self._counters = _Counters()
 
-    def add(self, histories: Ragged, targets: Ragged) -> None:
-        """Decode and score some users.
+    def rank(self, histories: Ragged, targets: Ragged) -> Ranked:
+        """Decode some users and find their targets.
 
         Args:
             histories: U rows of item indices.
-            targets: U rows of held-out items, at least one each; repeats count once.
-
-        Raises:
-            DataError: the rows do not match.
+            targets: U rows of distinct held-out items, at least one each.
         """
-        if len(histories) != len(targets):
-            raise DataError(
-                f"targets must have one row per history ({len(histories)}), got {len(targets)}. "
-                "Read both from the same split."
-            )
-        decoded = self._decoder.decode(histories)
-        wanted = distinct_items(targets, len(self._train_counts))
-        sizes = self._unseen_sizes(decoded.sid_rank, histories)
-        metrics = bucket_metrics(
-            sizes, self._target_beam(decoded.sid_rank, histories, wanted), wanted.row_ids, self._ks
-        )
+        decoded = self._search.decode(histories)
         lists = self._buckets.expand(
             decoded.sid_rank,
             decoded.scores,
-            k=self._ks[-1],
+            k=self._top_k,
             seen=histories if self._exclude_seen else None,
         )
-        exact = ranked_metrics(lists.items, wanted, self._ks)
-        metrics |= {name.replace("Item", "List"): values for name, values in exact.items()}
-        self.totals.add(metrics, tail_slices(wanted, self._train_counts))
-        self._count(decoded, lists.items)
-
-    def summary(self) -> dict[str, float]:
-        """Means over all users so far.
-
-        Returns:
-            Every metric overall, with `_se`, and by slice as `ItemHit@10/tail`; `coverage@k`, the
-            share of the catalogue in at least one list of k; `invalid_rate`, the share of emitted
-            SIDs that no item owns; `short_rate`, the share of users whose list ends before max(ks)
-            items; `users`, `users_per_s` (decoding only).
-        """
-        counters = self._counters
-        found = self.totals.summary()
-        found |= {f"coverage@{k}": float(mask.mean()) for k, mask in self.shown.items()}
-        found["invalid_rate"] = counters.invalid / max(1, counters.emitted)
-        found["short_rate"] = counters.short_users / max(1, counters.users)
-        found["users_per_s"] = counters.users / max(counters.seconds, 1e-9)
-        return found
+        beam = self._target_beam(decoded.sid_rank, histories, targets)
+        return Ranked(
+            bucket_places(self._unseen_sizes(decoded.sid_rank, histories), beam, targets.row_ids),
+            lists.items,
+            is_sid=True,
+            emitted=decoded.num_emitted,
+            invalid=decoded.num_invalid,
+            seconds=decoded.seconds,
+        )
 
     def _unseen_sizes(self, sid_rank: NDArray[np.int32], histories: Ragged) -> NDArray[np.int64]:
         sizes = self._buckets.sizes(sid_rank)
@@ -204,14 +177,3 @@ class Evaluator:
             return beam
         keys = users * self._buckets.num_items + targets.values
         return np.where(np.isin(keys, self._buckets.history_keys(histories)), -1, beam)
-
-    def _count(self, decoded: DecodedUsers, items: NDArray[np.int64]) -> None:
-        for k, mask in self.shown.items():
-            head = items[:, :k]
-            mask[head[head >= 0]] = True
-        counters = self._counters
-        counters.users += len(items)
-        counters.short_users += int((items[:, -1] < 0).sum())
-        counters.emitted += decoded.num_emitted
-        counters.invalid += decoded.num_invalid
-        counters.seconds += decoded.seconds

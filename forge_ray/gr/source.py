@@ -84,12 +84,15 @@ class ModelSource:
         """The model's name and short key."""
         return self.artifact.manifest.ref.split("/", 1)[1]
 
+    def load_table(self) -> SidTable:
+        """Read the codes, whatever table it is."""
+        if isinstance(self.table, Path):
+            return SidTable.from_npz(self.table, self.dataset.item_ids())
+        return SidTable.open(self.table)
+
     def load(self, device: str = "cpu") -> LoadedGenerator:
         """Read weights and codes; a table other than the model's own is refused."""
-        if isinstance(self.table, Path):
-            table = SidTable.from_npz(self.table, self.dataset.item_ids())
-        else:
-            table = SidTable.open(self.table)
+        table = self.load_table()
         generator = load_generator(self.artifact, table).to(device)
         return LoadedGenerator(generator, table, model_config(self.artifact).max_history)
 

@@ -159,10 +159,10 @@ def evaluate_model(
     settings = from_mapping(EvaluationConfig, evaluation)
     store = ArtifactStore(store_uri)
     source = ModelSource.open(store, model)
-    metrics = scoring.evaluate_model(
+    found = scoring.evaluate_model(
         source,
         source.dataset,
-        scoring.EvaluationConfig(
+        scoring.ModelEvaluationConfig(
             split=split,
             ks=list(settings.ks),
             users=users or None,
@@ -173,7 +173,7 @@ def evaluate_model(
         name=source.name,
     )
     return StageReport(
-        metrics=dict(metrics),
+        metrics=found.metrics,
         seconds={"evaluate": time.perf_counter() - began},
         cpus={"evaluate": cpus},
     )

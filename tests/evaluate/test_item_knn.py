@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 
 from forge_ray.data.ragged import Ragged
-from forge_ray.evaluate.item_knn import ItemKnn, count_items
+from forge_ray.errors import ConfigError
+from forge_ray.evaluate.item_knn import ItemKnn, ItemKnnConfig, count_items, tune
 
 NUM_ITEMS = 15
 
@@ -83,3 +84,34 @@ def test_an_empty_history_gets_popularity(train: Ragged, train_counts: np.ndarra
     knn = ItemKnn.fit(count_items(train, NUM_ITEMS), train_counts)
     found = knn.recommend(Ragged.from_lists([[]], dtype=np.int32), 3)
     assert found[0].tolist() == knn.order[:3].tolist()
+
+
+def test_seen_items_stay_in_on_request(train: Ragged, train_counts: np.ndarray) -> None:
+    knn = ItemKnn.fit(count_items(train, NUM_ITEMS), train_counts)
+    lists = knn.recommend(train, NUM_ITEMS, exclude_seen=False)
+    assert (np.sort(lists, axis=1) == np.arange(NUM_ITEMS)).all()
+    hidden = knn.recommend(train, NUM_ITEMS)
+    assert ((hidden >= 0).sum(axis=1) == NUM_ITEMS - train.lengths).all()
+
+
+def test_tuning_finds_the_best_constants_of_its_path(
+    train: Ragged, train_counts: np.ndarray
+) -> None:
+    knn = ItemKnn.fit(count_items(train, NUM_ITEMS), train_counts)
+    wanted = ItemKnnConfig(history=3, decay=0.9, succession=2.0)
+
+    def figure(one: ItemKnn) -> float:
+        found, best = one.config, wanted
+        return -sum(
+            abs(getattr(found, name) - getattr(best, name))
+            for name in ("history", "decay", "succession")
+        )
+
+    assert tune(knn, figure) == wanted
+    assert tune(knn, lambda _: 0.0) == knn.config
+
+
+@pytest.mark.parametrize("values", [{"history": 0}, {"decay": 0.0}, {"succession": -1.0}])
+def test_bad_constants_are_refused(values: dict) -> None:
+    with pytest.raises(ConfigError, match="item_knn"):
+        ItemKnnConfig(**values)

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from forge_ray.data.ragged import Ragged
 from forge_ray.evaluate import popularity
-from forge_ray.evaluate.popularity import fill_popular, popularity_order, recommend_popular
+from forge_ray.evaluate.popularity import Popularity, fill_popular, popularity_order
 
 ORDER = popularity_order(np.array([3, 9, 0, 3, 5]))
 
@@ -38,6 +38,6 @@ def test_filling_equals_brute_force(seed: int, k: int) -> None:
 def test_blocks_do_not_change_the_lists(monkeypatch) -> None:
     rng = np.random.default_rng(1)
     seen = Ragged.from_lists([rng.integers(0, 5, size=2) for _ in range(7)])
-    whole = recommend_popular(seen, ORDER, 3)
+    whole = Popularity(ORDER).recommend(seen, 3)
     monkeypatch.setattr(popularity, "_BLOCK_CELLS", 1)
-    assert np.array_equal(recommend_popular(seen, ORDER, 3), whole)
+    assert np.array_equal(Popularity(ORDER).recommend(seen, 3), whole)

@@ -14,8 +14,10 @@ from forge_ray.errors import DataError
 from forge_ray.evaluate.ranking import (
     MetricTotals,
     bucket_metrics,
+    bucket_places,
+    list_places,
     ranked_metrics,
-    tail_slices,
+    target_slices,
 )
 
 KS = (1, 3, 5)
@@ -126,22 +128,41 @@ def test_a_user_without_target_or_a_short_list_is_refused() -> None:
 def test_totals_merge_to_the_summary_of_all_users() -> None:
     rng = np.random.default_rng(0)
     values = {"ItemHit@5": rng.random(40)}
-    slices = {"tail": rng.random(40) < 0.3}
-    left, right = MetricTotals(), MetricTotals()
-    left.add({"ItemHit@5": values["ItemHit@5"][:15]}, {"tail": slices["tail"][:15]})
-    right.add({"ItemHit@5": values["ItemHit@5"][15:]}, {"tail": slices["tail"][15:]})
+    some = {"ItemHit@5": values["ItemHit@5"][::3]}
+    left, right, total = MetricTotals(), MetricTotals(), MetricTotals()
+    left.add({"ItemHit@5": values["ItemHit@5"][:15]})
+    right.add({"ItemHit@5": values["ItemHit@5"][15:]})
+    right.add(some, "tail")
     left.merge(right)
-    total = MetricTotals()
-    total.add(values, slices)
+    total.add(values)
+    total.add(some, "tail")
     whole = total.summary()
     assert left.summary() == pytest.approx(whole)
     assert whole["ItemHit@5_se"] == pytest.approx(values["ItemHit@5"].std(ddof=1) / np.sqrt(40))
-    assert whole["ItemHit@5/tail"] == pytest.approx(values["ItemHit@5"][slices["tail"]].mean())
-    assert whole["users"] == 40
-    assert whole["users/tail"] == slices["tail"].sum()
+    assert whole["ItemHit@5/tail"] == pytest.approx(some["ItemHit@5"].mean())
+    assert (whole["users"], whole["users/tail"]) == (40, 14)
 
 
 def test_slices_by_train_count() -> None:
-    slices = tail_slices(Ragged.from_lists([[0], [1], [0, 1]]), np.array([5, 6]))
-    assert slices["tail"].tolist() == [True, False, True]
-    assert slices["head"].tolist() == [False, True, False]
+    slices = target_slices(Ragged.from_lists([[0], [1], [2, 1]]), np.array([5, 6, 0]))
+    assert slices["tail"].tolist() == [True, False, True, False]
+    assert slices["head"].tolist() == [False, True, False, True]
+    assert slices["cold"].tolist() == [False, False, True, False]
+
+
+def test_a_slice_scores_its_own_targets_only() -> None:
+    lists = np.array([[3, 1, 2], [5, 6, 7], [4, 8, 9]])
+    targets = Ragged.from_lists([[1, 9], [5], [0, 9]])
+    places = list_places(lists, targets, [3]).take(targets.values == 9)
+    # User 0 misses its 9, user 2 finds it on place 3; user 1 has none and is left out.
+    assert places.metrics([3])["ItemHit@3"].tolist() == [0.0, 1.0]
+    assert places.metrics([2])["ItemHit@2"].tolist() == [0.0, 0.0]
+
+
+def test_a_slice_of_buckets_keeps_their_sids() -> None:
+    sizes, beams = np.array([[2, 1], [1, 3]]), np.array([1, 0, 1])
+    places = bucket_places(sizes, beams, np.array([0, 1, 1]))
+    found = places.take(np.array([True, False, True])).metrics([1, 2])
+    assert found["SidHit@1"].tolist() == [0.0, 0.0]
+    assert found["SidHit@2"].tolist() == [1.0, 1.0]
+    assert found["ItemHit@2"] == pytest.approx([0.0, 1 / 3])

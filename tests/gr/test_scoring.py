@@ -18,7 +18,7 @@ from forge_ray.cli.gr_decode import evaluate, recommend
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ArtifactError, ConfigError
-from forge_ray.gr import scoring
+from forge_ray.evaluate import evaluator
 from forge_ray.gr.checkpoint import (
     MODEL_KIND,
     WEIGHTS_FILE,
@@ -29,7 +29,7 @@ from forge_ray.gr.checkpoint import (
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.evaluation import evaluate_generator
 from forge_ray.gr.models.decoder import DecoderConfig
-from forge_ray.gr.scoring import EvaluationConfig, evaluate_model
+from forge_ray.gr.scoring import ModelEvaluationConfig, evaluate_model
 from forge_ray.gr.source import ModelSource
 from forge_ray.launch.connect import connected
 from forge_ray.sid.table import SidTable
@@ -103,9 +103,8 @@ def test_scores_equal_those_of_arrays_and_are_computed_once(
     store: ArtifactStore, model: Artifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = ModelSource.open(store, model.key)
-    config = EvaluationConfig(split="test", ks=[5, 10])
-    monkeypatch.setattr(scoring, "_STREAM_ROWS", 40)
-    found = evaluate_model(source, source.dataset, config, store=store)
+    config = ModelEvaluationConfig(split="test", ks=[5, 10], bootstrap=0, users_per_part=40)
+    found = evaluate_model(source, source.dataset, config, store=store).metrics
     loaded = source.load()
     batches = list(source.dataset.sequence_batches("test"))
     expected = evaluate_generator(
@@ -117,18 +116,21 @@ def test_scores_equal_those_of_arrays_and_are_computed_once(
         max_history=4,
         ks=(5, 10),
     )
-    assert found.keys() == expected.keys()
-    for name in found.keys() - {"users_per_s"}:
+    assert found.keys() == expected.keys() | {"seconds"}
+    for name in expected.keys() - {"users_per_s"}:
         assert found[name] == pytest.approx(expected[name], nan_ok=True), name
-    monkeypatch.setattr(scoring, "measure", None)
-    config = EvaluationConfig(split="test", ks=[5, 10], batch_users=64)
-    assert evaluate_model(source, source.dataset, config, store=store) == found
+    monkeypatch.setattr(evaluator, "evaluate", None)
+    config = ModelEvaluationConfig(split="test", ks=[5, 10], bootstrap=0, batch_users=64)
+    assert evaluate_model(source, source.dataset, config, store=store).metrics == found
 
 
 def test_a_sample_of_users(store: ArtifactStore, model: Artifact) -> None:
     source = ModelSource.open(store, model.key)
-    found = scoring.measure(source, source.dataset, EvaluationConfig(users=17, ks=[5]))
-    assert found["users"] == 17
+    config = ModelEvaluationConfig(users=17, ks=[5])
+    found = evaluate_model(source, source.dataset, config, store=store)
+    assert found.metrics["users"] == 17
+    assert found.metrics["ItemHit@5_low"] <= found.metrics["ItemHit@5_high"]
+    assert found.replicates["ItemHit@5"].shape == (1000,)
 
 
 @pytest.mark.parametrize(
@@ -137,11 +139,14 @@ def test_a_sample_of_users(store: ArtifactStore, model: Artifact) -> None:
         ({"split": "train"}, "split must be validation or test, got 'train'"),
         ({"ks": []}, "ks must be cut-offs >= 1"),
         ({"users": 0}, "users must be >= 1, got 0"),
+        ({"batch_users": 0}, "batch_users must be >= 1, got 0"),
+        ({"bootstrap": -1}, "bootstrap must be >= 0, got -1"),
+        ({"num_workers": 0}, "num_workers must be >= 1, got 0"),
     ],
 )
 def test_bad_settings_are_refused(changes: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        EvaluationConfig(**changes)
+        ModelEvaluationConfig(**changes)
 
 
 @pytest.fixture

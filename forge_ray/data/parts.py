@@ -1,0 +1,62 @@
+"""Ranges of rows of the shards of a split: the units in which held-out users are worked on.
+
+A part is small enough to hold and to repeat; only the row groups that contain it are read. Knows
+the layout of a dataset; knows nothing about what is done with the users.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from forge_ray.data.schema import Dataset, SequenceBatch, Split, sequence_batch
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows ``start .. start + rows`` of a sequence shard."""
+
+    number: int
+    """Of the shard, in file order."""
+    shard: str
+    """Path of the shard in the dataset's filesystem."""
+    start: int
+    rows: int
+
+
+def plan_parts(
+    dataset: Dataset, split: Split, *, rows_per_part: int, limit: int | None = None
+) -> Iterator[Part]:
+    """Cut every shard of a split into parts; reads the footers only.
+
+    Args:
+        dataset: a prepared dataset.
+        split: which part of it.
+        rows_per_part: most users of a part.
+        limit: stop after this many users, which are a fixed random sample; None takes all.
+    """
+    left = limit
+    for number, shard in enumerate(dataset.sequence_files(split)):
+        rows = pq.read_metadata(shard, filesystem=dataset.filesystem).num_rows
+        rows = rows if left is None else min(rows, left)
+        left = None if left is None else left - rows
+        for start in range(0, rows, rows_per_part):
+            yield Part(number, shard, start, min(rows_per_part, rows - start))
+
+
+def read_part(dataset: Dataset, part: Part) -> SequenceBatch:
+    """Read the users of a part, and no row group without them."""
+    stop = part.start + part.rows
+    with dataset.filesystem.open_input_file(part.shard) as handle:
+        file = pq.ParquetFile(handle)
+        counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        ends = np.cumsum(counts)
+        starts = ends - counts
+        groups = np.flatnonzero((starts < stop) & (ends > part.start))
+        columns = [name for name in file.schema_arrow.names if name != "timestamps"]
+        table = file.read_row_groups(groups.tolist(), columns=columns)
+    first = part.start - int(starts[groups[0]])
+    return sequence_batch(table.slice(first, part.rows).combine_chunks())
