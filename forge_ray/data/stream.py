@@ -40,8 +40,9 @@ class StreamConfig:
 
     segment_files: int = 16
     """Files that one task reads and shuffles together; its memory grows with it."""
-    window_batches: int = 64
-    """Global batches among which rows are sorted by length: padding against randomness."""
+    window_batches: int = 0
+    """Global batches among which rows are sorted by length: padding against randomness. 0 sorts
+    over 64 for models that pad their rows and not at all for models that pack them."""
     segments_per_execution: int = 8
     """Segments, over epochs, that one Ray Data execution covers; starting one costs about 1 s."""
     prefetch_batches: int = 32
@@ -53,7 +54,12 @@ class StreamConfig:
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
-        for name in ("segment_files", "window_batches", "segments_per_execution", "read_tasks"):
+        if self.window_batches < 0:
+            raise ConfigError(
+                f"data.window_batches must be >= 0, got {self.window_batches}. Use 0 to leave it "
+                "to the model."
+            )
+        for name in ("segment_files", "segments_per_execution", "read_tasks"):
             if getattr(self, name) < 1:
                 raise ConfigError(
                     f"data.{name} must be >= 1, got {getattr(self, name)}. "
@@ -93,7 +99,7 @@ class BatchPlan:
         batch_rows: rows of a global batch.
         max_items: longest row; longer sequences are cut.
         mode: how sequences become rows.
-        window_batches: see `StreamConfig`.
+        window_batches: global batches among which rows are sorted by length, at least 1.
         seed: of every permutation.
     """
 

@@ -130,7 +130,7 @@ class GrConfig:
             batch_rows=self.engine.global_batch,
             max_items=self.max_history + 1,
             mode=self.model.examples,
-            window_batches=self.data.window_batches,
+            window_batches=self.data.window_batches or (1 if self.model.packs else _SORTED_BATCHES),
             seed=self.seed,
         )
 
@@ -148,6 +148,9 @@ def without_execution(mapping: Mapping[str, Any]) -> dict[str, Any]:
             kept[part] = {name: value for name, value in given if name not in running}
     return kept
 
+
+_SORTED_BATCHES = 64
+"""Global batches among which padded rows are sorted: on amazon-beauty 5 % of them is padding."""
 
 _RUNNING = (
     "num_workers",

@@ -25,10 +25,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
 from forge_ray.data.stream import SequenceStream, StreamBatch, prefetched
 from forge_ray.errors import ArtifactError
+from forge_ray.gr.batches import micro_batches
 from forge_ray.gr.checkpoint import (
     HISTORY_FILE,
     LOSSES_FILE,
@@ -41,7 +41,6 @@ from forge_ray.gr.checkpoint import (
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.engine import TAG, Engine, expected_shards
 from forge_ray.gr.health import SELECTION_METRIC, LossWatch, best_row, has_settled
-from forge_ray.gr.models.base import TokenBatch
 from forge_ray.gr.run_folder import BEST, CHECKPOINTS, OUTCOME_FILE, RunFolder, checkpoint_name
 from forge_ray.gr.vocab import vocab_of
 
@@ -263,7 +262,12 @@ class TrainLoop:
         targets = self._engine.module.num_targets(torch.from_numpy(batch.global_lengths))
         step = self._progress.step + 1
         loss = self._engine.step(
-            micro_batches(batch.rows, self._codes, self._engine.accumulation),
+            micro_batches(
+                batch.rows,
+                self._codes,
+                self._engine.accumulation,
+                is_packed=self._config.model.packs,
+            ),
             num_targets=targets,
             step=step,
         )
@@ -426,26 +430,3 @@ class TrainLoop:
             "warnings": list(self._warnings),
         }
         self._job.folder.write_json(outcome, OUTCOME_FILE)
-
-
-def micro_batches(rows: Ragged, codes: NDArray[np.integer[Any]], count: int) -> list[TokenBatch]:
-    """A rank's rows as exactly `count` batches, neighbours in length together.
-
-    Args:
-        rows: item indices, sorted by length; may be fewer than `count`.
-        codes: [num_items, L].
-        count: forward passes of the step; every rank makes the same number.
-    """
-    return [
-        _token_batch(rows.take(part), codes) for part in np.array_split(np.arange(len(rows)), count)
-    ]
-
-
-def _token_batch(rows: Ragged, codes: NDArray[np.integer[Any]]) -> TokenBatch:
-    if not len(rows):
-        nothing = torch.zeros(1, 1, codes.shape[1], dtype=torch.int64)
-        return TokenBatch(nothing, torch.zeros(1, dtype=torch.int64))
-    padded = rows.padded(side="right", fill=0)
-    return TokenBatch(
-        torch.from_numpy(codes[padded].astype(np.int64)), torch.from_numpy(rows.lengths)
-    )

@@ -69,6 +69,11 @@ class GeneratorConfig(Component):
         return "window"
 
     @property
+    def packs(self) -> bool:
+        """Whether training rows of any lengths share a pass without padding."""
+        return False
+
+    @property
     def objective(self) -> Objective:
         """What a target is charged."""
         return Objective(self.softmax, self.label_smoothing)

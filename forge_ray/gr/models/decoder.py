@@ -1,8 +1,9 @@
 """Decoder-only generator: a causal language model over code tokens.
 
 By default every item position of a training row is a target, so one pass over N items trains N
-predictions of L codes each. Knows nothing about items or files. The blocks are those of
-transformers, initialised from scratch.
+predictions of L codes each. Training rows are packed: laid end to end, so that padding costs
+nothing. Knows nothing about items or files. The blocks are those of transformers, initialised from
+scratch.
 
 Source: LC-Rec (arXiv 2311.09049) and FORGE's Qwen2.5 recipe (arXiv 2509.20904), next item only;
 we differ in using code tokens alone (no text vocabulary) and, by default, in a softmax over one
@@ -30,7 +31,8 @@ from forge_ray.gr.models.base import (
     items_back,
     shift_right,
 )
-from forge_ray.gr.vocab import Vocab
+from forge_ray.gr.models.packing import KERNEL, Packing, register_kernel
+from forge_ray.gr.vocab import BOS, Vocab
 
 
 @dataclass(kw_only=True)
@@ -44,6 +46,9 @@ class DecoderConfig(SizedConfig):
     targets: Literal["all", "last"] = "all"
     """Items of a training row that are targets. `all` reads every sequence once an epoch; `last`
     reads it once per item, each time with that item last, as T5 does."""
+    packing: bool = True
+    """Whether training rows are laid end to end instead of padded to the longest; the loss is the
+    same. Eager attention always pads."""
 
     def __post_init__(self) -> None:
         """Checks the rules across fields."""
@@ -59,6 +64,11 @@ class DecoderConfig(SizedConfig):
     def examples(self) -> ExampleMode:
         """See `GeneratorConfig.examples`."""
         return "window" if self.targets == "all" else "prefix"
+
+    @property
+    def packs(self) -> bool:
+        """See `GeneratorConfig.packs`."""
+        return self.packing and self.attention == "sdpa"
 
     def build(self, vocab: Vocab) -> Decoder:
         """Creates the model with fresh weights."""
@@ -93,6 +103,7 @@ class Decoder(Generator):
         self.objective = config.objective
         self.table = config.token_table(vocab)
         self._all_items = config.targets == "all"
+        self._packs = config.packs
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = causal_stack(config)
 
@@ -103,6 +114,9 @@ class Decoder(Generator):
 
     def loss_sum(self, batch: TokenBatch) -> Tensor:
         """Cross-entropy summed over the codes of all target items of the batch."""
+        # A batch without items has nothing to pack, but its backward pass must reach all weights.
+        if self._packs and bool(batch.lengths.any()):
+            return self._packed_loss_sum(batch)
         rows, items, levels = batch.codes.shape
         tokens = shift_right(self.vocab.tokens(batch.codes).reshape(rows, items * levels))
         # Rows are padded on the right: under a causal mask no valid position sees padding, so the
@@ -114,6 +128,25 @@ class Decoder(Generator):
         last = batch.lengths.unsqueeze(1) - 1
         is_target = item <= last if self._all_items else item == last
         return self.level_loss_sum(hidden[is_target], batch.codes[is_target])
+
+    def _packed_loss_sum(self, batch: TokenBatch) -> Tensor:
+        levels = self.vocab.num_levels
+        packing = Packing.of(batch.lengths, levels)
+        codes = packing.items(batch.codes)
+        tokens = packing.shift_right(self.vocab.tokens(codes).flatten(), BOS)
+        embedded = self.table(tokens, recency=packing.items_back(levels))
+        states = self.blocks(
+            inputs_embeds=self.dropout(embedded).unsqueeze(0),
+            position_ids=packing.positions.unsqueeze(0),
+            # Four dimensions are what transformers takes as it is; the packing says who sees whom.
+            attention_mask=embedded.new_empty(1, 1, 1, 1),
+            packing=packing,
+            use_cache=False,
+        )
+        hidden = states.last_hidden_state.reshape(len(codes), levels, -1)
+        if not self._all_items:
+            hidden, codes = hidden[packing.last_items], codes[packing.last_items]
+        return self.level_loss_sum(hidden, codes)
 
     def prefill(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, DecoderState]:
         """See `Generator.prefill`."""
@@ -158,7 +191,7 @@ class Decoder(Generator):
 
     def _kernel_mask(self, allowed: Tensor) -> Tensor:
         """Bool as it is for sdpa; the eager kernel adds its mask: 0 and the lowest float."""
-        if self.blocks.config._attn_implementation == "sdpa":
+        if self.blocks.config._attn_implementation != "eager":
             return allowed
         dtype = self.table.weight.dtype
         zeros = torch.zeros(allowed.shape, dtype=dtype, device=allowed.device)
@@ -169,6 +202,7 @@ def causal_stack(config: DecoderConfig) -> Any:
     """The transformer stack without its own embeddings."""
     # Imported here: transformers costs seconds, and configs are read by processes that train
     # nothing.
+    register_kernel()
     if config.family == "qwen2":
         from transformers.models.qwen2 import Qwen2Config as StackConfig
         from transformers.models.qwen2.modeling_qwen2 import Qwen2Model as Stack
@@ -186,7 +220,7 @@ def causal_stack(config: DecoderConfig) -> Any:
             num_hidden_layers=config.num_layers,
             num_attention_heads=config.num_heads,
             num_key_value_heads=config.num_heads,
-            attn_implementation=config.attention,
+            attn_implementation=KERNEL if config.packs else config.attention,
         )
     )
     stack.embed_tokens = nn.Identity()  # embeddings live in TokenTable; no unused weights

@@ -24,6 +24,7 @@ from forge_ray.data.stream import ExampleMode
 from forge_ray.errors import ConfigError
 from forge_ray.gr.models.base import Generator, TokenBatch
 from forge_ray.gr.models.decoder import Decoder, DecoderState
+from forge_ray.gr.models.packing import KERNEL, register_kernel
 from forge_ray.gr.models.pretrained import ExtendedTable, PretrainedConfig, load_checkpoint
 from forge_ray.gr.models.prompt import surround
 from forge_ray.gr.vocab import BOS, PAD, Vocab
@@ -39,6 +40,8 @@ class PretrainedDecoderConfig(PretrainedConfig):
     targets: Literal["all", "last"] = "all"
     """Items of a training row that are targets; a prompt takes `last`, which reads a sequence once
     per item."""
+    packing: bool = True
+    """See `DecoderConfig.packing`; rows with a prompt are padded."""
 
     def __post_init__(self) -> None:
         """Checks the rules across fields."""
@@ -54,6 +57,11 @@ class PretrainedDecoderConfig(PretrainedConfig):
     def examples(self) -> ExampleMode:
         """See `GeneratorConfig.examples`."""
         return "window" if self.targets == "all" else "prefix"
+
+    @property
+    def packs(self) -> bool:
+        """See `GeneratorConfig.packs`."""
+        return self.packing and self.attention == "sdpa" and self.targets == "all"
 
     @property
     def families(self) -> tuple[str, ...]:
@@ -101,6 +109,7 @@ class PretrainedDecoder(Decoder):
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = _stack(config)
         self._all_items = config.targets == "all"
+        self._packs = config.packs
         self._has_end = config.end_token
         found = config.checkpoint
         bos = [] if config.prompt.chat else [BOS]
@@ -171,6 +180,8 @@ def _stack(config: PretrainedDecoderConfig) -> Any:
     # The embeddings that the stack would draw are thrown away at once: let them be small.
     stack_config = config.stack_config()
     stack_config.vocab_size, stack_config.pad_token_id = 1, None
-    stack = AutoModel.from_config(stack_config, attn_implementation=config.attention)
+    register_kernel()
+    kernel = KERNEL if config.packs else config.attention
+    stack = AutoModel.from_config(stack_config, attn_implementation=kernel)
     stack.embed_tokens = nn.Identity()
     return stack
