@@ -11,12 +11,16 @@ Knows generators and token batches. Knows nothing about Ray, files of sequences 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import os
+import shutil
+import tempfile
 import warnings
+from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -226,11 +230,12 @@ class Engine:
         self._engine.save_checkpoint(str(folder), tag=TAG)
 
     def load(self, folder: Path, *, world_size: int) -> None:
-        """Restores weights and optimiser.
+        """Restores weights and optimiser; every worker calls it.
 
         Args:
             folder: holds all workers' shards.
-            world_size: workers that wrote them.
+            world_size: workers that wrote them; any other number than now goes through DeepSpeed's
+                universal checkpoint.
 
         Raises:
             ArtifactError: The folder holds no shards.
@@ -240,7 +245,29 @@ class Engine:
                 f"{folder}/{TAG} must hold a DeepSpeed checkpoint, got none. Remove the run's "
                 "folder and train again."
             )
-        self._engine.load_checkpoint(str(folder), tag=TAG)
+        # Without sharding the whole state is in one file, in bf16 too.
+        if self.config.zero_stage == 0 or world_size == self.world_size:
+            self._engine.load_checkpoint(str(folder), tag=TAG)
+            return
+        with self._universal(folder / TAG) as converted:
+            settings = self._engine._config  # private: the setting is read at start-up only
+            settings.load_universal_checkpoint = True
+            self._engine.load_checkpoint(str(converted), tag=TAG)
+            settings.load_universal_checkpoint = False
+
+    @contextlib.contextmanager
+    def _universal(self, shards: Path) -> Iterator[Path]:
+        """A folder with the shards as a universal checkpoint, one on every node."""
+        name = tempfile.mkdtemp(prefix="forge-ray-universal-") if self.rank == 0 else ""
+        folder = Path(self.from_first(name))
+        is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
+        if is_first_here:
+            _convert(shards, folder / TAG)
+        self.barrier()
+        yield folder
+        self.barrier()
+        if is_first_here:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def expected_shards(zero_stage: int, world_size: int, precision: str) -> list[str]:
@@ -253,6 +280,29 @@ def expected_shards(zero_stage: int, world_size: int, precision: str) -> list[st
     if zero_stage < 3:
         return ["mp_rank_00_model_states.pt", *optimizers]
     return [*(f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" for rank in ranks), *optimizers]
+
+
+def _convert(shards: Path, target: Path) -> None:
+    """Turns the shards of all workers into one file per parameter, quietly."""
+    _import_deepspeed()
+    from deepspeed.checkpoint import ds_to_universal
+
+    options = Namespace(
+        input_folder=str(shards),
+        output_folder=str(target),
+        num_extract_workers=1,
+        num_merge_workers=1,
+        keep_temp_folder=False,
+        strict=True,
+        inject_missing_state=True,
+    )
+    # It prints its steps and draws bars.
+    with (
+        open(os.devnull, "w", encoding="utf-8") as nothing,
+        contextlib.redirect_stdout(nothing),
+        contextlib.redirect_stderr(nothing),
+    ):
+        ds_to_universal.main(options)
 
 
 def _to_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -178,9 +178,9 @@ def _claim_run(folder: RunFolder, identity: RunIdentity) -> None:
             f"({identity.config_hash[:12]}), got {owner['config_hash'][:12]}. Choose another name, "
             "or remove that folder to start afresh."
         )
-    folder.write_json({"config_hash": identity.config_hash}, RUN_FILE)
     folder.delete(OUTCOME_FILE)
     folder.delete(STOP_FILE)
+    folder.write_json({"config_hash": identity.config_hash}, RUN_FILE)
 
 
 def _fit(
@@ -363,7 +363,7 @@ class _Poll:
 
     def __init__(self, folder: RunFolder) -> None:
         self._folder = folder
-        self._next = time.monotonic() + _POLL_S
+        self._next = 0.0
 
     def __call__(self) -> str:
         if time.monotonic() < self._next:

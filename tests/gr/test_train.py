@@ -11,19 +11,19 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import load_config
 from forge_ray.data.ragged import Ragged
-from forge_ray.errors import ConfigError, TrainingError
+from forge_ray.errors import ConfigError, StoppedError, TrainingError
 from forge_ray.gr.checkpoint import load_generator, model_config
 from forge_ray.gr.config import GrConfig
-from forge_ray.gr.loop import micro_batches
 from forge_ray.gr.train import TrainResult, train_generator
 from tests.gr.chains import chain_dataset, grid_table
 
@@ -63,7 +63,61 @@ def run(folder: Path, name: str, *overrides: str, store: str = "store") -> Train
 
 
 def curve(result: TrainResult) -> list[float]:
-    return [row["loss"] for row in result.history]
+    """Loss of every step."""
+    return result.losses.tolist()
+
+
+def quality(result: TrainResult) -> list[float]:
+    """The figure of every validation."""
+    return [row["ItemNDCG@10"] for row in result.history]
+
+
+def checkpoints(folder: Path, name: str) -> list[str]:
+    """Committed checkpoints of a run, oldest first."""
+    found = (folder / "runs" / name / "checkpoints").glob("*/checkpoint.json")
+    return sorted(path.parent.name for path in found)
+
+
+@contextmanager
+def asking_to_stop(folder: Path, name: str) -> Iterator[None]:
+    """Somebody who keeps putting the stop file into the run's folder."""
+    path, done = folder / "runs" / name / "stop", threading.Event()
+
+    def keep_asking() -> None:
+        while not done.wait(0.05):
+            if path.parent.exists():
+                path.touch()
+
+    thread = threading.Thread(target=keep_asking)
+    thread.start()
+    yield
+    done.set()
+    thread.join()
+
+
+def killed_run(folder: Path, name: str, *overrides: str, kills: int, seed: int) -> TrainResult:
+    """A run whose workers are killed so often, each time some steps after a new checkpoint."""
+    outcome: list[TrainResult] = []
+    rng = np.random.default_rng(seed)
+    thread = threading.Thread(
+        target=lambda: outcome.append(run(folder, name, *overrides, store=f"store-{name}"))
+    )
+    thread.start()
+    killed, seen = 0, 0
+    while thread.is_alive() and killed < kills:
+        found = checkpoints(folder, name)
+        if found and int(found[-1][-8:]) > seen:
+            time.sleep(rng.random() * 0.5)
+            victims = worker_pids()
+            for pid in victims:
+                os.kill(pid, signal.SIGKILL)
+            killed += bool(victims)
+            seen = int(found[-1][-8:])
+        time.sleep(0.02)
+    thread.join(timeout=300)
+    assert outcome, "the run did not finish"
+    assert killed == kills
+    return outcome[0]
 
 
 def worker_pids() -> list[int]:
@@ -154,20 +208,55 @@ class TestWorkers:
         assert two.history[-1]["train_tokens"] == reference.history[-1]["train_tokens"]
 
     def test_a_killed_worker_resumes_to_the_same_curve(self, reference, folder):
-        outcome: list[TrainResult] = []
-        name = "killed"
-        thread = threading.Thread(
-            target=lambda: outcome.append(run(folder, name, store="store-killed"))
-        )
-        thread.start()
-        wait_for(folder / "runs" / name / "checkpoints" / "step_00000020" / "checkpoint.json")
-        victims = worker_pids()
-        for pid in victims:
-            os.kill(pid, signal.SIGKILL)
-        thread.join(timeout=180)
-        assert victims
-        assert outcome, "the run did not finish"
-        assert curve(outcome[0]) == curve(reference)
+        killed = killed_run(folder, "killed", kills=1, seed=0)
+        assert curve(killed) == curve(reference)
+        assert quality(killed) == quality(reference)
+
+
+@pytest.mark.ray
+class TestEndings:
+    def test_a_stopped_run_continues_and_a_truncated_checkpoint_falls_back(
+        self, reference, folder, caplog
+    ):
+        """Stopped at the first check-up of each attempt; then the newest shard loses its end."""
+        name = "stopped"
+        for step in (10, 20):
+            with (
+                asking_to_stop(folder, name),
+                pytest.raises(StoppedError, match=f"request to stop at step {step}.*step_0+{step}"),
+            ):
+                run(folder, name, store="store-stopped")
+        assert checkpoints(folder, name) == ["step_00000010", "step_00000020"]
+        shard = next((folder / "runs" / name / "checkpoints/step_00000020/engine").glob("*optim*"))
+        shard.write_bytes(shard.read_bytes()[:-100])
+        result = run(folder, name, store="store-stopped")
+        assert f"{shard} must have" in caplog.text
+        assert "An older checkpoint is used" in caplog.text
+        assert curve(result) == curve(reference)
+        assert quality(result) == quality(reference)
+
+    def test_patience_ends_a_run_that_no_longer_gains(self, ray_local, folder):
+        """A learning rate of almost nothing: every validation gives the same figure."""
+        result = run(
+            folder, "settled", "engine.learning_rate=1e-12", "stop.patience=1", "max_steps=200",
+            "validation.aside=false", store="store-settled",
+        )  # fmt: skip
+        # The second figure shows it; the third point is passed before that is known.
+        assert [row["global_step"] for row in result.history] == [20, 40, 60]
+        assert result.metrics["global_step"] == 20
+        assert len(result.losses) == 60
+
+    def test_divergence_names_the_last_good_checkpoint(self, ray_local, folder):
+        """The learning rate climbs until the loss leaves."""
+        with pytest.raises(TrainingError, match=r"keep a falling.*loss_factor=1\.2 times") as error:
+            run(
+                folder, "diverged", "engine.learning_rate=3", "engine.warmup_steps=60",
+                "validation.every=5", "stop.loss_factor=1.2", "stop.loss_steps=2",
+                store="store-diverged",
+            )  # fmt: skip
+        last = checkpoints(folder, "diverged")[-1]
+        assert f"is intact: {folder}/runs/diverged/checkpoints/{last}" in str(error.value)
+        assert "Lower engine.learning_rate" in str(error.value)
 
 
 @pytest.mark.ray
@@ -187,31 +276,31 @@ class TestSlow:
 
     @pytest.mark.parametrize("stage", [1, 3])
     def test_two_killed_workers_resume(self, reference, folder, stage):
-        outcome: list[TrainResult] = []
-        name = f"two-killed-{stage}"
         overrides = ["num_workers=2", "cpus_per_worker=0.5", f"engine.zero_stage={stage}"]
-        thread = threading.Thread(
-            target=lambda: outcome.append(run(folder, name, *overrides, store=f"store-{name}"))
-        )
-        thread.start()
-        wait_for(folder / "runs" / name / "checkpoints" / "step_00000020" / "checkpoint.json")
-        os.kill(worker_pids()[0], signal.SIGKILL)
-        thread.join(timeout=300)
-        assert outcome, "the run did not finish"
-        assert curve(outcome[0]) == pytest.approx(curve(reference), rel=0.01)
+        killed = killed_run(folder, f"two-killed-{stage}", *overrides, kills=1, seed=stage)
+        assert curve(killed) == pytest.approx(curve(reference), rel=0.01)
+
+    @pytest.mark.timeout(1200)
+    def test_ten_kills_change_nothing(self, ray_local, folder):
+        longer = ["max_steps=360", "validation.every=30", "max_failures=10"]
+        undisturbed = run(folder, "undisturbed", *longer, store="store-undisturbed")
+        killed = killed_run(folder, "ten-kills", *longer, kills=10, seed=5)
+        assert curve(killed) == curve(undisturbed)
+        assert quality(killed) == quality(undisturbed)
+        assert killed.metrics["ItemNDCG@10"] == undisturbed.metrics["ItemNDCG@10"]
 
     def test_t5_trains(self, ray_local, folder):
         result = run(folder, "t5", "model.kind=t5", store="store-t5")
         assert result.history[-1]["loss"] < result.history[0]["loss"]
 
-    def test_divergence_is_a_training_error(self, ray_local, folder):
-        with pytest.raises(TrainingError, match=r"finite.*Lower engine\.learning_rate"):
+    def test_a_loss_that_is_not_finite_is_a_training_error(self, ray_local, folder):
+        with pytest.raises(TrainingError, match=r"finite loss, got .*none was written yet"):
             run(
                 folder,
-                "diverged",
+                "not-finite",
                 "engine.learning_rate=1e30",
                 "engine.clip_norm=0",
-                store="store-diverged",
+                store="store-not-finite",
             )
 
     def test_a_killed_driver_resumes_with_the_same_command(self, reference, folder):
@@ -222,7 +311,7 @@ class TestSlow:
             "from tests.gr.test_train import run\n"
             "with connected(address='local', num_cpus=2):\n"
             f"    result = run(Path({str(folder)!r}), 'driver', store='store-driver')\n"
-            "    print([row['loss'] for row in result.history])\n"
+            "    print(result.losses.tolist())\n"
         )
         root = Path(__file__).resolve().parents[2]
         command = [sys.executable, "-c", script]
@@ -233,14 +322,6 @@ class TestSlow:
         second = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
         losses = second.stdout.strip().splitlines()[-1]
         assert losses == str(curve(reference))
-
-
-def test_micro_batches_cover_all_rows_and_may_be_empty():
-    codes = np.arange(20).reshape(10, 2)
-    rows = Ragged.from_lists([[1], [2, 3]], dtype=np.int64)
-    parts = micro_batches(rows, codes, 3)
-    assert [part.lengths.tolist() for part in parts] == [[1], [2], [0]]
-    assert torch.equal(parts[1].codes, torch.tensor([[[4, 5], [6, 7]]]))
 
 
 def test_config_rules():
