@@ -53,9 +53,11 @@ class SasRecConfig:
     epochs: int = 200
     """Most passes over the users."""
     patience: int = 10
-    """Epochs without a better figure on the users set aside before training stops."""
+    """Epochs without a better figure before training stops."""
     holdout_share: float = 0.05
-    """Share of the users set aside to choose the epoch; 0 trains `epochs` epochs on all of them."""
+    """Share of the users set aside to choose the epoch; 0 trains on all of them, `epochs` epochs or
+    as long as the caller's own judge sees progress.
+    """
     batch_users: int = 128
     learning_rate: float = 1e-3
     weight_decay: float = 0.0
@@ -106,7 +108,7 @@ class SasRec(nn.Module):
         self.places = nn.Embedding(config.max_length, config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
-            _Block(config.dim, config.heads, config.dropout) for _ in range(config.layers)
+            CausalBlock(config.dim, config.heads, config.dropout) for _ in range(config.layers)
         )
         self.norm = nn.LayerNorm(config.dim)
         for table in (self.items, self.places):
@@ -166,18 +168,28 @@ class SasRec(nn.Module):
         return (users @ self.items.weight.detach().cpu().T).numpy()
 
 
-class _Block(nn.Module):
-    """Pre-norm causal self-attention and a feed-forward layer."""
+class CausalBlock(nn.Module):
+    """Pre-norm causal self-attention and a feed-forward layer, dropout behind both."""
 
-    def __init__(self, dim: int, heads: int, dropout: float) -> None:
+    def __init__(self, dim: int, heads: int, dropout: float, *, feed: int | None = None) -> None:
+        """Make a block with random weights.
+
+        Args:
+            dim: width D.
+            heads: attention heads; must divide `dim`.
+            dropout: share of either output dropped while training.
+            feed: inner width of the feed-forward layer; by default 4·D.
+        """
         super().__init__()
+        inner = feed or 4 * dim
         self.heads = heads
         self.dropout = dropout
         self.attend_norm, self.feed_norm = nn.LayerNorm(dim), nn.LayerNorm(dim)
         self.qkv, self.out = nn.Linear(dim, 3 * dim), nn.Linear(dim, dim)
-        self.feed = nn.Sequential(nn.Linear(dim, 4 * dim), nn.GELU(), nn.Linear(4 * dim, dim))
+        self.feed = nn.Sequential(nn.Linear(dim, inner), nn.GELU(), nn.Linear(inner, dim))
 
     def forward(self, x_BTD: torch.Tensor) -> torch.Tensor:
+        """States [B, T, D] before and after; no place sees a later one."""
         x_BTD = x_BTD + self._drop(self._attend(self.attend_norm(x_BTD)))
         return x_BTD + self._drop(self.feed(self.feed_norm(x_BTD)))
 
@@ -197,8 +209,12 @@ def fit_sasrec(
     num_items: int,
     *,
     report: Callable[[int, Mapping[str, float]], None] | None = None,
+    judge: Callable[[SasRec], float] | None = None,
 ) -> SasRec:
-    """Train on next items and keep the epoch that ranks those of the users set aside best.
+    """Train on next items and keep the best epoch.
+
+    Best is the one that ranks the next items of the users set aside best, or, where none are, the
+    one of the largest figure by `judge`.
 
     Memory: weights with Adam's state and gradients take 20·N·D bytes.
 
@@ -206,7 +222,8 @@ def fit_sasrec(
         config: model and training.
         histories: U rows of item indices, oldest first; every place but the first is a target.
         num_items: catalogue size N.
-        report: called after every epoch with `loss` and, when users are set aside, `mrr`.
+        report: called after every epoch with `loss` and `mrr` of the users set aside, or `figure`.
+        judge: what a model is worth, larger is better; asked only with `holdout_share` 0.
 
     Raises:
         TrainingError: the loss is not finite, or no history has two items.
@@ -225,16 +242,21 @@ def fit_sasrec(
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = SasRec(num_items, config).to(device)
-        return _train(model, config, train, aside, rng, report)
+        name, measure = "figure", judge
+        if len(aside):
+            name, measure = "mrr", lambda one: mean_reciprocal_rank(one, aside)
+        return _train(model, config, train, rng, report, name=name, measure=measure)
 
 
 def _train(
     model: SasRec,
     config: SasRecConfig,
     train: Ragged,
-    aside: Ragged,
     rng: np.random.Generator,
     report: Callable[[int, Mapping[str, float]], None] | None,
+    *,
+    name: str,
+    measure: Callable[[SasRec], float] | None,
 ) -> SasRec:
     optimizer = torch.optim.Adam(
         model.parameters(), lr=config.learning_rate, weight_decay=config.weight_decay
@@ -242,14 +264,14 @@ def _train(
     best, best_epoch, best_state = -1.0, 0, None
     for epoch in range(config.epochs):
         figures = {"loss": _one_epoch(model, optimizer, config, train, rng)}
-        if len(aside):
-            figures["mrr"] = mean_reciprocal_rank(model, aside)
-            if figures["mrr"] > best:
-                best, best_epoch = figures["mrr"], epoch
+        if measure is not None:
+            figures[name] = measure(model)
+            if figures[name] > best:
+                best, best_epoch = figures[name], epoch
                 best_state = copy.deepcopy(model.state_dict())
         if report is not None:
             report(epoch, figures)
-        if len(aside) and epoch - best_epoch >= config.patience:
+        if measure is not None and epoch - best_epoch >= config.patience:
             break
     if best_state is not None:
         model.load_state_dict(best_state)

@@ -16,6 +16,7 @@ from forge_ray.gr.models.decoder import DecoderConfig
 from forge_ray.gr.models.parallel_heads import ParallelHeadsConfig
 from forge_ray.gr.models.pretrained_decoder import PretrainedDecoderConfig
 from forge_ray.gr.models.pretrained_t5 import PretrainedT5Config
+from forge_ray.gr.models.rq_transformer import RqTransformerConfig
 from forge_ray.gr.models.t5 import T5Config
 
 ARCHITECTURES = (
@@ -24,6 +25,7 @@ ARCHITECTURES = (
     PretrainedDecoderConfig,
     PretrainedT5Config,
     ParallelHeadsConfig,
+    RqTransformerConfig,
 )
 """Imported here so that every kind is registered wherever a configuration is read."""
 

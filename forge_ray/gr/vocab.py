@@ -114,6 +114,24 @@ class Vocab:
         back = torch.arange(num_tokens - 1, -1, -1, device=device)
         return back // self.num_levels + 1
 
+    def history_codes(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        """What `history_tokens` was made from, padded on the right instead.
+
+        Args:
+            tokens: int64 [B, 1 + N * L], left padded, BOS first.
+            mask: bool [B, 1 + N * L], False on padding.
+
+        Returns:
+            codes int64 [B, N, L], any valid codes behind the last item, and int64 [B] items.
+        """
+        offsets = torch.tensor(self.level_offsets, device=tokens.device) + self.num_special
+        body = tokens[:, 1:].reshape(len(tokens), -1, self.num_levels)
+        lengths = (mask.sum(dim=1) - 1) // self.num_levels
+        item = torch.arange(body.shape[1], device=tokens.device)
+        # The first item moves to the front; what stood before it follows the last.
+        place = (item - lengths.unsqueeze(1)) % max(1, body.shape[1])
+        return (body - offsets).clamp(min=0).gather(1, place.unsqueeze(-1).expand_as(body)), lengths
+
 
 def vocab_of(codebook_sizes: Sequence[int]) -> Vocab:
     """The vocabulary of a SID table with these codebooks."""

@@ -40,6 +40,18 @@ def test_history_tokens_are_left_padded_with_bos_before_the_first_item():
     assert mask.tolist() == (tokens != PAD).tolist()
 
 
+def test_history_codes_undo_history_tokens():
+    vocab = Vocab((4, 5))
+    codes = np.array([[0, 0], [1, 2], [3, 1]], dtype=np.uint16)
+    items = Ragged.from_lists([[0, 1, 2], [2], []], dtype=np.int32)
+    found, lengths = vocab.history_codes(*vocab.history_tokens(items, codes, max_items=2))
+    assert lengths.tolist() == [2, 1, 0]
+    assert found[0].tolist() == codes[[1, 2]].tolist()
+    assert found[1, 0].tolist() == codes[2].tolist()
+    assert found.min() >= 0
+    assert (found.amax(dim=(0, 1)) < torch.tensor([4, 5])).all()
+
+
 def test_empty_codebook_is_refused():
     with pytest.raises(ConfigError, match="codebook_sizes must be >= 1"):
         Vocab((4, 0))

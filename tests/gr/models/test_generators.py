@@ -16,6 +16,7 @@ from forge_ray.errors import ConfigError
 from forge_ray.gr.models.base import Generator, GeneratorConfig, TokenBatch
 from forge_ray.gr.models.decoder import DecoderConfig
 from forge_ray.gr.models.parallel_heads import ParallelHeadsConfig
+from forge_ray.gr.models.rq_transformer import RqTransformerConfig, prefix_hashes
 from forge_ray.gr.models.t5 import T5Config
 from forge_ray.gr.vocab import Vocab
 
@@ -250,6 +251,43 @@ class TestParallelHeads(GeneratorContract):
         config.softmax = "full"
         model, batch = self.model(config), self.batch()
         assert model.loss(batch) > self.model().loss(batch)
+
+
+class TestRqTransformer(GeneratorContract):
+    OPTIONS: ClassVar[dict[str, Any]] = {}
+
+    def config(self) -> GeneratorConfig:
+        return RqTransformerConfig(dropout=0.0, prefix_rows=97, places=4, **self.OPTIONS, **SMALL)
+
+    def test_eager_attention_equals_sdpa(self):
+        with pytest.raises(ConfigError, match=r"model\.attention must be sdpa"):
+            RqTransformerConfig(attention="eager")
+
+    def test_another_code_in_the_history_is_another_user(self):
+        model = self.model()
+        tokens, mask, _ = self.histories()
+        changed = tokens.clone()
+        code = tokens[3, 1] - 3  # the first code of the oldest item of the one full row
+        changed[3, 1] = 3 + (code + 1) % SIZES[0]
+        same, other = model.prefill(tokens, mask)[0], model.prefill(changed, mask)[0]
+        assert torch.allclose(same[:3], other[:3])
+        assert not torch.allclose(same[3], other[3], atol=1e-4)
+
+
+class TestUntiedRqTransformer(TestRqTransformer):
+    OPTIONS: ClassVar[dict[str, Any]] = {"tie_embeddings": False, "temperature": 0.7}
+
+
+class TestRqTransformerWithoutPrefixes(TestRqTransformer):
+    def config(self) -> GeneratorConfig:
+        return RqTransformerConfig(dropout=0.0, prefix_rows=0, **SMALL)
+
+
+def test_prefix_hashes_tell_prefixes_apart():
+    codes = torch.cartesian_prod(torch.arange(40), torch.arange(30), torch.arange(20))
+    hashes = prefix_hashes(codes)
+    assert hashes.min() >= 0
+    assert [len(hashes[:, depth].unique()) for depth in range(3)] == [40, 1200, 24000]
 
 
 def test_config_switches_by_kind():
