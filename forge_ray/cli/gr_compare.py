@@ -58,8 +58,8 @@ def compare(
 ) -> None:
     """Put models, baselines and floors into one table, on the same users.
 
-    Settings: those of `gr eval`, baselines (a list of rows) and the sections item_knn and
-    markov_backoff. Rows that the store holds are not computed again.
+    Settings: those of `gr eval`, baselines (a list of rows) and the sections item_knn,
+    markov_backoff and sasrec. Rows that the store holds are not computed again.
     """
     from forge_ray.gr.comparison import CompareConfig, compare
     from forge_ray.gr.source import ModelSource

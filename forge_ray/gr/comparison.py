@@ -26,6 +26,7 @@ from forge_ray.evaluate.floors import (
     tuned_item_knn,
 )
 from forge_ray.evaluate.item_knn import ItemKnnConfig
+from forge_ray.evaluate.sasrec import SasRecBaselineConfig, evaluate_sasrec
 from forge_ray.gr.checkpoint import table_key
 from forge_ray.gr.evaluation import SidRanker
 from forge_ray.gr.markov import MarkovConfig, fit_markov
@@ -36,7 +37,7 @@ from forge_ray.sid.table import SidTable
 
 logger = logging.getLogger(__name__)
 
-BASELINES = ("popularity", "item_knn", "item_knn_tuned", "markov_backoff")
+BASELINES = ("popularity", "item_knn", "item_knn_tuned", "markov_backoff", "sasrec")
 FULL_KS = (5, 10, 20, 100, 500, 1000)
 
 
@@ -52,6 +53,8 @@ class CompareConfig(ModelEvaluationConfig):
     """Constants of the item_knn row; those of item_knn_tuned are searched."""
     markov_backoff: MarkovConfig = field(default_factory=MarkovConfig)
     """The probe as a recommender; one row for each SID table of the comparison."""
+    sasrec: SasRecBaselineConfig = field(default_factory=SasRecBaselineConfig)
+    """The sequential baseline; minutes of training the first time."""
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -179,6 +182,8 @@ def _baseline_rows(
     if name == "item_knn_tuned":
         knn = tuned_item_knn(dataset, store)
         return {name: evaluate_item_knn(dataset, config, knn, store)}
+    if name == "sasrec":
+        return {name: evaluate_sasrec(dataset, config, config.sasrec, store)}
     assert name == "markov_backoff"  # the configuration checked the names
     return {
         f"{name} {table.name}" if len(tables) > 1 else name: evaluate_markov(
