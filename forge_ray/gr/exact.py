@@ -12,6 +12,7 @@ Shapes: B users, S distinct SIDs, L levels, K codes of a level, W kept SIDs.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -21,8 +22,8 @@ from torch.nn import functional
 from forge_ray.gr.beam import Beams, checked_log_probs, sort_keys
 from forge_ray.gr.prefix_index import PrefixIndex
 
-_SIDS = 1 << 14
-"""SIDs scored at a time: 2 MB of scores for 32 users, which stay in the cache."""
+_SIDS = 1 << 13
+"""SIDs scored at a time: 1 MB of scores for 32 users, which stay in the cache."""
 
 
 @runtime_checkable
@@ -56,25 +57,41 @@ def exact_search(
     levels = [checked_log_probs(one, level) for level, one in enumerate(logits)]
     by_token = torch.cat(levels, dim=1).T.contiguous()
     starts = torch.tensor([0, *index.codebook_sizes[:-1]], device=by_token.device).cumsum(0)
-    best = torch.empty(len(tokens), 0, dtype=torch.int64, device=by_token.device)
+    best = _Best(
+        torch.empty(len(tokens), 0, device=by_token.device),
+        torch.empty(len(tokens), 0, dtype=torch.int64, device=by_token.device),
+    )
     for start in range(0, index.num_sids, _SIDS):
         rows = torch.arange(start, min(start + _SIDS, index.num_sids), device=by_token.device)
-        tokens_of = index.sids(rows) + starts
-        scores = functional.embedding_bag(tokens_of, by_token, mode="sum").T
-        best = torch.cat([best, sort_keys(scores, rows)], dim=1)
-        best = best.topk(min(width, best.shape[1]), dim=1).values
-    return _beams(best, index, width)
+        scores = functional.embedding_bag(index.sids(rows) + starts, by_token, mode="sum")
+        if best.scores.shape[1] == width:
+            # Rows ascend, so a later SID of equal score loses: most SIDs are dropped for everyone.
+            is_better = (scores > best.scores[:, -1]).any(dim=1)
+            rows, scores = rows[is_better], scores[is_better]
+        best = best.merged(scores.T, rows, width)
+    return best.beams(index, width)
 
 
-def _beams(keys: Tensor, index: PrefixIndex, width: int) -> Beams:
-    """Reads scores and rows back from the keys, and pads with dead slots."""
-    rows = (-keys) & 0xFFFFFFFF
-    ordered = ((keys + rows) >> 32).to(torch.int32)
-    scores = torch.where(ordered < 0, ordered ^ 0x7FFFFFFF, ordered).view(torch.float32)
-    missing = width - keys.shape[1]
-    pad = functional.pad
-    return Beams(
-        codes=pad(index.sids(rows), (0, 0, 0, missing), value=-1),
-        scores=pad(scores, (0, missing), value=-torch.inf),
-        sid_rank=pad(rows, (0, missing), value=-1),
-    )
+@dataclass(frozen=True, slots=True)
+class _Best:
+    """The best SIDs so far, best first: scores float32 and rows of the index int64, [B, kept]."""
+
+    scores: Tensor
+    rows: Tensor
+
+    def merged(self, scores: Tensor, rows: Tensor, width: int) -> _Best:
+        """The best of these and more SIDs: scores [B, n] of rows [n]."""
+        scores = torch.cat([self.scores, scores], dim=1)
+        rows = torch.cat([self.rows, rows.expand(len(scores), -1)], dim=1)
+        slots = sort_keys(scores, rows).topk(min(width, rows.shape[1]), dim=1).indices
+        return _Best(scores.gather(1, slots), rows.gather(1, slots))
+
+    def beams(self, index: PrefixIndex, width: int) -> Beams:
+        """With dead slots behind a catalogue smaller than the width."""
+        missing = width - self.rows.shape[1]
+        pad = functional.pad
+        return Beams(
+            codes=pad(index.sids(self.rows), (0, 0, 0, missing), value=-1),
+            scores=pad(self.scores, (0, missing), value=-torch.inf),
+            sid_rank=pad(self.rows, (0, missing), value=-1),
+        )

@@ -27,7 +27,9 @@ from torch import Tensor
 from forge_ray.data.ragged import Ragged
 from forge_ray.gr.beam import beam_search
 from forge_ray.gr.decoding import SidDecoder
+from forge_ray.gr.models.base import Generator
 from forge_ray.gr.models.decoder import Decoder, DecoderConfig
+from forge_ray.gr.models.parallel_heads import ParallelHeadsConfig
 from forge_ray.gr.prefix_index import PrefixIndex
 from forge_ray.gr.vocab import vocab_of
 from forge_ray.sid.table import SidTable
@@ -50,6 +52,8 @@ def run(scale: float) -> dict[str, Any]:
         report[f"{items} items"] = compare(model, table, items, users)
     report["mask_share_of_a_step"] = mask_share(model, table, users)
     report["ms_per_user_by_catalogue"] = by_catalogue(model, users)
+    heads = ParallelHeadsConfig().build(vocab_of(SIZES)).eval()
+    report["parallel_heads_exact_ms_per_user_by_catalogue"] = by_catalogue(heads, users)
     return report
 
 
@@ -167,8 +171,8 @@ def mask_share(model: Decoder, table: SidTable, users: int) -> float:
     return round(1e3 * spent / (whole - reading), 4)
 
 
-def by_catalogue(model: Decoder, users: int) -> dict[str, float]:
-    """Random codes in catalogues of growing size, 20 items of history."""
+def by_catalogue(model: Generator, users: int) -> dict[str, float]:
+    """Milliseconds per user on random codes in catalogues of growing size, 20 items of history."""
     found = {}
     for size in CATALOGUES:
         rng = np.random.default_rng(0)
@@ -201,7 +205,7 @@ def _histories(num_items: int, length: int, users: int) -> Ragged:
     return Ragged.from_lists(rng.integers(0, num_items, (users, length)), np.int64)
 
 
-def _decoder(model: Decoder, table: SidTable, batch_users: int) -> SidDecoder:
+def _decoder(model: Generator, table: SidTable, batch_users: int) -> SidDecoder:
     return SidDecoder(
         model,
         table,

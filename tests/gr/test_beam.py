@@ -84,6 +84,24 @@ def test_narrow_beams_are_exact_prefixwise() -> None:
         torch.testing.assert_close(beams.scores[user][: len(expected)], scores[user][inside])
 
 
+def test_the_published_widths_of_forge_emit_1200_distinct_sids() -> None:
+    """200 beams, then 400, then 1,200 SIDs: those of a wide search below the same prefixes."""
+    sizes = (256, 16, 64)
+    index = PrefixIndex.build(random_codes(20_000, sizes), sizes)
+    generator = HashGenerator(sizes)
+    tokens, mask = random_histories(3, 6)
+    beams = beam_search(generator, tokens, mask, index, [200, 400, 1200])
+    assert beams.codes.shape == (3, 1200, 3)
+    assert beams.is_live.all()
+    assert_consistent(beams, index)
+    for user in range(3):
+        prefixes = beams.codes[user, :, :2].unique(dim=0)
+        assert len(prefixes) <= 400
+        assert len(prefixes[:, 0].unique()) <= 200
+    narrow = beam_search(generator, tokens, mask, index, [200, 400, 100])
+    assert torch.equal(narrow.sid_rank, beams.sid_rank[:, :100])
+
+
 def _first_level(index: PrefixIndex) -> PrefixIndex:
     return PrefixIndex(index.levels[:1])
 

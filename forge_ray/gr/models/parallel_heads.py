@@ -63,6 +63,7 @@ class ParallelHeadsConfig(GeneratorConfig):
             num_heads=self.num_heads,
             intermediate_size=self.intermediate_size,
             attention=self.attention,
+            packing=False,
         )
 
     def build(self, vocab: Vocab) -> ParallelHeads:
