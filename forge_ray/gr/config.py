@@ -136,6 +136,20 @@ class GrConfig:
             seed=self.seed,
         )
 
+    def check_levels(self, num_levels: int) -> None:
+        """Refuses widths that do not fit a SID table, before hours of training and not after.
+
+        Args:
+            num_levels: of the table.
+        """
+        widths = self.validation.widths
+        if widths and len(widths) != num_levels:
+            raise ConfigError(
+                f"validation.widths must be {num_levels} integers, one per level of the SID table, "
+                f"got {widths}. Leave it out for the default, or set "
+                f"validation.widths={[widths[0]] * (num_levels - 1) + [widths[-1]]}."
+            )
+
     def identity(self) -> dict[str, Any]:
         """The fields that decide the model; the others may change when a run resumes."""
         return without_execution(to_mapping(self))

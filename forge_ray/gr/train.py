@@ -122,6 +122,7 @@ def train_generator(
             f"the SID table must cover the dataset's {dataset.num_items} items, got "
             f"{table.num_items}. Fit semantic IDs on this dataset."
         )
+    config.check_levels(table.num_levels)
     config = replace(config, model=config.model.resolved())
     content: dict[str, Any] = {"gr": config.identity(), "table_key": table_key(table)}
     identity = _run_identity(config, dataset, content)

@@ -19,7 +19,7 @@ from forge_ray.gr.decoding import SidDecoder
 from forge_ray.gr.recipes import recipe_names, recipe_path
 from forge_ray.gr.train import train_generator
 from forge_ray.sid.table import SidTable
-from tests.gr.chains import chain_dataset
+from tests.gr.chains import chain_dataset, grid_table
 from tests.gr.models.checkpoints import qwen_checkpoint, t5_checkpoint
 
 CHECKPOINTS = {"forge_t5_base": t5_checkpoint, "forge_qwen2_5_0_5b": qwen_checkpoint}
@@ -98,6 +98,16 @@ def test_prompt_of_the_chat_is_the_template_s(tmp_path):
         f"{prompt.after}<|im_end|>\n<|im_start|>assistant\n",
     ]
     assert tokenizer.convert_ids_to_tokens(model.checkpoint.end) == "<|im_end|>"
+
+
+def test_widths_of_another_number_of_levels_are_refused_before_any_work(store, tmp_path):
+    """A recipe searches three levels; the first validation comes after 10,000 steps."""
+    config = recipe("forge_t5_base", "model.pretrained=never-read")
+    with pytest.raises(ConfigError, match=r"must be 2 integers.*widths=\[200, 1200\]"):
+        train_generator(
+            config, chain_dataset(store), grid_table(), store=store, run_dir=str(tmp_path), name="a"
+        )
+    load_config(GrConfig).check_levels(2)  # the default fits every table
 
 
 class TestNames:

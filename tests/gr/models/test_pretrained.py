@@ -323,6 +323,10 @@ class TestRefusals:
         with pytest.raises(ConfigError, match=r"folder with config\.json"):
             PretrainedDecoderConfig(pretrained=str(tmp_path)).resolved()
 
+    def test_a_folder_has_no_revision(self, qwen):
+        with pytest.raises(ConfigError, match="revision must be empty for a folder"):
+            PretrainedDecoderConfig(pretrained=str(qwen), revision="main").resolved()
+
     def test_it_must_be_of_the_architecture(self, t5, qwen):
         with pytest.raises(ConfigError, match=r"type qwen2 or llama for .*, got t5"):
             PretrainedDecoderConfig(pretrained=str(t5)).resolved()
