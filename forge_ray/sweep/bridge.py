@@ -34,8 +34,7 @@ class QueueBridge(ray.train.UserCallback):
         self, run_context: Any, metrics: list[dict[str, Any]], checkpoint: Any
     ) -> None:
         """Called in the Train controller after all ranks reported."""
-        path = checkpoint.path if checkpoint else None
-        self._rows.put({**metrics[0], "checkpoint_path": path})
+        self._rows.put(metrics[0])
 
 
 @dataclass
@@ -75,10 +74,8 @@ def relay(
             row = rows.get(timeout=_POLL_S)
         except Empty:
             continue
-        # A loss that is not finite ends the training with its own error.
-        if math.isfinite(row.get("loss", 0.0)):
-            check_row(row, required)
-            report(row)
+        check_row(row, required)
+        report(row)
     rows.shutdown()
     if outcome.error is not None:
         raise outcome.error

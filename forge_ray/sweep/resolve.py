@@ -67,6 +67,11 @@ def resolve_point(config: SweepConfig, point: Point, *, dataset: Dataset) -> Res
         ConfigError: The point makes no valid configuration.
     """
     typed = trial_config(config, point)
+    if typed.gr.max_workers:
+        raise ConfigError(
+            f"gr.max_workers must be 0 in a sweep, got {typed.gr.max_workers}: trials that grow "
+            "take the workers of others. Set gr.num_workers."
+        )
     _check_metric(config.metric, "gr.validation.ks", typed.gr.validation.ks)
     _check_metric(config.metric, "evaluation.ks", config.evaluation.ks)
     mapping = to_mapping(typed)

@@ -1,35 +1,24 @@
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 
 import pytest
 import torch
-from torch import distributed
 
 from forge_ray.errors import ArtifactError, ConfigError
 from forge_ray.gr.engine import TAG, Engine, EngineConfig, expected_shards, zero_config
 from forge_ray.gr.models.base import TokenBatch
 from forge_ray.gr.models.decoder import DecoderConfig
 from forge_ray.gr.vocab import Vocab
+from tests.gr.workers import one_worker
 
 VOCAB = Vocab((8, 8))
 
 
 @pytest.fixture(scope="module", autouse=True)
 def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """A gloo group of this process alone; under Ray the trainer makes it."""
-    previous = os.environ.get("LOCAL_RANK")
-    os.environ["LOCAL_RANK"] = "0"
-    store = tmp_path_factory.mktemp("gloo") / "store"
-    distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-    distributed.destroy_process_group()
-    if previous is None:
-        del os.environ["LOCAL_RANK"]
+    with one_worker(tmp_path_factory.mktemp("gloo")):
+        yield
 
 
 def make(*, packing: bool = True, **changes: object) -> Engine:

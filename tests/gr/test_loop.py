@@ -1,0 +1,215 @@
+"""The loop of one worker in this process: check-ups, validation points, every way to end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import torch
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.data import stream
+from forge_ray.data.schema import Dataset
+from forge_ray.gr.checkpoint import RunIdentity
+from forge_ray.gr.engine import Engine
+from forge_ray.gr.loop import Ending, LoopHooks, TrainJob, TrainLoop
+from forge_ray.gr.run_folder import BEST, CHECKPOINTS, OUTCOME_FILE, RunFolder, checkpoint_name
+from forge_ray.gr.validation import CheckpointValidator, InlineValidation
+from tests.gr.chains import chain_dataset, grid_table
+from tests.gr.test_train import small
+from tests.gr.workers import one_worker
+
+TIMES = ("tokens_per_s", "input_wait_share", "startup_s", "users_per_s")
+
+
+class LateValidation(InlineValidation):
+    """Metrics that are never there before they are waited for."""
+
+    def submit(self, step: int, best: float) -> None:
+        self.asked = (step, best)
+
+    def is_ready(self) -> bool:
+        return False
+
+    def result(self) -> dict[str, Any]:
+        return self._validator.run(*self.asked)
+
+
+@dataclass
+class Outside:
+    """What surrounds a loop: answers in turn, and what it was told."""
+
+    asked: list[str] = field(default_factory=list)
+    is_preempted: bool = False
+    is_late: bool = False
+    told: list[tuple[int, int]] = field(default_factory=list)  # step of the row, step it came at
+
+
+@pytest.fixture(scope="module")
+def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
+    return chain_dataset(ArtifactStore(tmp_path_factory.mktemp("data")))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    with one_worker(tmp_path_factory.mktemp("gloo")):
+        yield
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _without_ray() -> Iterator[None]:
+    """Segments are read where they are used; `test_train.py` has Ray Data do it."""
+
+    def execute(self: stream.SequenceStream, work: list[dict[str, Any]]) -> Iterator[Any]:
+        return stream._unpack(self._reader(pa.Table.from_pylist(work)))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(stream.SequenceStream, "_execute", execute)
+        yield
+
+
+def make_job(dataset: Dataset, folder: Path, *overrides: str) -> TrainJob:
+    table = grid_table()
+    return TrainJob(
+        config=small(*overrides),
+        dataset=dataset,
+        codebook_sizes=table.codebook_sizes,
+        identity=RunIdentity("c", "t", dataset.key, 1, "fp32"),
+        folder=RunFolder.open(str(folder), "run"),
+        started=time.time(),
+    )
+
+
+def run(job: TrainJob, outside: Outside | None = None) -> tuple[Ending, TrainLoop]:
+    """One attempt at a run, from its newest checkpoint."""
+    outside = outside or Outside()
+    codes = grid_table().codes
+    validator = CheckpointValidator(job, codes, device="cpu")
+    answers = iter(outside.asked)
+    hooks = LoopHooks(
+        report=lambda row: outside.told.append((row["global_step"], loop._progress.step)),
+        validation=(LateValidation if outside.is_late else InlineValidation)(validator),
+        poll=lambda: next(answers, ""),
+        is_preempted=lambda: outside.is_preempted,
+    )
+    loop = TrainLoop(job, codes, hooks)
+    loop.restore()
+    return loop.run(), loop
+
+
+def losses(job: TrainJob) -> list[float]:
+    return job.folder.read_json(OUTCOME_FILE)["losses"]
+
+
+def rows(job: TrainJob) -> list[dict[str, Any]]:
+    """The rows of a run without what a clock measured."""
+    found = job.folder.read_json("history.json")
+    skip = ("validation_", *TIMES)
+    return [{key: row[key] for key in row if not key.startswith(skip)} for row in found]
+
+
+@pytest.fixture(scope="module")
+def reference(
+    dataset: Dataset, process_group: None, tmp_path_factory: pytest.TempPathFactory
+) -> TrainJob:
+    """A run that nothing disturbs, validated where it trains."""
+    job = make_job(dataset, tmp_path_factory.mktemp("reference"))
+    ending, _ = run(job)
+    assert ending == Ending("finished")
+    return job
+
+
+def test_rows_are_taken_up_at_the_next_check_up(dataset, tmp_path):
+    outside = Outside()
+    run(make_job(dataset, tmp_path), outside)
+    assert outside.told == [(20, 30), (40, 50), (60, 60)]
+
+
+def test_late_metrics_are_waited_for_at_the_next_point(dataset, tmp_path, reference):
+    job, outside = make_job(dataset, tmp_path), Outside(is_late=True)
+    run(job, outside)
+    assert outside.told == [(20, 40), (40, 60), (60, 60)]
+    assert rows(job) == rows(reference)
+    assert losses(job) == losses(reference)
+    assert job.folder.names(BEST) == reference.folder.names(BEST)
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_stopped_at_every_check_up_a_run_comes_to_the_same_end(
+    dataset, tmp_path, reference, is_late
+):
+    job = make_job(dataset, tmp_path)
+    for step in (10, 20, 30, 40, 50):
+        ending, loop = run(job, Outside(["stop"], is_late=is_late))
+        assert (ending.kind, loop._progress.step) == ("stopped", step)
+        assert job.folder.names(CHECKPOINTS)[-1] == checkpoint_name(step)
+    ending, _ = run(job, Outside(is_late=is_late))
+    assert ending == Ending("finished")
+    assert losses(job) == losses(reference)
+    assert rows(job) == rows(reference)
+
+
+def test_a_finished_run_that_was_not_published_only_validates(dataset, tmp_path, reference):
+    """The driver died between the last checkpoint and the model."""
+    job = make_job(dataset, tmp_path)
+    run(job)
+    job.folder.delete(OUTCOME_FILE)
+    outside = Outside()
+    ending, _ = run(job, outside)
+    assert ending == Ending("finished")
+    assert outside.told == [(60, 60)]
+    assert rows(job) == rows(reference)
+
+
+def test_a_notice_of_preemption_saves_and_goes_on(dataset, tmp_path, reference):
+    job = make_job(dataset, tmp_path, "validation.every=60")
+    ending, _ = run(job, Outside(["", "look"], is_preempted=True))
+    assert ending == Ending("finished")
+    assert job.folder.names(CHECKPOINTS) == [checkpoint_name(20), checkpoint_name(60)]
+    assert losses(job) == losses(reference)
+
+
+def test_a_look_without_a_notice_saves_nothing(dataset, tmp_path):
+    job = make_job(dataset, tmp_path, "validation.every=60")
+    run(job, Outside(["", "look"]))
+    assert job.folder.names(CHECKPOINTS) == [checkpoint_name(60)]
+
+
+def test_ruined_weights_are_not_saved(dataset, tmp_path, monkeypatch):
+    """The loss of a step says nothing of the update that follows it."""
+    job = make_job(dataset, tmp_path)
+    run(job, Outside(["", "stop"]))
+    ruined = {"weight": torch.tensor([1.0, float("inf")])}
+    monkeypatch.setattr(Engine, "full_state", lambda self: ruined)
+    ending, _ = run(job)
+    assert ending == Ending("diverged", "weights that are not finite after step 40")
+    assert job.folder.names(CHECKPOINTS) == [checkpoint_name(20)]
+
+
+def test_patience_is_counted_over_interruptions(dataset, tmp_path):
+    still = ["engine.learning_rate=1e-12", "stop.patience=1", "max_steps=200"]
+    job = make_job(dataset, tmp_path, *still)
+    first, _ = run(job, Outside(["", "", "stop"]))
+    second, _ = run(job)
+    assert (first.kind, second.kind) == ("stopped", "settled")
+    assert [row["global_step"] for row in rows(job)] == [20, 40, 60]
+
+
+def test_surpassed_weights_are_dropped(dataset, tmp_path, reference):
+    """Of six validations, each better than the last, those that checkpoints may need stay."""
+    job = make_job(dataset, tmp_path, "validation.every=10")
+    figures = iter([0.1, 0.2, 0.3, 0.4, 0.5, 0.6])
+
+    def run_rising(self: CheckpointValidator, step: int, best: float) -> dict[str, Any]:
+        job.folder.write(b"x", BEST, f"{checkpoint_name(step)}.safetensors")
+        return {"ItemNDCG@10": next(figures)}
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(CheckpointValidator, "run", run_rising)
+        run(job)
+    assert job.folder.names(BEST) == [f"{checkpoint_name(n)}.safetensors" for n in (40, 50, 60)]

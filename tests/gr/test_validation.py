@@ -1,0 +1,105 @@
+"""Metrics of checkpoints: computed here, in a process of its own, and when that process fails."""
+
+from __future__ import annotations
+
+import logging
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import ray
+import torch
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.errors import ConfigError
+from forge_ray.gr.checkpoint import WEIGHTS_FILE, RunIdentity, save_weights
+from forge_ray.gr.config import GrConfig, ValidationConfig
+from forge_ray.gr.loop import TrainJob
+from forge_ray.gr.models.decoder import DecoderConfig
+from forge_ray.gr.run_folder import BEST, CHECKPOINTS, RunFolder, checkpoint_name
+from forge_ray.gr.validation import AsideValidation, CheckpointValidator, validation_sample
+from forge_ray.gr.vocab import vocab_of
+from tests.gr.chains import chain_dataset, grid_table
+
+MODEL = DecoderConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16)
+STEP = 20
+
+
+@pytest.fixture
+def job(store: ArtifactStore, tmp_path: Path) -> TrainJob:
+    """A run with one checkpoint."""
+    validation = ValidationConfig(users=30, ks=[10], widths=[5, 10])
+    folder = RunFolder.open(str(tmp_path), "run")
+    torch.manual_seed(0)
+    table = grid_table()
+    weights = MODEL.build(vocab_of(table.codebook_sizes)).state_dict()
+    with folder.new_checkpoint(checkpoint_name(STEP)) as local:
+        save_weights(local / WEIGHTS_FILE, weights)
+    return TrainJob(
+        config=GrConfig(model=MODEL, validation=validation),
+        dataset=chain_dataset(store),
+        codebook_sizes=table.codebook_sizes,
+        identity=RunIdentity("c", "t", "d", 1, "fp32"),
+        folder=folder,
+        started=time.time(),
+    )
+
+
+def here(job: TrainJob) -> CheckpointValidator:
+    return CheckpointValidator(job, grid_table().codes, device="cpu")
+
+
+def figures(metrics: dict[str, float]) -> dict[str, float]:
+    """What two computations must agree on."""
+    return {name: value for name, value in metrics.items() if "_s" not in name}
+
+
+def test_the_weights_of_a_new_best_are_kept(job):
+    metrics = here(job).run(STEP, best=-1.0)
+    assert metrics["users"] == 30
+    assert job.folder.names(BEST) == ["step_00000020.safetensors"]
+    kept = Path(job.folder.path(BEST, "step_00000020.safetensors")).read_bytes()
+    assert (
+        kept == Path(job.folder.path(CHECKPOINTS, checkpoint_name(STEP), WEIGHTS_FILE)).read_bytes()
+    )
+
+
+def test_weights_that_gain_nothing_are_not_kept(job):
+    here(job).run(STEP, best=1.0)
+    assert job.folder.names(BEST) == []
+
+
+def test_validation_users_are_needed(job):
+    with pytest.raises(ConfigError, match="dataset must have validation users"):
+        validation_sample(job.dataset, 0)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+class TestAside:
+    def test_a_process_of_its_own_gives_the_same_figures_until_it_is_lost(self, job, caplog):
+        expected = figures(here(job).run(STEP, best=1.0))
+        aside = AsideValidation(job, grid_table().codes, here(job))
+        aside.submit(STEP, -1.0)
+        deadline = time.monotonic() + 120
+        while not aside.is_ready():
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
+        assert figures(aside.result()) == expected
+        assert job.folder.names(BEST) == ["step_00000020.safetensors"]
+        ray.kill(aside._process)
+        with caplog.at_level(logging.WARNING):
+            for _ in range(2):
+                aside.submit(STEP, 1.0)
+                assert figures(aside.result()) == expected
+        assert caplog.text.count("the validation process was lost") == 1
+
+    def test_without_room_for_the_process_rank_0_validates(self, job):
+        config = replace(job.config, validation=replace(job.config.validation, cpus=1000.0))
+        crowded = replace(job, config=config)
+        expected = figures(here(job).run(STEP, best=1.0))
+        aside = AsideValidation(crowded, grid_table().codes, here(crowded))
+        aside.submit(STEP, -1.0)
+        assert not aside.is_ready()
+        assert figures(aside.result()) == expected
