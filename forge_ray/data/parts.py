@@ -26,6 +26,11 @@ class Part:
     start: int
     rows: int
 
+    @property
+    def name(self) -> str:
+        """A word that sorts like the parts of the split."""
+        return f"part-{self.number:05d}-{self.start:010d}"
+
 
 def plan_parts(
     dataset: Dataset, split: Split, *, rows_per_part: int, limit: int | None = None

@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
@@ -34,13 +34,13 @@ from pyarrow.fs import FileSelector, FileSystem
 from forge_ray.artifacts import open_filesystem
 from forge_ray.config import to_mapping
 from forge_ray.data import tasks
+from forge_ray.data.parts import Part, plan_parts, read_part
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import (
     DEFAULT_SPACE,
     SPLITS,
     Dataset,
     SequenceBatch,
-    sequence_batch,
 )
 from forge_ray.errors import ConfigError
 from forge_ray.gr.beam import default_widths
@@ -136,16 +136,6 @@ class RecommendReport:
 
 
 @dataclass(frozen=True)
-class _Part:
-    """Rows ``start .. start + rows`` of a sequence shard, and the file that they become."""
-
-    name: str
-    shard: str
-    start: int
-    rows: int
-
-
-@dataclass(frozen=True)
 class _Job:
     """What an actor needs; sent once. `allowed` is bool [N], or None for all items."""
 
@@ -182,9 +172,10 @@ def recommend(
     allowed = allowed_items(_item_ids(dataset), allow=config.allow, deny=config.deny)
     job = _Job(config, source, dataset, out, allowed)
     _claim(filesystem, root, _request(job))
-    parts = list(_plan(dataset, config))
+    split: Any = config.split
+    parts = list(plan_parts(dataset, split, rows_per_part=config.rows_per_part))
     finished = _finished(filesystem, root)
-    pending = [part for part in parts if part.name not in finished]
+    pending = [part for part in parts if _file(part) not in finished]
     logger.info(
         "recommend: %d parts, %d finished before; writing to %s", len(parts), len(finished), out
     )
@@ -228,16 +219,6 @@ def _claim(filesystem: FileSystem, root: str, request: dict[str, Any]) -> None:
         )
 
 
-def _plan(dataset: Dataset, config: RecommendConfig) -> Iterator[_Part]:
-    """Cut every shard into parts; reads the footers only."""
-    split: Any = config.split
-    for number, shard in enumerate(dataset.sequence_files(split)):
-        rows = pq.read_metadata(shard, filesystem=dataset.filesystem).num_rows
-        for start in range(0, rows, config.rows_per_part):
-            name = f"part-{number:05d}-{start:010d}.parquet"
-            yield _Part(name, shard, start, min(config.rows_per_part, rows - start))
-
-
 def _finished(filesystem: FileSystem, root: str) -> set[str]:
     """Names of complete parts; what a killed writer left half is removed."""
     finished = set()
@@ -249,7 +230,7 @@ def _finished(filesystem: FileSystem, root: str) -> set[str]:
     return finished
 
 
-def _run(job: _Job, parts: list[_Part]) -> None:
+def _run(job: _Job, parts: list[Part]) -> None:
     if not parts:
         return
     config = job.config
@@ -311,13 +292,13 @@ class _PartWriter:
         self._filesystem, self._root = open_filesystem(job.out)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        parts = [_Part(**row) for row in batch.to_pylist()]
+        parts = [Part(**row) for row in batch.to_pylist()]
         for part in parts:
             self._write(part)
-        return pa.table({"name": [part.name for part in parts]})
+        return pa.table({"name": [_file(part) for part in parts]})
 
-    def _write(self, part: _Part) -> None:
-        users = _read(self._job.dataset, part)
+    def _write(self, part: Part) -> None:
+        users = read_part(self._job.dataset, part)
         histories = _known(users, append_targets=self._job.config.append_targets)
         decoded = self._decoder.decode(histories)
         lists = self._buckets.expand(
@@ -332,28 +313,13 @@ class _PartWriter:
         table = table.replace_schema_metadata({_STATS_KEY: stats})
         folder = f"{self._root}/{_PARTS_FOLDER}"
         # Written under another name and moved: a part that has its name is complete.
-        partial = f"{folder}/.{part.name}.{uuid.uuid4().hex}"
+        partial = f"{folder}/.{_file(part)}.{uuid.uuid4().hex}"
         pq.write_table(table, partial, filesystem=self._filesystem, compression="zstd")
-        self._filesystem.move(partial, f"{folder}/{part.name}")
+        self._filesystem.move(partial, f"{folder}/{_file(part)}")
 
 
 def _item_ids(dataset: Dataset) -> pa.Array:
     return dataset.items(["item_id"])["item_id"].combine_chunks()
-
-
-def _read(dataset: Dataset, part: _Part) -> SequenceBatch:
-    """The users of a part, reading only the row groups that hold them."""
-    stop = part.start + part.rows
-    with dataset.filesystem.open_input_file(part.shard) as handle:
-        file = pq.ParquetFile(handle)
-        counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
-        ends = np.cumsum(counts)
-        starts = ends - counts
-        groups = np.flatnonzero((starts < stop) & (ends > part.start))
-        columns = [name for name in file.schema_arrow.names if name != "timestamps"]
-        table = file.read_row_groups(groups.tolist(), columns=columns)
-    first = part.start - int(starts[groups[0]])
-    return sequence_batch(table.slice(first, part.rows).combine_chunks())
 
 
 def _known(users: SequenceBatch, *, append_targets: bool) -> Ragged:
@@ -405,8 +371,12 @@ def _part_stats(decoded: DecodedUsers, lists: RankedItems) -> dict[str, float]:
     }
 
 
-def _stats(filesystem: FileSystem, root: str, part: _Part) -> dict[str, float]:
-    schema = pq.read_schema(f"{root}/{_PARTS_FOLDER}/{part.name}", filesystem=filesystem)
+def _file(part: Part) -> str:
+    return f"{part.name}.parquet"
+
+
+def _stats(filesystem: FileSystem, root: str, part: Part) -> dict[str, float]:
+    schema = pq.read_schema(f"{root}/{_PARTS_FOLDER}/{_file(part)}", filesystem=filesystem)
     return dict(json.loads(schema.metadata[_STATS_KEY]))
 
 

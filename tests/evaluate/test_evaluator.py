@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from forge_ray.artifacts import ArtifactStore
-from forge_ray.data.parts import plan_parts, read_part
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate.board import Board, Ranked
@@ -60,18 +59,6 @@ def test_tail_and_split_and_sample_are_settings(store: ArtifactStore) -> None:
     for change in ({"tail_max_count": 40}, {"users": 70}, {"split": "test"}):
         assert knn_board(store, EvaluationConfig(ks=[5], bootstrap=0, **change)) != base
     assert knn_board(store, EvaluationConfig(ks=[5], users=70))["users"] == 70
-
-
-def test_parts_cover_a_split_once(store: ArtifactStore) -> None:
-    dataset = topic_dataset(store, num_users=100)
-    parts = list(plan_parts(dataset, "test", rows_per_part=30))
-    assert [part.rows for part in parts] == [30, 30, 30, 10]
-    users = np.concatenate([read_part(dataset, part).user_index for part in parts])
-    np.testing.assert_array_equal(users, np.arange(100))
-    assert [part.rows for part in plan_parts(dataset, "test", rows_per_part=30, limit=40)] == [
-        30,
-        10,
-    ]
 
 
 def test_ranked_sids_have_figures_of_their_written_list(store: ArtifactStore) -> None:

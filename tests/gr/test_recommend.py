@@ -175,13 +175,6 @@ def test_lists_of_another_model_are_not_mixed_in(dataset: Dataset, tmp_path: Pat
         recommend(HashSource(), dataset, config_of(), out=str(out))
 
 
-def test_parts_read_exactly_their_rows(dataset: Dataset) -> None:
-    parts = list(module._plan(dataset, config_of(rows_per_part=11)))
-    users = [module._read(dataset, part).user_index.tolist() for part in parts]
-    assert [len(one) for one in users] == [11, 11, 8] * 3
-    assert [user for one in users for user in one] == list(range(90))
-
-
 def test_user_ids_are_found_whatever_the_order(dataset: Dataset) -> None:
     batch = next(dataset.sequence_batches("test"))
     shuffled = replace(batch, user_index=batch.user_index[::-1].copy())
