@@ -210,6 +210,7 @@ def fit_sasrec(
     *,
     report: Callable[[int, Mapping[str, float]], None] | None = None,
     judge: Callable[[SasRec], float] | None = None,
+    start: npt.NDArray[np.float32] | None = None,
 ) -> SasRec:
     """Train on next items and keep the best epoch.
 
@@ -224,6 +225,7 @@ def fit_sasrec(
         num_items: catalogue size N.
         report: called after every epoch with `loss` and `mrr` of the users set aside, or `figure`.
         judge: what a model is worth, larger is better; asked only with `holdout_share` 0.
+        start: float32 [N, D], added to the random item embeddings before the first step.
 
     Raises:
         TrainingError: the loss is not finite, or no history has two items.
@@ -242,6 +244,9 @@ def fit_sasrec(
     with torch.random.fork_rng():
         torch.manual_seed(config.seed)
         model = SasRec(num_items, config).to(device)
+        if start is not None:
+            with torch.no_grad():
+                model.items.weight += torch.from_numpy(start).to(device)
         name, measure = "figure", judge
         if len(aside):
             name, measure = "mrr", lambda one: mean_reciprocal_rank(one, aside)

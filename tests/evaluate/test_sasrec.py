@@ -9,6 +9,7 @@ import torch
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.data.ragged import Ragged
 from forge_ray.embed.sasrec import SasRec, SasRecConfig, fit_sasrec
+from forge_ray.embed.teachers.artifact import train_log
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate import sasrec
 from forge_ray.evaluate.config import EvaluationConfig
@@ -18,6 +19,7 @@ from forge_ray.evaluate.sasrec import (
     SasRecRecommender,
     evaluate_sasrec,
     load_sasrec,
+    start_vectors,
     train_sasrec,
 )
 from tests.evaluate.datasets import topic_dataset
@@ -87,15 +89,31 @@ def test_lists_are_the_best_scores_without_the_history(monkeypatch: pytest.Monke
     np.testing.assert_array_equal(recommender.recommend(histories, 7), lists)
 
 
-@pytest.mark.parametrize("name", ["validation_users", "max_users"])
-def test_every_setting_of_its_own_matters(store: ArtifactStore, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "value"), [("validation_users", 50), ("max_users", 50), ("warm_start", 0.0)]
+)
+def test_every_setting_of_its_own_matters(store: ArtifactStore, name: str, value: float) -> None:
     dataset = topic_dataset(store, num_users=200)
     base = train_sasrec(dataset, SasRecBaselineConfig(**TINY), store).manifest.metrics["curve"]
-    config = SasRecBaselineConfig(**TINY, **{name: 50})
+    config = SasRecBaselineConfig(**TINY, **{name: value})
     other = train_sasrec(dataset, config, store).manifest.metrics["curve"]
     assert [row["figure"] for row in base] != [row["figure"] for row in other]
 
 
+def test_warm_starts_are_ppmi_vectors_of_one_length(store: ArtifactStore) -> None:
+    dataset = topic_dataset(store)
+    config = SasRecBaselineConfig(**TINY, warm_start=0.5)
+    rows = start_vectors(train_log(dataset, max_users=1000), config)
+    norms = np.linalg.norm(rows, axis=1)
+    assert rows.shape == (300, 16)
+    assert np.logical_or(np.isclose(norms, 0.5), norms == 0).all()
+    unit = rows / np.maximum(norms[:, None], 1e-12)
+    same = (unit @ unit.T)[np.arange(300) % 10 == 0][:, np.arange(300) % 10 == 0].mean()
+    assert same > (unit @ unit.T).mean() + 0.3
+
+
 def test_bad_settings_are_refused() -> None:
+    with pytest.raises(ConfigError, match=r"sasrec\.warm_start must be >= 0"):
+        SasRecBaselineConfig(warm_start=-1)
     with pytest.raises(ConfigError, match=r"sasrec\.validation_users must be >= 1"):
         SasRecBaselineConfig(validation_users=0)
