@@ -95,7 +95,7 @@ def _encode(
     if not as_json:
         stderr.print(
             f"stored at {artifact.uri}\nnext: forge-ray sid fit {data} "
-            f"vectors.space={artifact.manifest.name}",
+            f"vectors.space={artifact.manifest.name} --store {store}",
             soft_wrap=True,
         )
 

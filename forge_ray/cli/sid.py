@@ -70,7 +70,10 @@ def fit(
     emit(fit_summary(sids), title=f"SID table {sids.artifact.manifest.ref}", as_json=as_json)
     if not as_json:
         ref = sids.artifact.manifest.ref
-        stderr.print(f"stored at {sids.artifact.uri}\nnext: forge-ray sid score {ref}")
+        stderr.print(
+            f"stored at {sids.artifact.uri}\nnext: forge-ray sid score {ref} --store {store}",
+            soft_wrap=True,
+        )
 
 
 @app.command()
