@@ -1,0 +1,197 @@
+"""What choices do to generative retrieval: designs trained over seeds, in one table with baselines.
+
+Usage: python scripts/record.py gr_beauty -- python scripts/gr_designs.py DATA best --split test
+       python scripts/record.py gr_beauty_ablations -- python scripts/gr_designs.py DATA ablations
+
+A design is a SID table and a generator; the seed is that of both. Everything runs through the
+library, and what the store and the run folder hold is reused: a killed script continues. Prints
+JSON: figures of every design and seed, their mean and spread, differences to the first design of
+the group with users paired, the baselines on the same users, and the seconds of each training.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.cli.inputs import open_data
+from forge_ray.config import load_config
+from forge_ray.data.schema import Dataset
+from forge_ray.gr.comparison import CompareConfig, Comparison, compare, model_table
+from forge_ray.gr.config import GrConfig
+from forge_ray.gr.source import ModelSource
+from forge_ray.gr.train import train_generator
+from forge_ray.launch.connect import connected
+from forge_ray.sid.config import SidConfig
+from forge_ray.sid.fit import fit_sids
+
+FUSED = [
+    "quantizer.levels=3",
+    "vectors.behaviour.alpha=0.5",
+    "vectors.smooth.gamma=1",
+    "resolver.kind=zcr",
+]
+SEMANTIC = ["quantizer.levels=3", "resolver.kind=zcr"]
+ITEMS = ["model.kind=rq_transformer", "engine.global_batch=128", "max_history=50"]
+CODES = ["model.kind=decoder", "engine.global_batch=64", "max_history=20", "max_steps=3000"]
+
+
+@dataclass(frozen=True)
+class Design:
+    """Settings of one row."""
+
+    sids: list[str]
+    """Of `sid fit`."""
+    gr: list[str]
+    """Of `gr train`."""
+
+
+SHORT = [*ITEMS, "max_steps=1200"]
+DESIGNS: dict[str, Design] = {
+    "best": Design(FUSED, [*ITEMS, "max_steps=2500"]),
+    "items": Design(FUSED, SHORT),
+    "items, semantic SIDs": Design(SEMANTIC, SHORT),
+    "items, SIDs with collisions": Design(FUSED[:3], SHORT),
+    "items, shuffled SIDs": Design(["quantizer.kind=shuffled", *FUSED], SHORT),
+    "items, random SIDs": Design(["quantizer.kind=random", *FUSED], SHORT),
+    "items, no prefix vectors": Design(FUSED, [*SHORT, "model.prefix_rows=0"]),
+    "items, all codes compete": Design(FUSED, [*SHORT, "model.softmax=full"]),
+    "items, label smoothing .1": Design(FUSED, [*SHORT, "model.label_smoothing=0.1"]),
+    "codes": Design(FUSED, CODES),
+    "codes, last targets": Design(FUSED, [*CODES, "model.targets=last"]),
+    "codes, all codes compete": Design(FUSED, [*CODES, "model.softmax=full"]),
+    "codes, padded": Design(FUSED, [*CODES, "model.packing=false"]),
+    "codes, discrec": Design(FUSED, [*CODES, "model.discrec=true"]),
+    "parallel heads": Design(FUSED, [*ITEMS, "model.kind=parallel_heads", "max_steps=1200"]),
+}
+GROUPS = {
+    "best": ["best"],
+    "items": [name for name in DESIGNS if name.startswith("items")],
+    "codes": [name for name in DESIGNS if name.startswith("codes")],
+    "architectures": ["items", "codes", "parallel heads"],
+}
+METRICS = ("ItemHit@10", "ItemNDCG@10")
+
+
+@dataclass
+class Trained:
+    """The models of one design."""
+
+    sources: list[ModelSource] = field(default_factory=list)
+    runs: list[dict[str, Any]] = field(default_factory=list)
+
+
+def main() -> None:
+    """Fits, trains and compares."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("data")
+    parser.add_argument("designs", nargs="+", help=f"names, or groups: {', '.join(GROUPS)}")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--split", default="validation", help="test once a design is chosen")
+    parser.add_argument("--baselines", action="store_true", help="rows of all baselines too")
+    parser.add_argument("--store", default="./forge-store")
+    parser.add_argument("--run-dir", default="./forge-runs")
+    options = parser.parse_args()
+    names = list(dict.fromkeys(one for name in options.designs for one in GROUPS.get(name, [name])))
+    store = ArtifactStore(options.store)
+    dataset = open_data(options.data, store, verbose=False)
+    given = [f"split={options.split}", "ks=[5,10,20,100]"]
+    if not options.baselines:
+        given.append("baselines=[popularity,item_knn]")
+    config = load_config(CompareConfig, overrides=given)
+    with connected(verbose=False):
+        trained = {
+            name: train(name, range(options.seeds), dataset, store, options.run_dir)
+            for name in names
+        }
+        models = [source for one in trained.values() for source in one.sources]
+        tables = {table.key: table for table in map(model_table, models[:1])}
+        found = compare(models, dataset, config, store=store, tables=list(tables.values()))
+    print(json.dumps(record(trained, found, options.split), allow_nan=False))
+
+
+def train(name: str, seeds: range, dataset: Dataset, store: ArtifactStore, run_dir: str) -> Trained:
+    """The models of a design, one for each seed."""
+    design, trained = DESIGNS[name], Trained()
+    for seed in seeds:
+        print(f"{name}, seed {seed}", file=sys.stderr)
+        sids = fit_sids(
+            load_config(SidConfig, overrides=[*design.sids, f"seed={seed}"]), dataset, store
+        )
+        config = load_config(
+            GrConfig, overrides=["engine.warmup_steps=100", *design.gr, f"seed={seed}"]
+        )
+        run = f"{''.join(c if c.isalnum() else '-' for c in name)}-{dataset.key[:6]}-{seed}"
+        result = train_generator(
+            config,
+            dataset,
+            sids.table,
+            store=store,
+            run_dir=str(Path(run_dir).resolve()),
+            name=run,
+        )
+        trained.sources.append(ModelSource.open(store, result.artifact.uri))
+        trained.runs.append(
+            {
+                "seed": seed,
+                "steps": result.metrics["global_step"],
+                "validation": {metric: result.metrics[metric] for metric in METRICS},
+                "tokens_per_s": [row["tokens_per_s"] for row in result.history],
+            }
+        )
+    return trained
+
+
+def record(trained: dict[str, Trained], found: Comparison, split: str) -> dict[str, Any]:
+    """Figures by design, and of the other rows."""
+    reference = next(iter(trained.values()))
+    designs = {}
+    for name, one in trained.items():
+        rows = [found.rows[source.name].metrics for source in one.sources]
+        designs[name] = {
+            "sids": DESIGNS[name].sids,
+            "gr": DESIGNS[name].gr,
+            "runs": one.runs,
+            "rows": rows,
+            **summary(rows),
+            "differences": [
+                difference(found, ours.name, theirs.name)
+                for ours, theirs in zip(one.sources, reference.sources, strict=True)
+                if ours.name != theirs.name
+            ],
+        }
+    models = {source.name for one in trained.values() for source in one.sources}
+    others = {name: row.metrics for name, row in found.rows.items() if name not in models}
+    return {"split": split, "cpus": os.cpu_count(), "designs": designs, "baselines": others}
+
+
+def summary(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:
+    """Mean and spread over seeds."""
+    mean = {metric: float(np.mean([row[metric] for row in rows])) for metric in rows[0]}
+    spread = {
+        metric: float(np.std([row[metric] for row in rows], ddof=1)) if len(rows) > 1 else 0.0
+        for metric in METRICS
+    }
+    return {"mean": mean, "sd": spread}
+
+
+def difference(found: Comparison, ours: str, theirs: str) -> dict[str, list[float]]:
+    """Difference of two models of one seed with its 95 % interval, users paired."""
+    changes = {}
+    for metric in METRICS:
+        bounds = found.difference(ours, theirs, metric)
+        mean = found.rows[ours].metrics[metric] - found.rows[theirs].metrics[metric]
+        changes[metric] = [mean, bounds.low, bounds.high]
+    return changes
+
+
+if __name__ == "__main__":
+    main()
