@@ -6,6 +6,7 @@ import logging
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import ray
@@ -18,7 +19,13 @@ from forge_ray.gr.config import GrConfig, ValidationConfig
 from forge_ray.gr.loop import TrainJob
 from forge_ray.gr.models.decoder import DecoderConfig
 from forge_ray.gr.run_folder import BEST, CHECKPOINTS, RunFolder, checkpoint_name
-from forge_ray.gr.validation import AsideValidation, CheckpointValidator, validation_sample
+from forge_ray.gr.train import _validation
+from forge_ray.gr.validation import (
+    AsideValidation,
+    CheckpointValidator,
+    InlineValidation,
+    validation_sample,
+)
 from forge_ray.gr.vocab import vocab_of
 from tests.gr.chains import chain_dataset, grid_table
 
@@ -48,6 +55,11 @@ def job(store: ArtifactStore, tmp_path: Path) -> TrainJob:
 
 def here(job: TrainJob) -> CheckpointValidator:
     return CheckpointValidator(job, grid_table().codes, device="cpu")
+
+
+def with_validation(job: TrainJob, **changes: Any) -> TrainJob:
+    validation = replace(job.config.validation, **changes)
+    return replace(job, config=replace(job.config, validation=validation))
 
 
 def figures(metrics: dict[str, float]) -> dict[str, float]:
@@ -95,11 +107,16 @@ class TestAside:
                 assert figures(aside.result()) == expected
         assert caplog.text.count("the validation process was lost") == 1
 
-    def test_without_room_for_the_process_rank_0_validates(self, job):
-        config = replace(job.config, validation=replace(job.config.validation, cpus=1000.0))
-        crowded = replace(job, config=config)
+    @pytest.mark.parametrize("wanted", [{"cpus": 1000.0}, {"gpus": 1000.0}])
+    def test_without_room_for_the_process_rank_0_validates(self, job, wanted):
+        crowded = with_validation(job, **wanted)
         expected = figures(here(job).run(STEP, best=1.0))
         aside = AsideValidation(crowded, grid_table().codes, here(crowded))
         aside.submit(STEP, -1.0)
         assert not aside.is_ready()
         assert figures(aside.result()) == expected
+
+    def test_the_configuration_says_who_validates(self, job):
+        codes = ray.put(grid_table().codes)
+        assert isinstance(_validation(job, codes), AsideValidation)
+        assert isinstance(_validation(with_validation(job, aside=False), codes), InlineValidation)
