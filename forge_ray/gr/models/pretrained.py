@@ -47,6 +47,10 @@ class Checkpoint:
     """Text tokens after a history."""
     end: int = -1
     """Text token that ends an answer."""
+    num_text: int = 0
+    """Rows of the checkpoint's embeddings that are text."""
+    num_codes: int = 0
+    """Rows after them that are codes, in a checkpoint that was trained on SIDs before."""
 
 
 @dataclass(kw_only=True)
@@ -108,21 +112,33 @@ class PretrainedConfig(GeneratorConfig):
         architecture = self._architecture(folder.path)
         tokenizer = _tokenizer(folder.path)
         tokens = self.prompt_tokens(tokenizer)
+        num_text, num_codes = _split_rows(tokenizer, int(architecture["vocab_size"]))
         found = Checkpoint(
             fingerprint=folder.fingerprint,
             architecture=architecture,
             before=tokens.before,
             after=tokens.after,
             end=self._end(tokenizer),
+            num_text=num_text,
+            num_codes=num_codes,
         )
         return replace(self, pretrained=folder.source, revision=folder.revision, checkpoint=found)
 
     def start(self, vocab: Vocab) -> Generator:
-        """Creates the model with the checkpoint's weights; new rows are the mean of the text rows.
+        """Creates the model with the checkpoint's weights.
+
+        Codes that the checkpoint does not know begin at the mean of the text rows.
 
         Raises:
-            ConfigError: on this node the checkpoint is another one, or its weights do not load.
+            ConfigError: on this node the checkpoint is another one, its weights do not load, or it
+                knows fewer codes than there are.
         """
+        known, codes = self.checkpoint.num_codes, vocab.size - vocab.num_special
+        if 0 < known < codes:
+            raise ConfigError(
+                f"model.pretrained must know {codes} code tokens or none, got {known} in "
+                f"{self.pretrained}. Use the SID table that it was trained with."
+            )
         generator = self.build(vocab)
         if self.fresh:
             return generator
@@ -156,7 +172,7 @@ class PretrainedConfig(GeneratorConfig):
         return ExtendedTable(
             vocab,
             int(stack.hidden_size),
-            num_text=int(stack.vocab_size),
+            num_text=self.checkpoint.num_text,
             is_tied=self.is_tied(),
             temperature=temperature,
         )
@@ -221,29 +237,48 @@ class ExtendedTable(TokenTable):
             logits, targets, reduction="sum", label_smoothing=label_smoothing
         )
 
-    def load_text(self, embedding: Tensor, head: Tensor, *, start: int | None) -> None:
-        """Takes over a checkpoint's rows; the rows of codes and specials become their mean.
+    def load_rows(
+        self, embedding: Tensor, head: Tensor, *, start: int | None, has_codes: bool
+    ) -> None:
+        """Takes over a checkpoint's rows; new rows become the mean of its text rows.
 
         Source: mean resizing as in transformers' `resize_token_embeddings`; we differ in a diagonal
         covariance.
 
         Args:
-            embedding: [T, D] input embeddings.
-            head: [T, D] output head; not read when tied.
+            embedding: [T or more, D] input embeddings: text, then codes where it knows any.
+            head: the same of the output head; not read when tied.
             start: text token that BOS continues, if there is one.
+            has_codes: whether codes follow the text.
         """
-        self.weight.copy_(_extended(embedding, self.vocab.size))
+        for own, given in ((self.weight, embedding), (self.head, head)):
+            if own is None:
+                continue
+            text = given[: self.num_text].float()
+            new = len(own) - len(text)
+            spread = text.std(dim=0) * _SPREAD**0.5
+            own[:new] = text.mean(dim=0) + torch.randn(new, text.shape[1]) * spread
+            own[new:] = text
+            if has_codes:
+                num_codes = self.vocab.size - self.vocab.num_special
+                own[new - num_codes : new] = given[self.num_text : self.num_text + num_codes]
         if start is not None:
             self.weight[BOS] = embedding[start]
-        if self.head is not None:
-            self.head.copy_(_extended(head, self.vocab.size - self.vocab.num_special))
 
 
-def _extended(text: Tensor, num_new: int) -> Tensor:
-    """Rows that lie at the mean of the text rows, then the text rows."""
-    text = text.float()
-    spread = text.std(dim=0) * _SPREAD**0.5
-    return torch.cat([text.mean(dim=0) + torch.randn(num_new, text.shape[1]) * spread, text])
+def _split_rows(tokenizer: Any, vocab_size: int) -> tuple[int, int]:
+    """How many embedding rows are text, and how many after them are the codes C0, C1, ….
+
+    Source: FORGE (arXiv 2509.20904) adds its codes to the tokenizer under these names.
+    """
+    added = tokenizer.get_added_vocab()
+    first = added.get("C0")
+    if first is None:
+        return vocab_size, 0
+    num_codes = 0
+    while added.get(f"C{num_codes}") == first + num_codes:
+        num_codes += 1
+    return int(first), num_codes
 
 
 def load_checkpoint(kind: Any, folder: Path) -> Any:

@@ -86,10 +86,11 @@ class PretrainedDecoderConfig(PretrainedConfig):
         decoder.blocks.load_state_dict(
             {name: one for name, one in weights.items() if name != "embed_tokens.weight"}
         )
-        decoder.table.load_text(
+        decoder.table.load_rows(
             model.get_input_embeddings().weight,
             model.get_output_embeddings().weight,
             start=model.config.bos_token_id,
+            has_codes=self.checkpoint.num_codes > 0,
         )
 
 
@@ -106,6 +107,7 @@ class PretrainedDecoder(Decoder):
         self.vocab = vocab
         self.objective = config.objective
         self.table = config.token_table(vocab)
+        self.inputs = None
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = _stack(config)
         self._all_items = config.targets == "all"

@@ -76,10 +76,11 @@ class PretrainedT5Config(PretrainedConfig):
             weights = theirs.state_dict()
             weights.pop("embed_tokens.weight", None)
             own.load_state_dict(weights)
-        t5.table.load_text(
+        t5.table.load_rows(
             model.get_input_embeddings().weight,
             model.get_output_embeddings().weight,
             start=model.config.decoder_start_token_id,
+            has_codes=self.checkpoint.num_codes > 0,
         )
 
 
@@ -99,6 +100,7 @@ class PretrainedT5(T5):
         # A tied head reads states that are scaled down, which is a temperature.
         scale = stack.d_model**0.5 if config.is_tied() else 1.0
         self.table = config.token_table(vocab, temperature=scale)
+        self.inputs = self.fed_inputs = None
         self.encoder, self.decoder = _stacks(config)
         self._has_end = config.end_token
         found = config.checkpoint

@@ -97,3 +97,20 @@ def t5_checkpoint(folder: Path, *, is_gated: bool = False) -> Path:
     )
     T5ForConditionalGeneration(config).save_pretrained(folder)
     return folder
+
+
+def teach_codes(folder: Path, num_codes: int) -> Path:
+    """Turns a checkpoint into one trained on SIDs, as FORGE's: [SEP], C0, C1, …, padding."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+    is_pair = AutoConfig.from_pretrained(folder).is_encoder_decoder
+    kind = AutoModelForSeq2SeqLM if is_pair else AutoModelForCausalLM
+    model, tokenizer = kind.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    tokenizer.add_tokens(["[SEP]", *(f"C{number}" for number in range(num_codes))])
+    torch.manual_seed(5)
+    model.resize_token_embeddings(len(tokenizer), pad_to_multiple_of=128)
+    with torch.no_grad():
+        model.get_input_embeddings().weight.normal_(std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder

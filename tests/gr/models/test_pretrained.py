@@ -17,7 +17,12 @@ from forge_ray.gr.models.pretrained_decoder import PretrainedDecoderConfig
 from forge_ray.gr.models.pretrained_t5 import PretrainedT5Config
 from forge_ray.gr.models.prompt import PromptConfig
 from forge_ray.gr.vocab import Vocab
-from tests.gr.models.checkpoints import llama_checkpoint, qwen_checkpoint, t5_checkpoint
+from tests.gr.models.checkpoints import (
+    llama_checkpoint,
+    qwen_checkpoint,
+    t5_checkpoint,
+    teach_codes,
+)
 from tests.gr.models.test_generators import SIZES, GeneratorContract
 
 PROMPT = PromptConfig(before="history: ", after=", next:")
@@ -213,6 +218,56 @@ class TestTransformers:
             logits[:, num_text : num_text + model.vocab.num_special] = -torch.inf
             total -= logits.log_softmax(-1)[torch.arange(answer.shape[1]), answer[0]].sum()
         assert torch.allclose(model.loss_sum(batch), total, atol=1e-3)
+
+
+class TestCheckpointThatKnowsCodes:
+    """As FORGE publishes its own: C0, C1, … are tokens already."""
+
+    def text(self, model: Generator, codes: torch.Tensor) -> str:
+        flat = model.vocab.tokens(codes).flatten() - model.vocab.num_special
+        return "".join(f"C{code}" for code in flat.tolist())
+
+    @torch.no_grad()
+    @pytest.mark.parametrize("name", ["qwen", "t5"])
+    def test_it_charges_what_transformers_charges(self, tmp_path, name):
+        from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+        is_t5 = name == "t5"
+        folder = teach_codes((t5_checkpoint if is_t5 else qwen_checkpoint)(tmp_path), sum(SIZES))
+        options = {"softmax": "full", "end_token": True, "prompt": PROMPT}
+        config = (
+            PretrainedT5Config(pretrained=str(folder), **options)
+            if is_t5
+            else PretrainedDecoderConfig(pretrained=str(folder), targets="last", **options)
+        )
+        model, batch = started(config), a_batch()
+        kind = AutoModelForSeq2SeqLM if is_t5 else AutoModelForCausalLM
+        theirs = kind.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        num_known = len(tokenizer)  # transformers' padding rows compete with no one here
+        total = 0.0
+        for codes, length in zip(batch.codes, batch.lengths, strict=True):
+            question = PROMPT.before + self.text(model, codes[: length - 1]) + PROMPT.after
+            asked = tokenizer(question)["input_ids"]
+            answer = tokenizer(self.text(model, codes[length - 1 : length]))["input_ids"]
+            answer += [tokenizer.eos_token_id]
+            assert len(answer) == len(SIZES) + 1
+            if is_t5:
+                asked = torch.tensor([[*asked, tokenizer.eos_token_id]])
+                logits = theirs(asked, labels=torch.tensor([answer])).logits[0]
+            else:
+                whole = torch.tensor([[0, *asked, *answer]])  # 0 is the checkpoint's own first one
+                logits = theirs(whole).logits[0, len(asked) : -1]
+            log_probs = logits[:, :num_known].log_softmax(-1)
+            total -= log_probs[torch.arange(len(answer)), torch.tensor(answer)].sum()
+        assert torch.allclose(model.loss_sum(batch), total, atol=1e-3)
+
+    def test_a_table_with_more_codes_is_refused(self, tmp_path):
+        folder = teach_codes(qwen_checkpoint(tmp_path), sum(SIZES) - 1)
+        config = PretrainedDecoderConfig(pretrained=str(folder)).resolved()
+        assert config.checkpoint.num_codes == sum(SIZES) - 1
+        with pytest.raises(ConfigError, match="must know 18 code tokens or none, got 17"):
+            config.start(Vocab(SIZES))
 
 
 class TestStart:
