@@ -21,6 +21,7 @@ from torch.nn import functional
 from forge_ray.config import Component
 from forge_ray.data.stream import ExampleMode
 from forge_ray.errors import ConfigError
+from forge_ray.gr.models.discrec import DiscRec
 from forge_ray.gr.vocab import BOS, Vocab
 
 Competitors: TypeAlias = Literal["level", "full"]
@@ -118,6 +119,8 @@ class SizedConfig(GeneratorConfig):
     recency_embeddings: int = 0
     """Newest items of a history with a learned vector of their own, counted back from the target;
     older ones share the last. 0 adds none."""
+    discrec: bool = False
+    """Whether the codes of an item are read together before the stacks (`gr/models/discrec.py`)."""
 
     def __post_init__(self) -> None:
         """Checks the rules that no single field states."""
@@ -141,6 +144,17 @@ class SizedConfig(GeneratorConfig):
                 f"model.recency_embeddings must be >= 0, got {self.recency_embeddings}. "
                 "Use 0 for none."
             )
+
+    def input_module(self, vocab: Vocab) -> DiscRec | None:
+        """Creates the module between embeddings and stack, if there is to be one."""
+        if not self.discrec:
+            return None
+        return DiscRec(
+            self.hidden_size,
+            vocab.num_levels,
+            inner=self.intermediate_size,
+            dropout=self.dropout,
+        )
 
     def token_table(self, vocab: Vocab) -> TokenTable:
         """Creates the embeddings and the head, with fresh weights."""

@@ -31,6 +31,7 @@ from forge_ray.gr.models.base import (
     items_back,
     shift_right,
 )
+from forge_ray.gr.models.discrec import DiscRec, extended
 from forge_ray.gr.models.packing import KERNEL, Packing, register_kernel
 from forge_ray.gr.vocab import BOS, Vocab
 
@@ -83,11 +84,13 @@ class DecoderState:
         cache: keys and values of history and beams; appended to in place.
         history_mask: bool [B, S].
         tree: ancestry of the beams.
+        path: int64 [B, W, codes so far], tokens of the beams.
     """
 
     cache: Any
     history_mask: Tensor
     tree: BeamTree
+    path: Tensor
 
 
 class Decoder(Generator):
@@ -95,6 +98,7 @@ class Decoder(Generator):
 
     vocab: Vocab
     table: TokenTable
+    inputs: DiscRec | None
     blocks: Any
 
     def __init__(self, config: DecoderConfig, vocab: Vocab) -> None:
@@ -102,6 +106,7 @@ class Decoder(Generator):
         self.vocab = vocab
         self.objective = config.objective
         self.table = config.token_table(vocab)
+        self.inputs = config.input_module(vocab)
         self._all_items = config.targets == "all"
         self._packs = config.packs
         self.dropout = nn.Dropout(config.dropout)
@@ -121,7 +126,7 @@ class Decoder(Generator):
         tokens = shift_right(self.vocab.tokens(batch.codes).reshape(rows, items * levels))
         # Rows are padded on the right: under a causal mask no valid position sees padding, so the
         # kernel's built-in causal path serves and no mask is built.
-        embedded = self.table(tokens, recency=items_back(batch.lengths, items * levels, levels))
+        embedded = self._embed(tokens, items_back(batch.lengths, items * levels, levels))
         states = self.blocks(inputs_embeds=self.dropout(embedded), use_cache=False)
         hidden = states.last_hidden_state.reshape(rows, items, levels, -1)
         item = torch.arange(items, device=tokens.device)
@@ -134,7 +139,7 @@ class Decoder(Generator):
         packing = Packing.of(batch.lengths, levels)
         codes = packing.items(batch.codes)
         tokens = packing.shift_right(self.vocab.tokens(codes).flatten(), BOS)
-        embedded = self.table(tokens, recency=packing.items_back(levels))
+        embedded = self._embed(tokens, packing.items_back(levels))
         states = self.blocks(
             inputs_embeds=self.dropout(embedded).unsqueeze(0),
             position_ids=packing.positions.unsqueeze(0),
@@ -159,10 +164,11 @@ class Decoder(Generator):
         itself = torch.eye(length, dtype=torch.bool, device=tokens.device)
         allowed = (causal & mask.unsqueeze(1)) | itself
         cache = DynamicCache()
-        embedded = self.table(tokens, recency=self.vocab.history_recency(length, tokens.device))
+        embedded = self._embed(tokens, self.vocab.history_recency(length, tokens.device))
         hidden = self._attend(embedded, (mask.cumsum(1) - 1).clamp(min=0), allowed, cache)
         tree = BeamTree.root(len(tokens), tokens.device)
-        return self.table(hidden[:, -1], 0), DecoderState(cache, mask, tree)
+        path = tokens.new_empty(len(tokens), 1, 0)
+        return self.table(hidden[:, -1], 0), DecoderState(cache, mask, tree, path)
 
     def step(
         self, state: DecoderState, parents: Tensor, codes: Tensor, level: int
@@ -174,9 +180,21 @@ class Decoder(Generator):
         allowed = torch.cat([history, tree.visible()], dim=2)
         position = state.history_mask.sum(dim=1, keepdim=True) + (level - 1)
         tokens = self.vocab.level_tokens(codes.clamp(min=0), level - 1)
-        embedded = self.table(tokens)
+        path = extended(state.path, parents, tokens)
+        if self.inputs is None:
+            embedded = self.table(tokens)
+        else:
+            embedded = self.inputs.item(self.table(path))[:, :, -1]
         hidden = self._attend(embedded, position.expand(rows, width), allowed, state.cache)
-        return self.table(hidden, level), DecoderState(state.cache, state.history_mask, tree)
+        return self.table(hidden, level), DecoderState(state.cache, state.history_mask, tree, path)
+
+    def _embed(self, tokens: Tensor, recency: Tensor) -> Tensor:
+        """Inputs [..., D] of the blocks for whole sequences, each beginning with BOS."""
+        embedded: Tensor = self.table(tokens, recency=recency)
+        if self.inputs is None:
+            return embedded
+        mixed: Tensor = self.inputs(embedded, tokens == BOS, is_causal=True)
+        return mixed
 
     def _attend(self, embedded: Tensor, positions: Tensor, allowed: Tensor, cache: Any) -> Tensor:
         """Hidden states [B, Q, D] of embeddings that see `allowed` keys, [B, Q, cached + Q]."""

@@ -13,7 +13,7 @@ Shapes: B rows, N items of a row, L levels, S tokens, W beams, D width, K codes 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -29,6 +29,7 @@ from forge_ray.gr.models.base import (
     items_back,
     shift_right,
 )
+from forge_ray.gr.models.discrec import DiscRec, extended
 from forge_ray.gr.vocab import BOS, PAD, Vocab
 
 
@@ -61,12 +62,14 @@ class T5State:
         encoded: encoder states [B, S, D].
         mask: bool [B, S].
         tree: ancestry of the beams; BOS is its first step.
+        path: int64 [B, W, codes so far], tokens of the beams without BOS.
     """
 
     cache: Any
     encoded: Tensor
     mask: Tensor
     tree: BeamTree
+    path: Tensor
 
 
 class T5(Generator):
@@ -74,6 +77,8 @@ class T5(Generator):
 
     vocab: Vocab
     table: TokenTable
+    inputs: DiscRec | None
+    fed_inputs: DiscRec | None
     encoder: Any
     decoder: Any
 
@@ -82,6 +87,8 @@ class T5(Generator):
         self.vocab = vocab
         self.objective = config.objective
         self.table = config.token_table(vocab)
+        self.inputs = config.input_module(vocab)
+        self.fed_inputs = config.input_module(vocab)
         self.encoder, self.decoder = _stacks(config)
 
     def num_targets(self, lengths: Tensor) -> int:
@@ -101,9 +108,9 @@ class T5(Generator):
         last = (batch.lengths - 1).clamp(min=0)
         targets = batch.codes[torch.arange(rows, device=device), last]
         back = items_back(batch.lengths, tokens.shape[1], levels)
-        fed = self.table(shift_right(self.vocab.tokens(targets)))
+        fed = shift_right(self.vocab.tokens(targets))
         hidden = self.decoder(
-            inputs_embeds=fed,
+            inputs_embeds=self._embed_fed(fed),
             encoder_hidden_states=self._encode(tokens, mask, back),
             encoder_attention_mask=mask,
             use_cache=False,
@@ -122,9 +129,10 @@ class T5(Generator):
             self._encode(tokens, mask, recency),
             mask,
             BeamTree.root(len(tokens), tokens.device),
+            tokens.new_empty(len(tokens), 1, 0),
         )
         start = torch.full_like(tokens[:, :1], BOS)
-        hidden, state = self._feed(state, torch.zeros_like(start), start)
+        hidden, state = self._feed(state, torch.zeros_like(start), self._embed_fed(start))
         return self.table(hidden[:, 0], 0), state
 
     def step(
@@ -132,23 +140,38 @@ class T5(Generator):
     ) -> tuple[Tensor, T5State]:
         """See `Generator.step`."""
         tokens = self.vocab.level_tokens(codes.clamp(min=0), level - 1)
-        hidden, state = self._feed(state, parents, tokens)
+        path = extended(state.path, parents, tokens)
+        if self.fed_inputs is None:
+            embedded = self.table(tokens)
+        else:
+            embedded = self.fed_inputs.item(self.table(path))[:, :, -1]
+        hidden, state = self._feed(replace(state, path=path), parents, embedded)
         return self.table(hidden, level), state
 
     def _encode(self, tokens: Tensor, mask: Tensor, recency: Tensor) -> Tensor:
         embedded = self.table(tokens, recency=recency)
+        if self.inputs is not None:
+            embedded = self.inputs(embedded, tokens == BOS, is_causal=False)
         states = self.encoder(inputs_embeds=embedded, attention_mask=mask)
         return states.last_hidden_state
 
-    def _feed(self, state: T5State, parents: Tensor, tokens: Tensor) -> tuple[Tensor, T5State]:
+    def _embed_fed(self, tokens: Tensor) -> Tensor:
+        """Inputs [B, S, D] of the decoder for BOS and the first codes of an item."""
+        embedded: Tensor = self.table(tokens)
+        if self.fed_inputs is None:
+            return embedded
+        mixed: Tensor = self.fed_inputs(embedded, tokens == BOS, is_causal=True)
+        return mixed
+
+    def _feed(self, state: T5State, parents: Tensor, embedded: Tensor) -> tuple[Tensor, T5State]:
         """Hidden states [B, W, D] of one new token per beam.
 
         The stack's own forward derives positions from the cache's length; here many beams share one
         position, so the blocks are called with a bias built from the tree.
         """
-        rows, width = tokens.shape
+        rows, width = parents.shape
         tree = state.tree.extend(parents)
-        hidden = self.table(tokens)
+        hidden = embedded
         own_mask = self._additive(tree.visible())
         history_mask = self._additive(state.mask.unsqueeze(1).expand(rows, width, -1))
         bias = self._position_bias(tree)
@@ -164,7 +187,7 @@ class T5(Generator):
                 past_key_values=state.cache,
             )
         hidden = self.decoder.final_layer_norm(hidden)
-        return hidden, T5State(state.cache, state.encoded, state.mask, tree)
+        return hidden, replace(state, tree=tree)
 
     def _position_bias(self, tree: BeamTree) -> Tensor:
         """Relative position bias [1, H, 1, keys] between the newest step and every fed code."""

@@ -204,6 +204,31 @@ class TestPlaceEmbeddingsOfT5(PlaceEmbeddings):
         return T5Config(dropout=0.0, **self.OPTIONS, **SMALL)
 
 
+class WithDiscRec(GeneratorContract):
+    """The gates start at 0, equal weights; here they are drawn."""
+
+    def prepared(self, model: Generator) -> Generator:
+        for module in (model.inputs, getattr(model, "fed_inputs", None)):
+            if module is not None:
+                nn.init.normal_(module.gates)
+        return model
+
+
+class TestDiscRec(WithDiscRec):
+    def config(self) -> GeneratorConfig:
+        return DecoderConfig(discrec=True, dropout=0.0, **SMALL)
+
+
+class TestPaddedDiscRec(WithDiscRec):
+    def config(self) -> GeneratorConfig:
+        return DecoderConfig(discrec=True, packing=False, dropout=0.0, **SMALL)
+
+
+class TestDiscRecOfT5(WithDiscRec, LastTarget):
+    def config(self) -> GeneratorConfig:
+        return T5Config(discrec=True, dropout=0.0, **SMALL)
+
+
 class TestT5(LastTarget):
     def config(self) -> GeneratorConfig:
         return T5Config(dropout=0.0, **SMALL)
