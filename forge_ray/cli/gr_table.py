@@ -56,7 +56,8 @@ def lines(boards: Boards, ks: Sequence[int]) -> list[dict[str, Any]]:
         table.append({"metric": name, **_cells(boards, name)})
         if name in (f"ItemHit@{middle}", f"ItemNDCG@{middle}"):
             table.append({"metric": f"{name} 95 %", **_intervals(boards, name)})
-    return table
+    # Figures of SIDs say nothing where no row ranks SIDs.
+    return [line for line in table if any(line[board] is not None for board in boards)]
 
 
 def middle_cut(ks: Sequence[int]) -> int:

@@ -24,13 +24,20 @@ from forge_ray.data.schema import Dataset, Split
 from forge_ray.evaluate.board import Ranked
 from forge_ray.evaluate.config import EvaluationConfig
 from forge_ray.evaluate.evaluator import Evaluation, Ready, evaluated
-from forge_ray.evaluate.item_knn import ItemKnn, ItemKnnConfig, count_items, tune
+from forge_ray.evaluate.item_knn import (
+    GRID,
+    MAX_LENGTHS,
+    ItemKnn,
+    ItemKnnConfig,
+    count_items,
+    tune,
+)
 from forge_ray.evaluate.popularity import Popularity, popularity_order
 from forge_ray.evaluate.ranking import distinct_items, list_places
 
 BASELINE_KIND = "baseline"
 FLOORS = ("popularity", "item_knn")
-_TUNING_USERS = 5000
+_TUNING_USERS = 2000
 _TUNING_CUT = 10
 
 
@@ -175,16 +182,18 @@ def tuned_item_knn(dataset: Dataset, store: ArtifactStore) -> ItemKnnConfig:
     """The constants of item-kNN that rank the validation targets best, by ItemNDCG@10.
 
     Args:
-        dataset: a prepared dataset; its first 5,000 validation users are looked at.
+        dataset: a prepared dataset; its first 2,000 validation users are looked at.
         store: keeps the constants, as an artifact of kind `baseline`.
     """
 
     def produce(_: ArtifactWriter) -> ArtifactInfo:
         figure = validation_figure(dataset, users=_TUNING_USERS)
-        best = tune(fit_item_knn(dataset, ItemKnnConfig()), figure)
+        starts = (fit_item_knn(dataset, ItemKnnConfig(max_length=one)) for one in MAX_LENGTHS)
+        best = tune(max(starts, key=figure), figure)
         return ArtifactInfo(metrics={"item_knn": to_mapping(best)})
 
-    content = {"kind": "item_knn", "users": _TUNING_USERS, "start": to_mapping(ItemKnnConfig())}
+    grid = {**GRID, "max_length": MAX_LENGTHS}
+    content = {"kind": "item_knn", "users": _TUNING_USERS, "grid": _lists(grid)}
     artifact = store.build(
         BASELINE_KIND,
         f"{dataset.name}-item_knn",
@@ -193,6 +202,10 @@ def tuned_item_knn(dataset: Dataset, store: ArtifactStore) -> ItemKnnConfig:
         produce=produce,
     )
     return from_mapping(ItemKnnConfig, artifact.manifest.metrics["item_knn"])
+
+
+def _lists(grid: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
+    return {name: list(values) for name, values in grid.items()}
 
 
 def validation_figure(dataset: Dataset, *, users: int) -> Callable[[Recommender], float]:

@@ -54,11 +54,13 @@ class ItemKnnConfig:
 
 
 GRID: dict[str, tuple[float, ...]] = {
-    "history": (1, 2, 3, 5, 10, 20, 50),
-    "decay": (0.3, 0.5, 0.6, 0.7, 0.8, 0.9, 1.0),
-    "succession": (0.0, 0.25, 0.5, 1.0, 2.0, 4.0),
+    "history": (1, 3, 5, 10, 20, 50),
+    "decay": (0.3, 0.5, 0.7, 0.8, 0.9, 1.0),
+    "succession": (0.0, 0.5, 1.0, 2.0, 4.0),
 }
-"""Values that tuning tries for each constant."""
+"""Values that tuning tries for each constant that needs no new counts."""
+MAX_LENGTHS = (60, 200, 1000)
+"""Values of `max_length` that tuning counts with; beyond 60 where users take hundreds of items."""
 _ROUNDS = 2
 
 

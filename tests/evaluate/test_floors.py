@@ -9,6 +9,7 @@ import pytest
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import to_mapping
+from forge_ray.data.ragged import Ragged
 from forge_ray.evaluate import evaluator
 from forge_ray.evaluate.config import EvaluationConfig
 from forge_ray.evaluate.floors import (
@@ -19,7 +20,7 @@ from forge_ray.evaluate.floors import (
     validation_figure,
 )
 from forge_ray.evaluate.item_knn import ItemKnnConfig
-from tests.evaluate.datasets import beauty_dataset, topic_dataset
+from tests.evaluate.datasets import beauty_dataset, topic_dataset, write_dataset
 
 
 def test_floors_are_measured_once(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -57,6 +58,17 @@ def test_tuned_constants_are_no_worse_on_validation_and_kept(store: ArtifactStor
     assert tuned >= floor
     assert store.manifests("baseline")[0].metrics["item_knn"] == to_mapping(found)
     assert tuned_item_knn(dataset, store) == found
+
+
+def test_long_histories_are_counted_where_it_pays(store: ArtifactStore) -> None:
+    """Users of a hundred items each: the floor's limit of 60 leaves out all of them."""
+    rng = np.random.default_rng(0)
+    topics = np.arange(400).reshape(4, 100)
+    # Shuffled, so that what follows what says less than what goes with what.
+    rows = [rng.permutation(topics[user % 4])[:80] for user in range(60)]
+    ids = np.array([f"i{number:03d}" for number in range(400)])
+    dataset = write_dataset(store, Ragged.from_lists(rows, dtype=np.int32), item_ids=ids)
+    assert tuned_item_knn(dataset, store).max_length > 60
 
 
 def test_amazon_beauty_floors(shared_data: Path, store: ArtifactStore) -> None:

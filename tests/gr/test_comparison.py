@@ -75,7 +75,8 @@ def test_differences_are_paired(run, model: Artifact) -> None:
         assert one["difference"] == pytest.approx(own)
         assert one["low"] <= own <= one["high"]
         assert one["is_decided"] == (one["low"] > 0 or one["high"] < 0)
-    assert "Difference to popularity" in run(*words, "--against", "popularity").stdout
+    table = run(*words, "--against", "popularity").stdout
+    assert "Difference to popularity" in table
 
 
 def test_baselines_need_no_model(run, store: ArtifactStore, tmp_path: Path) -> None:
@@ -89,6 +90,9 @@ def test_baselines_need_no_model(run, store: ArtifactStore, tmp_path: Path) -> N
     both = json.loads(run(*words, "--sids", str(path), "--sids", other.key).stdout)
     assert [row["model"] for row in both[1:]] == ["markov_backoff foreign", "markov_backoff random"]
     assert both[1]["ItemHit@5"] == rows[1]["ItemHit@5"]
+    plain = run("--data", dataset.key, "ks=[5]", "baselines=[item_knn]").stdout
+    assert "HR@5" in plain
+    assert "SidHit" not in plain
 
 
 @pytest.mark.parametrize(
