@@ -61,6 +61,9 @@ class EngineConfig:
     """AdamW's decay of squared gradients; short runs profit from less than 0.999."""
     clip_norm: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    activation_checkpointing: bool = False
+    """Whether transformer blocks compute their activations again in the backward pass instead of
+    keeping them: less memory for one more forward pass. The loss is the same."""
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -149,6 +152,8 @@ class Engine:
         self.world_size = distributed.get_world_size()
         self.rank = distributed.get_rank()
         self.module = generator
+        if config.activation_checkpointing:
+            generator.recompute_activations()
         self._max_steps = max_steps
         self._seed = seed
         has_gpu = torch.cuda.is_available()

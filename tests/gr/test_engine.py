@@ -96,6 +96,14 @@ def test_zero_stages_give_the_same_curve():
         assert curve == pytest.approx(curves[0], rel=1e-5)
 
 
+def test_activation_checkpointing_changes_nothing():
+    engine = make(activation_checkpointing=True)
+    layer = engine.module.blocks.layers[0]
+    assert layer.gradient_checkpointing
+    assert not make().module.blocks.layers[0].gradient_checkpointing
+    assert train(engine, batches(3)) == pytest.approx(train(make(), batches(3)), rel=1e-6)
+
+
 def test_accumulation_changes_nothing():
     """Rows per forward are a memory setting: without dropout the updates agree."""
 

@@ -10,6 +10,7 @@ targets, V token ids.
 
 from __future__ import annotations
 
+import warnings
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
@@ -321,6 +322,28 @@ class Generator(nn.Module, ABC):
     def loss(self, batch: TokenBatch) -> Tensor:
         """Mean cross-entropy per target token; ln(codes of a level) before training."""
         return self.loss_sum(batch) / max(1, self.num_targets(batch.lengths))
+
+    def recompute_activations(self) -> None:
+        """Lets transformer blocks compute their activations again in the backward pass.
+
+        Raises:
+            ConfigError: no block of this model can.
+        """
+        stacks: list[Any] = [
+            one for one in self.modules() if hasattr(one, "gradient_checkpointing_enable")
+        ]
+        if not stacks:
+            raise ConfigError(
+                f"engine.activation_checkpointing must be false for {type(self).__name__}, got "
+                "true. It has no blocks of transformers: leave it out and lower "
+                "engine.micro_batch."
+            )
+        with warnings.catch_warnings():
+            # Renamed within transformers 5; every 5.x still has this name.
+            warnings.simplefilter("ignore", FutureWarning)
+            for stack in stacks:
+                # Reentrant checkpoints lose gradients of arguments given by name.
+                stack.gradient_checkpointing_enable({"use_reentrant": False})
 
     def level_loss_sum(self, hidden_MLD: Tensor, targets_ML: Tensor) -> Tensor:
         """Sum over levels of the cross-entropy that `objective` describes.
