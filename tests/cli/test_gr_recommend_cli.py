@@ -1,0 +1,46 @@
+"""`forge-ray gr recommend`: options and settings reach the stage, and its report is printed."""
+
+from __future__ import annotations
+
+import json
+from contextlib import nullcontext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from forge_ray.cli.gr import app
+from forge_ray.gr.recommend import RecommendReport
+from forge_ray.gr.source import ModelSource
+
+REPORT = RecommendReport(
+    out="lists", users=90, parts=6, parts_resumed=1, users_per_s=3.5,
+    decode_users_per_s=7.0, invalid_rate=0.0, short_rate=0.0,
+)  # fmt: skip
+
+
+def test_options_reach_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = SimpleNamespace(name="chain-model", dataset="chains")
+    told: dict[str, Any] = {}
+
+    def stage(source: Any, dataset: Any, config: Any, *, out: str) -> RecommendReport:
+        told.update(source=source, dataset=dataset, config=config, out=out)
+        return REPORT
+
+    monkeypatch.setattr("forge_ray.launch.connect.connected", lambda **_: nullcontext())
+    monkeypatch.setattr("forge_ray.gr.recommend.recommend", stage)
+    monkeypatch.setattr(ModelSource, "open", lambda *_, **__: source)
+    words = ["recommend", "chain-model", "top_k=5", "bucket_order=dense", "widths=[200,400,1200]"]
+    options = ["--allow", "in.txt", "--deny", "out.txt", "--split", "validation", "--json"]
+    done = CliRunner().invoke(app, [*words, *options, "--store", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["users_per_s"] == 3.5
+    assert json.loads(done.stdout)["invalid_rate"] == 0
+    config = told["config"]
+    assert (config.allow, config.deny, config.split) == ("in.txt", "out.txt", "validation")
+    assert (config.top_k, config.bucket_order) == (5, "dense")
+    assert config.widths == [200, 400, 1200]
+    assert (told["source"], told["dataset"]) == (source, "chains")
+    assert told["out"] == "./recommendations/chain-model-validation"
