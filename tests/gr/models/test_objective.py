@@ -83,9 +83,9 @@ def test_targets_decide_how_sequences_are_cut():
 
 @pytest.mark.parametrize(
     "change",
-    ["label_smoothing=0.1", "temperature=0.5", "softmax=full", "targets=last"],
+    ["label_smoothing=0.1", "temperature=0.5", "softmax=full", "targets=last", "discrec=true"],
 )
-def test_every_loss_option_changes_the_loss(change):
+def test_every_option_changes_the_loss(change):
     changed = load_config(DecoderConfig, overrides=[change])
     options = {change.partition("=")[0]: getattr(changed, change.partition("=")[0])}
     assert make(**options).loss(batch()).item() != pytest.approx(make().loss(batch()).item())
