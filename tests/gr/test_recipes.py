@@ -32,6 +32,8 @@ ONE_CPU = [
     "validation.every=2",
     "validation.users=4",
     "validation.batch_users=4",
+    "validation.cpus=0",
+    "validation.gpus=0",
 ]
 """What a machine without GPUs overrides; all else is the recipe's."""
 
