@@ -24,13 +24,19 @@ BENCH = Path(__file__).parent / "bench"
 SECTIONS = ("encode", "fit", "symbols", "hitrate", "rq_vae", "resolvers")
 
 
-def main() -> None:
-    """Runs the sections asked for and writes the record."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("sections", nargs="*", default=SECTIONS, help=", ".join(SECTIONS))
+def main(doc: str, sections: tuple[str, ...], out: str) -> None:
+    """Runs the sections asked for and writes the record.
+
+    Args:
+        doc: of the script.
+        sections: its files of scripts/bench.
+        out: the record's name in docs/results.
+    """
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("sections", nargs="*", default=sections, help=", ".join(sections))
     parser.add_argument("--scale", type=float, default=1.0, help="share of the full problem sizes")
     parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of both sides")
-    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / "bench_sid.json")
+    parser.add_argument("--out", type=Path, default=ROOT / "docs" / "results" / out)
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.inside:
@@ -53,7 +59,8 @@ def run_here(name: str, scale: float, threads: int) -> dict[str, object]:
     set_threads(threads)
     spec = importlib.util.spec_from_file_location(name, BENCH / f"{name}.py")
     if spec is None or spec.loader is None or not (BENCH / f"{name}.py").is_file():
-        sys.exit(f"section must be one of {', '.join(SECTIONS)}, got {name!r}. Check its name.")
+        names = ", ".join(sorted(path.stem for path in BENCH.glob("*.py")))
+        sys.exit(f"section must be one of {names}, got {name!r}. Check its name.")
     module = importlib.util.module_from_spec(spec)
     # Dataclasses of a module look their annotations up here.
     sys.modules[name] = module
@@ -97,4 +104,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    main()
+    main(__doc__, SECTIONS, "bench_sid.json")
