@@ -31,6 +31,7 @@ ENTRY_POINTS = {
     "scoring": "forge_ray.sid.metrics.sharded:_call",
     "embedding": "forge_ray.embed.encoders.stage:_EncodeSlice",
     "recommending": "forge_ray.gr.recommend:_PartWriter",
+    "ranking": "forge_ray.evaluate.evaluator:_task",
     "tokenizing": "forge_ray.sweep.stages:fit_and_score",
     "evaluating": "forge_ray.sweep.stages:evaluate_model",
 }
@@ -75,6 +76,7 @@ def test_a_worker_takes_the_threads_of_its_cpus(ray_local: None, name: str) -> N
         "scoring": (None, None),
         "embedding": (Config(), None, None, None),
         "recommending": (Job(),),
+        "ranking": ([None], None, Config(), None),
         "tokenizing": ("/nonexistent", "", {}, {}, 1.0),
         "evaluating": ("/nonexistent", "", "validation", 0, {}, 1.0),
     }

@@ -14,7 +14,10 @@ from forge_ray.artifacts import Artifact, ArtifactStore
 from forge_ray.cli.gr_compare import compare as command
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate import evaluator
-from forge_ray.gr.comparison import BASELINES, CompareConfig, compare
+from forge_ray.evaluate.item_knn import ItemKnnConfig
+from forge_ray.evaluate.sasrec import SasRecBaselineConfig
+from forge_ray.gr.comparison import BASELINES, CompareConfig, NamedTable, compare
+from forge_ray.gr.markov import MarkovConfig
 from forge_ray.gr.source import ModelSource
 from forge_ray.sid.table import SidTable
 from tests.evaluate.datasets import topic_dataset
@@ -117,6 +120,27 @@ def test_a_model_of_another_dataset_is_refused(store: ArtifactStore, model: Arti
     source = ModelSource.open(store, model.key)
     with pytest.raises(ConfigError, match="must belong to dataset"):
         compare([source], topic_dataset(store), CompareConfig(ks=[5]), store=store)
+
+
+@pytest.mark.parametrize(
+    ("row", "section"),
+    [
+        ("item_knn", {"item_knn": ItemKnnConfig(history=1)}),
+        ("markov_backoff", {"markov_backoff": MarkovConfig(em_steps=1)}),
+        ("sasrec", {"sasrec": SasRecBaselineConfig(dim=8, layers=1, epochs=1)}),
+    ],
+)
+def test_sections_reach_their_rows(store: ArtifactStore, row: str, section: dict) -> None:
+    dataset = topic_dataset(store, num_users=100)
+    codes = np.column_stack([np.arange(300) % 10, np.arange(300) // 10 % 30])
+    table = NamedTable("grid", "0" * 64, lambda: SidTable.from_codes(codes, (10, 30)))
+    usual = {"sasrec": SasRecBaselineConfig(dim=4, layers=1, epochs=1)}
+    found = [
+        compare([], dataset, CompareConfig(ks=[5], baselines=[row], **one), store=store,
+                tables=[table]).rows[row].metrics
+        for one in (usual, section)
+    ]  # fmt: skip
+    assert found[0]["ItemNDCG@5"] != found[1]["ItemNDCG@5"]
 
 
 def test_all_rows_stand_in_a_table_by_default() -> None:
