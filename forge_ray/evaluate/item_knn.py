@@ -56,7 +56,7 @@ class ItemKnnConfig:
 GRID: dict[str, tuple[float, ...]] = {
     "history": (1, 3, 5, 10, 20, 50),
     "decay": (0.3, 0.5, 0.7, 0.8, 0.9, 1.0),
-    "succession": (0.0, 0.5, 1.0, 2.0, 4.0),
+    "succession": (0.0, 0.5, 1.0, 2.0, 4.0, 8.0),
 }
 """Values that tuning tries for each constant that needs no new counts."""
 MAX_LENGTHS = (60, 200, 1000)
