@@ -1,4 +1,4 @@
-"""`sasrec`: the strong sequential baseline, with full cross-entropy and tuned on validation.
+"""`sasrec`: the sequential baseline, with full cross-entropy and its epoch chosen on validation.
 
 Trained once for a dataset and configuration, on the train part alone; the epoch is chosen by
 ItemNDCG@10 of validation users. Scores every item of the catalogue for a block of users at a time.
@@ -39,7 +39,7 @@ _BLOCK_SCORES = 1 << 23
 
 @dataclass(kw_only=True)
 class SasRecBaselineConfig(SasRecConfig):
-    """SASRec as a row of the table; the defaults are tuned on Amazon Beauty's validation split."""
+    """SASRec as a row of the table; its epoch, not its shape, is chosen on validation."""
 
     holdout_share: float = 0.0
     """0 chooses the epoch on the validation split; more, on that share of the train users."""
