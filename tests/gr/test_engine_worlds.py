@@ -33,7 +33,7 @@ def train(
         )
         for rank in range(world)
     ]
-    results = [worker.communicate(timeout=300) for worker in workers]
+    results = [worker.communicate(timeout=900) for worker in workers]
     assert all(worker.returncode == 0 for worker in workers), results[0][1][-3000:]
     answer: dict[str, Any] = json.loads(results[0][0].splitlines()[-1])
     return answer

@@ -142,7 +142,7 @@ def worker_pids() -> list[int]:
     return [pid for pid, name in names.items() if "RayTrainWorker" in name and is_ours(pid)]
 
 
-def wait_for(path: Path, timeout_s: float = 120) -> None:
+def wait_for(path: Path, timeout_s: float = 400) -> None:
     deadline = time.monotonic() + timeout_s
     while not path.exists():
         assert time.monotonic() < deadline, f"{path} did not appear"
@@ -302,6 +302,31 @@ class TestSlow:
                 "engine.clip_norm=0",
                 store="store-not-finite",
             )
+
+    def test_sigterm_saves_and_ends(self, folder):
+        """What a scheduler sends before it takes the machine away."""
+        script = (
+            "from pathlib import Path\n"
+            "from forge_ray.errors import StoppedError\n"
+            "from forge_ray.launch.connect import connected\n"
+            "from tests.gr.test_train import run\n"
+            "with connected(address='local', num_cpus=2):\n"
+            "    try:\n"
+            f"        run(Path({str(folder)!r}), 'sigterm', 'max_steps=100000', store='store-s')\n"
+            "    except StoppedError as error:\n"
+            "        print(error)\n"
+        )
+        root = Path(__file__).resolve().parents[2]
+        driver = subprocess.Popen(
+            [sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True
+        )
+        wait_for(folder / "runs" / "sigterm" / "checkpoints" / "step_00000020" / "checkpoint.json")
+        driver.terminate()
+        said = driver.communicate(timeout=300)[0]
+        assert driver.returncode == 0
+        last = checkpoints(folder, "sigterm")[-1]
+        assert f"a request to stop at step {int(last[-8:])}." in said
+        assert f"continues it from {folder}/runs/sigterm/checkpoints/{last}" in said
 
     def test_a_killed_driver_resumes_with_the_same_command(self, reference, folder):
         """The whole Ray of the driver dies with it; the second call continues from step 20."""
