@@ -360,3 +360,8 @@ def test_config_rules():
     ):
         with pytest.raises(ConfigError, match=message):
             load_config(GrConfig, overrides=[override])
+    with pytest.raises(ConfigError, match="max_workers must be 0 or >= num_workers=3, got 2"):
+        small("num_workers=3", "max_workers=2")
+    with pytest.raises(ConfigError, match="keep_checkpoints must be >= 2, got 1"):
+        small("keep_checkpoints=1")
+    assert small("max_workers=4", "validation.aside=false").identity() == small().identity()
