@@ -138,13 +138,6 @@ class SizedConfig(GeneratorConfig):
                 f"model.num_heads={self.num_heads}, got {self.hidden_size}. "
                 f"Set model.hidden_size={32 * self.num_heads}."
             )
-        if self.temperature <= 0.0:
-            raise ConfigError(f"model.temperature must be > 0, got {self.temperature}. Use e.g. 1.")
-        if self.recency_embeddings < 0:
-            raise ConfigError(
-                f"model.recency_embeddings must be >= 0, got {self.recency_embeddings}. "
-                "Use 0 for none."
-            )
 
     def input_module(self, vocab: Vocab) -> DiscRec | None:
         """Creates the module between embeddings and stack, if there is to be one."""
