@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 
@@ -10,15 +8,10 @@ from forge_ray.gr.engine import TAG, Engine, EngineConfig, expected_shards, zero
 from forge_ray.gr.models.base import TokenBatch
 from forge_ray.gr.models.decoder import DecoderConfig
 from forge_ray.gr.vocab import Vocab
-from tests.gr.workers import one_worker
 
 VOCAB = Vocab((8, 8))
 
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with one_worker(tmp_path_factory.mktemp("gloo")):
-        yield
+pytestmark = pytest.mark.usefixtures("process_group")
 
 
 def make(*, packing: bool = True, **changes: object) -> Engine:

@@ -22,8 +22,8 @@ from forge_ray.gr.run_folder import BEST, CHECKPOINTS, OUTCOME_FILE, RunFolder, 
 from forge_ray.gr.validation import CheckpointValidator, InlineValidation
 from tests.gr.chains import chain_dataset, grid_table
 from tests.gr.test_train import small
-from tests.gr.workers import one_worker
 
+pytestmark = pytest.mark.usefixtures("process_group")
 TIMES = ("tokens_per_s", "input_wait_share", "startup_s", "users_per_s")
 
 
@@ -53,12 +53,6 @@ class Outside:
 @pytest.fixture(scope="module")
 def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
     return chain_dataset(ArtifactStore(tmp_path_factory.mktemp("data")))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def process_group(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with one_worker(tmp_path_factory.mktemp("gloo")):
-        yield
 
 
 @pytest.fixture(scope="module", autouse=True)
