@@ -1,7 +1,7 @@
 """What choices do to generative retrieval: designs trained over seeds, in one table with baselines.
 
 Usage: python scripts/record.py gr_beauty -- python scripts/gr_designs.py DATA best --split test
-       python scripts/record.py gr_beauty_ablations -- python scripts/gr_designs.py DATA ablations
+       python scripts/record.py gr_beauty_items -- python scripts/gr_designs.py DATA items
 
 A design is a SID table and a generator; the seed is that of both. Everything runs through the
 library, and what the store and the run folder hold is reused: a killed script continues. Prints
@@ -68,7 +68,7 @@ DESIGNS: dict[str, Design] = {
     "codes": Design(FUSED, CODES),
     "codes, last targets": Design(FUSED, [*CODES, "model.targets=last"]),
     "codes, all codes compete": Design(FUSED, [*CODES, "model.softmax=full"]),
-    "codes, padded": Design(FUSED, [*CODES, "model.packing=false"]),
+    "codes, padded": Design(FUSED, [*CODES, "model.packing=false", "data.window_batches=1"]),
     "codes, discrec": Design(FUSED, [*CODES, "model.discrec=true"]),
     "parallel heads": Design(FUSED, [*ITEMS, "model.kind=parallel_heads", "max_steps=1200"]),
 }
@@ -101,6 +101,9 @@ def main() -> None:
     parser.add_argument("--run-dir", default="./forge-runs")
     options = parser.parse_args()
     names = list(dict.fromkeys(one for name in options.designs for one in GROUPS.get(name, [name])))
+    unknown = [name for name in names if name not in DESIGNS]
+    if unknown:
+        parser.error(f"designs must be among {', '.join(DESIGNS)}, got {', '.join(unknown)}.")
     store = ArtifactStore(options.store)
     dataset = open_data(options.data, store, verbose=False)
     given = [f"split={options.split}", "ks=[5,10,20,100]"]
@@ -113,8 +116,7 @@ def main() -> None:
             for name in names
         }
         models = [source for one in trained.values() for source in one.sources]
-        tables = {table.key: table for table in map(model_table, models[:1])}
-        found = compare(models, dataset, config, store=store, tables=list(tables.values()))
+        found = compare(models, dataset, config, store=store, tables=[model_table(models[0])])
     print(json.dumps(record(trained, found, options.split), allow_nan=False))
 
 

@@ -171,10 +171,10 @@ class RqTransformer(Generator):
             vocab, width, is_tied=config.tie_embeddings, temperature=config.temperature
         )
         self.chosen = nn.Embedding(vocab.size, width)
-        self.read_prefixes = self.chosen_prefixes = None
-        if config.prefix_rows:
-            self.read_prefixes = PrefixTable(config.prefix_rows, width)
-            self.chosen_prefixes = PrefixTable(config.prefix_rows, width)
+        # Prefixes of two codes and more have vectors; no code follows a whole SID.
+        rows, levels = config.prefix_rows, vocab.num_levels
+        self.read_prefixes = PrefixTable(rows, width) if rows and levels > 1 else None
+        self.chosen_prefixes = PrefixTable(rows, width) if rows and levels > 2 else None
         self.levels = nn.Embedding(vocab.num_levels, width)
         for vectors in (self.chosen, self.levels):
             nn.init.normal_(vectors.weight, std=_INIT_STD)
@@ -221,7 +221,7 @@ class RqTransformer(Generator):
         """What to expect at the start and after each item: [B, N, L] to [B, N + 1, D]."""
         start = self.table(torch.full((len(codes), 1), BOS, device=codes.device))
         read = self.table(self.vocab.tokens(codes)).sum(dim=2)
-        if self.read_prefixes is not None and self.vocab.num_levels > 1:
+        if self.read_prefixes is not None:
             read = read + self.read_prefixes(prefix_hashes(codes)[..., 1:]).sum(dim=2)
         states: Tensor = self.reader(torch.cat([start, read], dim=1))
         return states

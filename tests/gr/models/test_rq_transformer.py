@@ -73,6 +73,18 @@ def test_bad_values_are_refused(change: dict[str, Any], message: str) -> None:
         RqTransformerConfig(**change)
 
 
+@pytest.mark.parametrize("sizes", [(7,), (7, 5), (7, 5, 6)])
+def test_every_weight_learns_at_any_number_of_levels(sizes: tuple[int, ...]) -> None:
+    model = RqTransformerConfig(**SMALL).build(vocab_of(sizes)).train()
+    draw = torch.Generator().manual_seed(1)
+    codes = torch.stack([torch.randint(size, (6, 5), generator=draw) for size in sizes], dim=2)
+    model.loss(TokenBatch(codes, torch.full((6,), 5))).backward()  # type: ignore[no-untyped-call]
+    used = [name for name, weight in model.named_parameters() if weight.grad is not None]
+    # With one level no code is chosen after another.
+    idle = {"chosen.weight"} if len(sizes) == 1 else set()
+    assert {name for name, _ in model.named_parameters()} - set(used) == idle
+
+
 def test_training_finds_the_kind() -> None:
     config = load_config(GrConfig, overrides=["model.kind=rq_transformer", "model.num_layers=3"])
     assert isinstance(config.model, RqTransformerConfig)
