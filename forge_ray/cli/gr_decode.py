@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -57,7 +57,8 @@ def evaluate(
     tail_max_count, bootstrap, num_workers, cpus_per_worker, users_per_part. `gr compare` shows more
     models and baselines.
     """
-    from forge_ray.evaluate.floors import FLOORS, evaluate_floors
+    from forge_ray.evaluate.floors import evaluate_item_knn, evaluate_popularity
+    from forge_ray.evaluate.item_knn import ItemKnnConfig
     from forge_ray.gr.scoring import ModelEvaluationConfig, evaluate_model
     from forge_ray.gr.source import ModelSource
 
@@ -68,11 +69,14 @@ def evaluate(
     opened = open_store(store)
     source = ModelSource.open(opened, model, sids=sids)
     with workers(settings, verbose=verbose):
-        found = evaluate_model(source, source.dataset, settings, store=opened, name=source.name)
-    which: Any = settings.split
-    floors = evaluate_floors(source.dataset, which, settings.ks, opened)
-    rows = {source.name: found.metrics, **{name: floors[name] for name in FLOORS}}
-    emit_rows(rows, source.dataset.name, settings, as_json=as_json)
+        dataset = source.dataset
+        found = {
+            source.name: evaluate_model(source, dataset, settings, store=opened, name=source.name),
+            "popularity": evaluate_popularity(dataset, settings, opened),
+            "item_knn": evaluate_item_knn(dataset, settings, ItemKnnConfig(), opened),
+        }
+    rows = {name: row.metrics for name, row in found.items()}
+    emit_rows(rows, dataset.name, settings, as_json=as_json)
 
 
 def recommend(

@@ -172,6 +172,18 @@ def test_eval_prints_the_model_beside_both_floors(
         assert word in table
 
 
+def test_eval_measures_the_floors_as_it_measures_the_model(
+    app: typer.Typer, store: ArtifactStore, model: Artifact
+) -> None:
+    def rows(*settings: str) -> list[dict]:
+        words = ["eval", model.key, "--store", store.uri, "--json", "ks=[10]", *settings]
+        return json.loads(CliRunner().invoke(app, words).stdout)
+
+    assert [row["users"] for row in rows("users=17")] == [17, 17, 17]
+    seen, unseen = rows("exclude_seen=false"), rows()
+    assert seen[2]["coverage@10"] != unseen[2]["coverage@10"]
+
+
 @pytest.mark.ray
 def test_recommend_writes_lists_and_reports(
     app: typer.Typer, store: ArtifactStore, model: Artifact, tmp_path: Path, ray_local: None
