@@ -35,7 +35,7 @@ class Part:
 def plan_parts(
     dataset: Dataset, split: Split, *, rows_per_part: int, limit: int | None = None
 ) -> Iterator[Part]:
-    """Cut every shard of a split into parts; reads the footers only.
+    """Cut every shard of a split into parts; reads footers only, up to the limit.
 
     Args:
         dataset: a prepared dataset.
@@ -45,6 +45,8 @@ def plan_parts(
     """
     left = limit
     for number, shard in enumerate(dataset.sequence_files(split)):
+        if left == 0:
+            return
         rows = pq.read_metadata(shard, filesystem=dataset.filesystem).num_rows
         rows = rows if left is None else min(rows, left)
         left = None if left is None else left - rows
