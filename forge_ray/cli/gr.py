@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import shlex
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
@@ -104,7 +104,17 @@ def train(
                 store=where,
                 run_dir=folder,
                 name=run,
-                command=_command(sids, overrides or (), data=data, config=config, run=run),
+                command=_command(
+                    sids,
+                    overrides or (),
+                    {
+                        "--data": data,
+                        "--config": config,
+                        "--name": run,
+                        "--run-dir": run_dir,
+                        "--store": store,
+                    },
+                ),
             )
     if as_json:
         record = {"model": result.artifact.uri, "metrics": result.metrics}
@@ -114,11 +124,8 @@ def train(
     stderr.print(f"best model (by validation ItemNDCG@10): {result.artifact.uri}", soft_wrap=True)
 
 
-def _command(
-    sids: str, overrides: Sequence[str], *, data: str | None, config: Path | None, run: str
-) -> str:
-    """The shell command that repeats the run, for the manifest."""
-    options = {"--data": data, "--config": config, "--name": run}
+def _command(sids: str, overrides: Sequence[str], options: Mapping[str, str | Path | None]) -> str:
+    """The shell command that repeats the run, for the manifest; empty options are left out."""
     given = [word for name, value in options.items() if value for word in (name, str(value))]
     return shlex.join(["forge-ray", "gr", "train", sids, *overrides, *given])
 

@@ -53,6 +53,10 @@ def test_train_publishes_and_the_same_command_finds_it(train, store):
     record = json.loads(first.stdout)
     assert [row["global_step"] for row in record["history"]] == [2, 4]
     assert store.manifests("model")[0].ref in record["model"]
+    command = store.manifests("model")[0].command
+    for option in ("--data", "--name", "--run-dir", "--store"):
+        assert f" {option} " in command
+    assert store.uri in command
     again = train()
     assert again.exit_code == 0, again.output
     assert "ItemNDCG@10" in again.stdout
@@ -60,10 +64,9 @@ def test_train_publishes_and_the_same_command_finds_it(train, store):
 
 
 def test_the_manifest_says_how_to_repeat_the_run():
-    given = _command("t.npz", ["max_steps=4"], data="my data", config=Path("c.yaml"), run="m")
-    assert given == (
-        "forge-ray gr train t.npz max_steps=4 --data 'my data' --config c.yaml --name m"
-    )
+    options = {"--data": "my data", "--config": Path("c.yaml"), "--name": None}
+    given = _command("t.npz", ["max_steps=4"], options)
+    assert given == "forge-ray gr train t.npz max_steps=4 --data 'my data' --config c.yaml"
 
 
 def test_unknown_keys_are_refused_before_any_work(train):
