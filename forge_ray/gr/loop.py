@@ -41,13 +41,21 @@ from forge_ray.gr.checkpoint import (
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.engine import TAG, Engine, expected_shards
 from forge_ray.gr.health import SELECTION_METRIC, LossWatch, best_row, has_settled
-from forge_ray.gr.run_folder import BEST, CHECKPOINTS, OUTCOME_FILE, RunFolder, checkpoint_name
+from forge_ray.gr.run_folder import (
+    BEST,
+    CHECKPOINTS,
+    OUTCOME_FILE,
+    FoundCheckpoint,
+    RunFolder,
+    checkpoint_name,
+)
 from forge_ray.gr.vocab import vocab_of
 
 logger = logging.getLogger(__name__)
 
 _CHECKUP_STEPS = 10
 """Steps between two collectives that share losses and requests: one small message each."""
+_NOTHING = FoundCheckpoint("", None)
 
 
 @dataclass(frozen=True)
@@ -180,10 +188,15 @@ class TrainLoop:
             ArtifactError: The checkpoints belong to another run.
         """
         folder = self._job.folder
-        found = folder.newest_checkpoint(self._job.identity)
+        # Rank 0 decides for all: others may see the files of a network disk later.
+        found = self._engine.from_first(
+            folder.newest_checkpoint(self._job.identity) if self._is_first else _NOTHING
+        )
         self._warnings = found.warnings
-        for warning in found.warnings:
-            logger.warning(warning)
+        if self._is_first:
+            for warning in found.warnings:
+                logger.warning(warning)
+            folder.drop_unusable(found.name)
         manifest = found.manifest
         if manifest is None:
             return
@@ -325,12 +338,16 @@ class TrainLoop:
         pending = self._progress.pending
         if not pending:
             return
-        name = checkpoint_name(pending["global_step"])
-        if self._job.folder.exists(CHECKPOINTS, name, WEIGHTS_FILE):
+        folder, name = self._job.folder, checkpoint_name(pending["global_step"])
+        if self._engine.from_first(self._is_first and folder.is_whole(name, WEIGHTS_FILE)):
             self._ask()
             return
-        # Only after more interruptions between two validations than checkpoints are kept.
-        logger.warning("%s was not validated before it was dropped", name)
+        if self._is_first:
+            logger.warning(
+                "%s was not validated before its weights were damaged; it is left out of the "
+                "validations",
+                folder.path(CHECKPOINTS, name, WEIGHTS_FILE),
+            )
         self._progress = replace(self._progress, pending=None)
 
     def _take_up_metrics(self) -> None:

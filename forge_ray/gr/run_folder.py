@@ -188,11 +188,42 @@ class RunFolder:
             if entry.type == pafs.FileType.File
         }
 
+    def is_whole(self, name: str, file: str) -> bool:
+        """Whether a file of a checkpoint has the size that the manifest says."""
+        manifest = self.read_json(CHECKPOINTS, name, MANIFEST_FILE)
+        files = manifest.get("files") if isinstance(manifest, dict) else None
+        info = self.filesystem.get_file_info(self.path(CHECKPOINTS, name, file))
+        return isinstance(files, dict) and info.is_file and files.get(file) == info.size
+
     def commit(self, name: str, manifest: CheckpointManifest, *, keep: int) -> None:
-        """Publishes a checkpoint whose files are all there, and drops the oldest beyond `keep`."""
+        """Publishes a checkpoint whose files are all there, and drops the oldest beyond `keep`.
+
+        The one that is being validated stays as well, and with a `keep` of 0 all of them do.
+        """
         self.write(manifest.to_json().encode(), CHECKPOINTS, name, MANIFEST_FILE)
-        for old in self.names(CHECKPOINTS)[:-keep]:
-            self.clear_checkpoint(old)
+        pending = manifest.progress.pending
+        needed = {name, checkpoint_name(pending["global_step"]) if pending else name}
+        committed = [one for one in self.names(CHECKPOINTS) if self._is_committed(one)]
+        for old in committed[:-keep] if keep else []:
+            if old not in needed:
+                self.clear_checkpoint(old)
+
+    def drop_unusable(self, name: str) -> None:
+        """Removes what is newer than a checkpoint, or was never finished.
+
+        Whatever training wrote after the checkpoint it continues from would count as newer than all
+        that it writes next.
+
+        Args:
+            name: of the checkpoint; an empty one removes all.
+        """
+        for other in self.names(CHECKPOINTS):
+            if other > name or not self._is_committed(other):
+                self.clear_checkpoint(other)
+
+    def _is_committed(self, name: str) -> bool:
+        """Whether the writer of a checkpoint came to its end."""
+        return self.exists(CHECKPOINTS, name, MANIFEST_FILE)
 
     def newest_checkpoint(self, identity: RunIdentity) -> FoundCheckpoint:
         """The newest whole checkpoint; damaged ones are passed over and named.
@@ -200,17 +231,23 @@ class RunFolder:
         Raises:
             ArtifactError: A checkpoint belongs to another configuration, SID table or dataset.
         """
-        warnings: list[str] = []
+        damage: list[str] = []
         for name in reversed(self.names(CHECKPOINTS)):
-            if not self.exists(CHECKPOINTS, name, MANIFEST_FILE):
+            if not self._is_committed(name):
                 continue  # its writer was interrupted; it never was a checkpoint
             try:
                 manifest = self.read_manifest(name, identity)
             except DamagedCheckpointError as error:
-                warnings.append(f"{error} An older checkpoint is used.")
+                damage.append(str(error))
                 continue
-            return FoundCheckpoint(name, manifest, tuple(warnings))
-        return FoundCheckpoint("", None, tuple(warnings))
+            return FoundCheckpoint(
+                name, manifest, tuple(f"{one} An older checkpoint is used." for one in damage)
+            )
+        return FoundCheckpoint(
+            "",
+            None,
+            tuple(f"{one} No older one is whole: training starts afresh." for one in damage),
+        )
 
     def read_manifest(self, name: str, identity: RunIdentity) -> CheckpointManifest:
         """The manifest of a checkpoint that is whole and belongs to this run.

@@ -15,7 +15,7 @@ import torch
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.data import stream
 from forge_ray.data.schema import Dataset
-from forge_ray.gr.checkpoint import RunIdentity
+from forge_ray.gr.checkpoint import WEIGHTS_FILE, RunIdentity
 from forge_ray.gr.engine import Engine
 from forge_ray.gr.loop import Ending, LoopHooks, TrainJob, TrainLoop
 from forge_ray.gr.run_folder import BEST, CHECKPOINTS, OUTCOME_FILE, RunFolder, checkpoint_name
@@ -183,6 +183,40 @@ def test_ruined_weights_are_not_saved(dataset, tmp_path, monkeypatch):
     ending, _ = run(job)
     assert ending == Ending("diverged", "weights that are not finite after step 40")
     assert job.folder.names(CHECKPOINTS) == [checkpoint_name(20)]
+
+
+def damage(job: TrainJob, step: int, pattern: str) -> None:
+    (path,) = Path(job.folder.path(CHECKPOINTS, checkpoint_name(step))).rglob(pattern)
+    path.write_bytes(path.read_bytes()[:-1])
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_starts_afresh_and_keeps_what_it_saves(
+    dataset, tmp_path, reference
+):
+    job = make_job(dataset, tmp_path, "validation.every=60")
+    run(job, Outside(["", "", "stop"]))
+    run(job, Outside(["stop"]))
+    for step in (30, 40):
+        damage(job, step, "*optim_states.pt")
+    ending, loop = run(job, Outside(["stop"]))
+    assert (ending.kind, loop._progress.step) == ("stopped", 10)
+    assert job.folder.names(CHECKPOINTS) == [checkpoint_name(10)]
+    assert "training starts afresh" in job.folder.read_json(OUTCOME_FILE)["warnings"][0]
+    run(job)
+    assert losses(job) == losses(reference)
+
+
+def test_damaged_weights_that_wait_for_validation_cost_their_row_only(
+    dataset, tmp_path, reference, caplog
+):
+    job = make_job(dataset, tmp_path)
+    run(job, Outside(["", "", "stop"], is_late=True))
+    damage(job, 20, WEIGHTS_FILE)
+    ending, _ = run(job)
+    assert ending == Ending("finished")
+    assert "was not validated before its weights were damaged" in caplog.text
+    assert [row["global_step"] for row in rows(job)] == [40, 60]
+    assert losses(job) == losses(reference)
 
 
 def test_patience_is_counted_over_interruptions(dataset, tmp_path):

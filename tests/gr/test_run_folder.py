@@ -25,12 +25,16 @@ def manifest(step: int) -> CheckpointManifest:
     return CheckpointManifest(IDENTITY, progress, 2, {SHARD: 4})
 
 
-def save(folder: RunFolder, step: int, *, keep: int = 9) -> None:
+def save(folder: RunFolder, step: int, *, keep: int = 9, pending: int | None = None) -> None:
     name = checkpoint_name(step)
     with folder.new_checkpoint(name) as local:
         (local / "engine").mkdir()
         (local / SHARD).write_bytes(b"%04d" % step)
-    folder.commit(name, manifest(step), keep=keep)
+    written = manifest(step)
+    if pending is not None:
+        progress = replace(written.progress, pending={"global_step": pending})
+        written = replace(written, progress=progress)
+    folder.commit(name, written, keep=keep)
 
 
 @pytest.fixture(params=["path", "uri"])
@@ -61,6 +65,60 @@ def test_the_newest_ones_are_kept(folder):
     for step in (5, 10, 15):
         save(folder, step, keep=2)
     assert folder.names(CHECKPOINTS) == [checkpoint_name(10), checkpoint_name(15)]
+
+
+def test_a_checkpoint_that_is_being_validated_is_kept(folder):
+    for step in (5, 10, 15):
+        save(folder, step, keep=2, pending=5)
+    assert folder.names(CHECKPOINTS) == [checkpoint_name(step) for step in (5, 10, 15)]
+    save(folder, 20, keep=2)
+    assert folder.names(CHECKPOINTS) == [checkpoint_name(step) for step in (15, 20)]
+
+
+def test_keeping_nothing_in_particular_keeps_all(folder):
+    for step in (5, 10, 15):
+        save(folder, step, keep=0)
+    assert len(folder.names(CHECKPOINTS)) == 3
+
+
+def test_the_checkpoint_just_committed_stays_beside_newer_ones(folder):
+    for step in (10, 15, 5):
+        save(folder, step, keep=2)
+    assert checkpoint_name(5) in folder.names(CHECKPOINTS)
+
+
+def test_two_damaged_newer_ones_make_room_for_an_older_step(folder, tmp_path):
+    for step in (10, 15):
+        save(folder, step, keep=2)
+        shard_path(tmp_path, step).write_bytes(b"1")
+    with folder.new_checkpoint(checkpoint_name(20)) as local:
+        (local / "half").write_bytes(b"x")
+    found = folder.newest_checkpoint(IDENTITY)
+    assert (found.name, len(found.warnings)) == ("", 2)
+    assert all("training starts afresh" in warning for warning in found.warnings)
+    folder.drop_unusable(found.name)
+    save(folder, 5, keep=2)
+    assert folder.names(CHECKPOINTS) == [checkpoint_name(5)]
+    assert folder.newest_checkpoint(IDENTITY).name == checkpoint_name(5)
+
+
+def test_only_what_follows_the_restored_one_is_dropped(folder):
+    for step in (5, 10, 15):
+        save(folder, step)
+    with folder.new_checkpoint(checkpoint_name(7)) as local:
+        (local / "half").write_bytes(b"x")
+    folder.drop_unusable(checkpoint_name(10))
+    assert folder.names(CHECKPOINTS) == [checkpoint_name(5), checkpoint_name(10)]
+
+
+def test_a_file_is_whole_by_the_manifest(folder, tmp_path):
+    assert not folder.is_whole(checkpoint_name(5), SHARD)
+    save(folder, 5)
+    assert folder.is_whole(checkpoint_name(5), SHARD)
+    shard_path(tmp_path, 5).write_bytes(b"1")
+    assert not folder.is_whole(checkpoint_name(5), SHARD)
+    (shard_path(tmp_path, 5).parents[1] / MANIFEST_FILE).write_text("[")
+    assert not folder.is_whole(checkpoint_name(5), SHARD)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "missing"])
