@@ -257,8 +257,10 @@ class Engine:
         with self._universal(folder / TAG) as converted:
             settings = self._engine._config  # private: the setting is read at start-up only
             settings.load_universal_checkpoint = True
-            self._engine.load_checkpoint(str(converted), tag=TAG)
-            settings.load_universal_checkpoint = False
+            try:
+                self._engine.load_checkpoint(str(converted), tag=TAG)
+            finally:
+                settings.load_universal_checkpoint = False
 
     @contextlib.contextmanager
     def _universal(self, shards: Path) -> Iterator[Path]:
@@ -266,13 +268,15 @@ class Engine:
         name = tempfile.mkdtemp(prefix="forge-ray-universal-") if self.rank == 0 else ""
         folder = Path(self.from_first(name))
         is_first_here = os.environ.get("LOCAL_RANK", "0") == "0"
-        if is_first_here:
-            _convert(shards, folder / TAG)
-        self.barrier()
-        yield folder
-        self.barrier()
-        if is_first_here:
-            shutil.rmtree(folder, ignore_errors=True)
+        try:
+            if is_first_here:
+                _convert(shards, folder / TAG)
+            self.barrier()
+            yield folder
+            self.barrier()  # not after a failure, which the others need not share
+        finally:
+            if is_first_here:
+                shutil.rmtree(folder, ignore_errors=True)
 
 
 def expected_shards(zero_stage: int, world_size: int, precision: str) -> list[str]:

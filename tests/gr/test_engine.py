@@ -1,9 +1,12 @@
 from __future__ import annotations
 
+import tempfile
+
 import pytest
 import torch
 
 from forge_ray.errors import ArtifactError, ConfigError
+from forge_ray.gr import engine as engine_module
 from forge_ray.gr.engine import TAG, Engine, EngineConfig, expected_shards, zero_config
 from forge_ray.gr.models.base import TokenBatch
 from forge_ray.gr.models.decoder import DecoderConfig
@@ -131,6 +134,29 @@ def test_golden_curve(packing):
 def test_loading_nothing_is_an_error(tmp_path):
     with pytest.raises(ArtifactError, match="must hold a DeepSpeed checkpoint"):
         make().load(tmp_path, world_size=1)
+
+
+@pytest.mark.parametrize("where", ["conversion", "load"])
+def test_a_conversion_that_fails_leaves_nothing_behind(tmp_path, monkeypatch, where):
+    made = make()
+    made.save(tmp_path / "saved")
+    (tmp_path / "temp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temp"))
+
+    def fail(*_: object, **__: object) -> None:
+        assert list((tmp_path / "temp").iterdir())
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        if where == "conversion":
+            patch.setattr(engine_module, "_convert", fail)
+        else:
+            patch.setattr(made._engine, "load_checkpoint", fail)
+        with pytest.raises(OSError, match="disk full"):
+            made.load(tmp_path / "saved", world_size=2)
+    assert not list((tmp_path / "temp").iterdir())
+    assert not made._engine._config.load_universal_checkpoint
+    made.load(tmp_path / "saved", world_size=1)
 
 
 def test_learning_rate_schedules():
