@@ -59,6 +59,17 @@ class LossWatch:
         self._smoothed: float | None = None
         self._best = math.inf
         self._num_bad = 0
+        self._last_good = 0
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the loss of the last step counted as diverging."""
+        return self._num_bad > 0
+
+    @property
+    def last_good(self) -> int:
+        """The last step whose loss did not count as diverging, 0 where there was none."""
+        return self._last_good
 
     def follow(self, losses: Iterable[float], first_step: int) -> str:
         """Takes the next losses; the reason to stop, or an empty string.
@@ -76,6 +87,7 @@ class LossWatch:
             self._best = min(self._best, self._smoothed)
             is_bad = self._smoothed > config.loss_factor * max(self._best, 1.0)
             self._num_bad = self._num_bad + 1 if is_bad else 0
+            self._last_good = self._last_good if is_bad else step
             if self._num_bad >= config.loss_steps:
                 return (
                     f"a smoothed loss of {self._smoothed:.3f} at step {step}, more than "

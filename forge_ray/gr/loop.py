@@ -214,6 +214,9 @@ class TrainLoop:
         if ending.kind in ("finished", "settled"):
             self._take_up_metrics()
         if self._is_first:
+            if ending.kind == "diverged":
+                # What was saved since the loss left is nothing to continue from.
+                self._job.folder.drop_unusable(checkpoint_name(self._watch.last_good))
             self._write_outcome(ending)
         self._engine.barrier()
         return ending
@@ -420,7 +423,9 @@ class TrainLoop:
                 np.save(local / LOSSES_FILE, np.array(self._losses))
         self._engine.barrier()
         if self._is_first:
-            folder.commit(name, self._manifest(name), keep=self._config.keep_checkpoints)
+            # While the loss may be leaving, the checkpoints from before it did must not go.
+            keep = 0 if self._watch.is_bad else self._config.keep_checkpoints
+            folder.commit(name, self._manifest(name), keep=keep)
         return ""
 
     def _manifest(self, name: str) -> CheckpointManifest:

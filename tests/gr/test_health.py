@@ -38,6 +38,20 @@ def test_a_spike_is_forgiven():
     assert watch.follow([2.0] * 50 + [9.0] * 10 + [2.0] * 50, 1) == ""
 
 
+def test_the_last_good_step_stands_while_steps_are_bad():
+    watch = LossWatch(StopConfig(loss_steps=40))
+    assert (watch.last_good, watch.is_bad) == (0, False)
+    watch.follow([2.0] * 50, 1)
+    assert (watch.last_good, watch.is_bad) == (50, False)
+    watch.follow([9.0] * 10, 51)
+    assert watch.is_bad
+    assert 50 < watch.last_good < 60
+    watch.follow([2.0] * 100, 61)
+    assert not watch.is_bad
+    watch.follow([2.0, math.nan], 161)
+    assert watch.last_good == 161
+
+
 def test_a_tiny_loss_may_multiply():
     watch = LossWatch(StopConfig(loss_steps=10))
     assert watch.follow([0.01] * 50 + [0.9] * 90, 1) == ""

@@ -219,6 +219,35 @@ def test_damaged_weights_that_wait_for_validation_cost_their_row_only(
     assert losses(job) == losses(reference)
 
 
+RISING = [2.0] * 24 + [1000.0] * 36
+"""Bad from step 25 on, so of the points at 10, 20 and so on two are good."""
+
+
+def losses_of(steps: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Says what the steps' losses are, whatever the model does."""
+    monkeypatch.setattr(
+        Engine, "step", lambda self, parts, *, num_targets, step: torch.tensor(steps[step - 1])
+    )
+
+
+def test_a_loss_that_leaves_rotates_no_good_checkpoint_out(dataset, tmp_path, monkeypatch):
+    job = make_job(dataset, tmp_path, "validation.every=10", "stop.loss_steps=30")
+    losses_of(RISING, monkeypatch)
+    ending, _ = run(job, Outside(["", "", "", "", "stop"]))
+    assert ending.kind == "stopped"
+    assert job.folder.names(CHECKPOINTS) == [checkpoint_name(at) for at in (10, 20, 30, 40, 50)]
+    ending, _ = run(job)
+    assert ending.kind == "diverged"
+    assert job.folder.names(CHECKPOINTS) == [checkpoint_name(10), checkpoint_name(20)]
+
+
+def test_a_loss_that_comes_back_lets_old_checkpoints_go(dataset, tmp_path, monkeypatch):
+    job = make_job(dataset, tmp_path, "validation.every=10")
+    losses_of([2.0] * 24 + [100.0] * 2 + [0.0] * 34, monkeypatch)
+    assert run(job)[0] == Ending("finished")
+    assert job.folder.names(CHECKPOINTS) == [checkpoint_name(50), checkpoint_name(60)]
+
+
 def test_patience_is_counted_over_interruptions(dataset, tmp_path):
     still = ["engine.learning_rate=1e-12", "stop.patience=1", "max_steps=200"]
     job = make_job(dataset, tmp_path, *still)
