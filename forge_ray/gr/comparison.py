@@ -7,8 +7,10 @@ a second table computes only what is new.
 from __future__ import annotations
 
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -149,7 +151,8 @@ def compare(
         tables: SID tables of the markov_backoff rows.
 
     Raises:
-        ConfigError: a model belongs to another dataset.
+        ConfigError: a model belongs to another dataset, two rows are of one name, or
+            markov_backoff has no table.
     """
     for model in models:
         if model.dataset.key != dataset.key:
@@ -159,38 +162,67 @@ def compare(
                 "Compare it apart."
             )
     rows: dict[str, Evaluation] = {}
-    for model in models:
-        logger.info("ranking by %s", model.name)
-        rows[model.name] = evaluate_model(model, dataset, config, store=store, name=model.name)
-    for name in config.baselines:
+    for name, measure in _plan(models, dataset, config, store, tables):
         logger.info("ranking by %s", name)
-        rows |= _baseline_rows(name, dataset, config, store, tables)
+        rows[name] = measure()
     return Comparison(rows)
 
 
-def _baseline_rows(
-    name: str,
+def _plan(
+    models: Sequence[ModelSource],
     dataset: Dataset,
     config: CompareConfig,
     store: ArtifactStore,
     tables: Sequence[NamedTable],
-) -> dict[str, Evaluation]:
-    if name == "popularity":
-        return {name: evaluate_popularity(dataset, config, store)}
-    if name == "item_knn":
-        return {name: evaluate_item_knn(dataset, config, config.item_knn, store)}
-    if name == "item_knn_tuned":
-        knn = tuned_item_knn(dataset, store)
-        return {name: evaluate_item_knn(dataset, config, knn, store)}
-    if name == "sasrec":
-        return {name: evaluate_sasrec(dataset, config, config.sasrec, store)}
-    assert name == "markov_backoff"  # the configuration checked the names
-    return {
-        f"{name} {table.name}" if len(tables) > 1 else name: evaluate_markov(
-            table, dataset, config, store
+) -> list[tuple[str, Callable[[], Evaluation]]]:
+    """Every row and what measures it; checked as a whole before any work."""
+    plan: list[tuple[str, Callable[[], Evaluation]]] = [
+        (one.name, partial(evaluate_model, one, dataset, config, store=store, name=one.name))
+        for one in models
+    ]
+    for name in config.baselines:
+        if name == "markov_backoff":
+            named = _markov_rows(tables)
+            plan += [
+                (row, partial(evaluate_markov, one, dataset, config, store)) for row, one in named
+            ]
+        else:
+            plan.append((name, partial(_baseline, name, dataset, config, store)))
+    times = Counter(name for name, _ in plan)
+    repeated = [name for name in times if times[name] > 1]
+    if repeated:
+        raise ConfigError(
+            f"rows must be named once each, got {', '.join(repeated)} again. Leave one out."
         )
+    return plan
+
+
+def _markov_rows(tables: Sequence[NamedTable]) -> list[tuple[str, NamedTable]]:
+    if not tables:
+        raise ConfigError(
+            "markov_backoff must have a SID table, got none. Name a model, add --sids with a "
+            "table, or leave markov_backoff out of baselines."
+        )
+    if len(tables) == 1:
+        return [("markov_backoff", tables[0])]
+    times = Counter(table.name for table in tables)
+    return [
+        (f"markov_backoff {table.name}" + f"-{table.key[:12]}" * (times[table.name] > 1), table)
         for table in tables
-    }
+    ]
+
+
+def _baseline(
+    name: str, dataset: Dataset, config: CompareConfig, store: ArtifactStore
+) -> Evaluation:
+    if name == "popularity":
+        return evaluate_popularity(dataset, config, store)
+    if name == "item_knn":
+        return evaluate_item_knn(dataset, config, config.item_knn, store)
+    if name == "item_knn_tuned":
+        return evaluate_item_knn(dataset, config, tuned_item_knn(dataset, store), store)
+    assert name == "sasrec"  # the configuration checked the names
+    return evaluate_sasrec(dataset, config, config.sasrec, store)
 
 
 def evaluate_markov(

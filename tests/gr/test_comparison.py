@@ -93,6 +93,12 @@ def test_baselines_need_no_model(run, store: ArtifactStore, tmp_path: Path) -> N
     both = json.loads(run(*words, "--sids", str(path), "--sids", other.key).stdout)
     assert [row["model"] for row in both[1:]] == ["markov_backoff foreign", "markov_backoff random"]
     assert both[1]["ItemHit@5"] == rows[1]["ItemHit@5"]
+    seeds = [other.key, publish_table(store, seed=2).key]
+    same = json.loads(run(*words, *(word for key in seeds for word in ("--sids", key))).stdout)
+    assert [row["model"] for row in same[1:]] == [
+        f"markov_backoff random-{key[:12]}" for key in seeds
+    ]
+    assert same[1]["ItemHit@5"] == both[2]["ItemHit@5"]
     plain = run("--data", dataset.key, "ks=[5]", "baselines=[item_knn]").stdout
     assert "HR@5" in plain
     assert "SidHit" not in plain
@@ -107,6 +113,9 @@ def test_baselines_need_no_model(run, store: ArtifactStore, tmp_path: Path) -> N
         (["MODEL", "ks=[5]", "bootstrap=0", "baselines=[popularity]", "--against", "popularity"],
          "bootstrap must be > 0"),
         (["--data", "DATA", "baselines=[]"], "must have a row"),
+        (["--data", "DATA", "ks=[5]"], "markov_backoff must have a SID table"),
+        (["MODEL", "MODEL", "ks=[5]", "baselines=[]"], "rows must be named once each, got tiny-"),
+        (["MODEL", "baselines=[item_knn,item_knn]"], "named once each, got item_knn again"),
     ],
 )  # fmt: skip
 def test_bad_questions_are_answered(run, model: Artifact, words: list[str], message: str) -> None:
