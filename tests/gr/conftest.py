@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 import pytest
@@ -22,3 +23,9 @@ def process_group(_gloo: None) -> Iterator[None]:
     """This process is the only worker of a training."""
     with as_one_worker():
         yield
+
+
+@pytest.fixture(autouse=True)
+def _everything_is_captured(caplog: pytest.LogCaptureFixture) -> None:
+    """Commands run in this process quiet the handlers of Ray's loggers, pytest's among them."""
+    caplog.handler.setLevel(logging.NOTSET)
