@@ -1,8 +1,9 @@
 """The one evaluator: any ranker on the users of a split, part by part, here or on Ray.
 
-A ranker says where targets stand; boards add up what it says. A part's board does not depend on
-where it was made and boards are merged in the order of parts, so the figures are the same bit for
-bit in one process and on a cluster. No process holds more than one part of users.
+A ranker says where targets stand; boards add up what it says. Boards are merged in the order of
+parts wherever they were made, so one process and a cluster add the same numbers in the same order;
+what may differ is the rounding of a ranker that computes with other threads or on another device.
+No process holds more than one part of users.
 """
 
 from __future__ import annotations
@@ -82,7 +83,8 @@ def evaluate(
     """Score a ranker on the users of a split.
 
     Args:
-        open_ranker: makes the ranker; called once in each process.
+        open_ranker: makes the ranker; called once in each process that ranks, but for every part
+            in tasks with GPUs: Ray ends their processes, so that the memory of the device is free.
         dataset: a prepared dataset.
         config: which users and how. With more than one worker Ray must be up.
         gpus_per_worker: GPUs that one Ray task asks for.
@@ -230,5 +232,14 @@ def _task(
     part: Part,
 ) -> Board:
     set_threads(config.cpus_per_worker)
-    ranker = ray.get(opener[0])()
-    return score_part(ranker, dataset, part, config, dataset.train_counts())
+    key = opener[0].hex()
+    if key not in _OPENED:
+        _OPENED.clear()  # first, so that two rankers are never held
+        _OPENED[key] = ray.get(opener[0])(), dataset.train_counts()
+    ranker, counts = _OPENED[key]
+    return score_part(ranker, dataset, part, config, counts)
+
+
+_OPENED: dict[str, tuple[Ranker, npt.NDArray[np.int64]]] = {}
+"""In a worker process: the ranker of the evaluation at hand and the train counts, by the object
+that opens it. Kept until the process ends or serves another evaluation."""

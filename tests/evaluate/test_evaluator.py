@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from uuid import uuid4
+
 import numpy as np
 import pytest
 
@@ -38,6 +43,34 @@ def test_workers_give_the_figures_of_one_process(store: ArtifactStore, ray_local
     here = knn_board(store, EvaluationConfig(**options))
     spread = EvaluationConfig(**options, num_workers=2, cpus_per_worker=0.5)
     assert knn_board(store, spread) == here
+
+
+@dataclass(frozen=True)
+class NotedOpener:
+    """Leaves a file each time that a process opens the ranker."""
+
+    folder: Path
+    ranker: ListRanker
+
+    def __call__(self) -> ListRanker:
+        (self.folder / f"{os.getpid()}-{uuid4().hex}").touch()
+        return self.ranker
+
+
+@pytest.mark.ray
+def test_a_worker_opens_the_ranker_once(
+    store: ArtifactStore, ray_local: None, tmp_path: Path
+) -> None:
+    dataset = topic_dataset(store)
+    ranker = ListRanker(fit_item_knn(dataset, ItemKnnConfig()), [5], True)
+    options = {"ks": [5], "bootstrap": 0, "num_workers": 2, "cpus_per_worker": 0.5}
+    config = EvaluationConfig(**options, users_per_part=30)
+    for name in ("first", "second"):
+        (tmp_path / name).mkdir()
+        evaluate(NotedOpener(tmp_path / name, ranker), dataset, config)
+        processes = [path.name.split("-")[0] for path in (tmp_path / name).iterdir()]
+        # 20 parts; another evaluation in the same processes opens its own ranker.
+        assert 0 < len(processes) == len(set(processes)) < 20
 
 
 def test_cold_targets_have_a_slice_of_their_own(store: ArtifactStore) -> None:
