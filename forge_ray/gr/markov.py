@@ -136,21 +136,21 @@ class MarkovBackoff:
         return np.asarray(found * self._prior)
 
     @cached_property
-    def _first_item(self) -> npt.NDArray[np.int64]:
-        """One item of each SID [S]."""
+    def _item_of_sid(self) -> npt.NDArray[np.int64]:
+        """One item of each SID [S], any of those that share it."""
         rank = self.item_rank()
-        first = np.empty(int(rank.max()) + 1, dtype=np.int64)
-        first[rank] = np.arange(len(rank))
-        return first
+        item = np.empty(int(rank.max()) + 1, dtype=np.int64)
+        item[rank] = np.arange(len(rank))
+        return item
 
     @cached_property
     def _prior(self) -> npt.NDArray[np.float32]:
-        return self.model.item_prior[self._first_item].astype(np.float32)
+        return self.model.item_prior[self._item_of_sid].astype(np.float32)
 
     @cached_property
     def _tables(self) -> tuple[npt.NDArray[np.int64], ...]:
         """For each depth the prefix of each SID [S]."""
-        return tuple(ids[self._first_item] for ids in self.model.prefixes.ids)
+        return tuple(ids[self._item_of_sid] for ids in self.model.prefixes.ids)
 
     @cached_property
     def _scales(self) -> tuple[npt.NDArray[np.float32], ...]:
@@ -178,7 +178,8 @@ def fit_markov(
 ) -> MarkovBackoff:
     """Count transitions on the train part and fit the weights on validation targets.
 
-    Memory: 16 bytes for each distinct transition and depth.
+    Memory: 24 bytes for each distinct transition of items, to which blocks of users are added as
+    they are read, and 12 bytes for each distinct transition of prefixes, depth by depth.
 
     Args:
         dataset: the dataset of the table.
@@ -186,10 +187,10 @@ def fit_markov(
         config: what is counted.
         top_k: items that rankings must hold.
     """
-    parts = [
+    parts = (
         count_transitions(batch.items, dataset.num_items, window=config.window, decay=config.decay)
         for batch in dataset.sequence_batches("train")
-    ]
+    )
     transitions = merge_transitions(parts, dataset.num_items)
     model = fit_model(table.codes, transitions, dataset.train_counts())
     batches = list(dataset.sequence_batches("validation", limit=config.fit_users))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
+from typing import Any
+
 import numpy as np
 import pytest
 
@@ -11,9 +14,10 @@ from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.gr import markov
 from forge_ray.gr.markov import MarkovBackoff, MarkovConfig, fit_markov
-from forge_ray.sid.metrics.backoff import probe_rows
+from forge_ray.sid.metrics.backoff import Transitions, count_transitions, probe_rows
 from forge_ray.sid.table import SidTable
 from tests.evaluate.datasets import topic_dataset
+from tests.gr.datasets import tiny_dataset
 
 
 def topic_table(num_items: int) -> SidTable:
@@ -71,6 +75,27 @@ def test_every_setting_matters(dataset: Dataset, change: dict) -> None:
     histories = Ragged.from_lists([[3, 13, 20], [7, 8, 9]], dtype=np.int32)
     base, other = fitted(dataset).decode(histories), fitted(dataset, **change).decode(histories)
     assert not np.allclose(base.scores, other.scores)
+
+
+def test_transitions_are_merged_as_they_are_read(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: weakref.WeakSet = weakref.WeakSet()
+    most = []
+
+    def counted(*args: Any, **settings: Any) -> Transitions:
+        part = count_transitions(*args, **settings)
+        held.add(part)
+        most.append(len(held))
+        return part
+
+    monkeypatch.setattr(Transitions, "__hash__", object.__hash__)
+    monkeypatch.setattr(Transitions, "__eq__", object.__eq__)
+    monkeypatch.setattr(markov, "count_transitions", counted)
+    fit_markov(tiny_dataset(store, num_shards=6), topic_table(200), MarkovConfig(), top_k=5)
+    assert len(most) == 6
+    # The one that is being added, and the one that is being read.
+    assert max(most) <= 2
 
 
 @pytest.mark.parametrize("change", [{"window": 0}, {"decay": 0.0}, {"fit_users": 0}])

@@ -14,7 +14,7 @@ product-quantized codes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -66,8 +66,11 @@ def count_transitions(
     return _from_matrix(total)
 
 
-def merge_transitions(parts: Sequence[Transitions], num_items: int) -> Transitions:
-    """Add the transitions of several blocks of users (streaming, or a distributed group-by)."""
+def merge_transitions(parts: Iterable[Transitions], num_items: int) -> Transitions:
+    """Add the transitions of several blocks of users (streaming, or a distributed group-by).
+
+    Memory: 24 bytes for each distinct transition, and one part at a time where parts are generated.
+    """
     total = sp.csr_array((num_items, num_items), dtype=np.float64)
     for part in parts:
         pairs = (part.source, part.target)
