@@ -13,8 +13,9 @@ those that rank the validation targets best.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -62,6 +63,8 @@ GRID: dict[str, tuple[float, ...]] = {
 MAX_LENGTHS = (60, 200, 1000)
 """Values of `max_length` that tuning counts with; beyond 60 where users take hundreds of items."""
 _ROUNDS = 2
+_BLOCK_PAIRS = 1 << 24
+"""Co-occurrences counted at a time: at most 200 MB, less what repeats."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +84,8 @@ class ItemCounts:
 def count_items(sequences: Ragged, num_items: int, *, max_length: int = 60) -> ItemCounts:
     """Count co-occurrences and successions in a block of users.
 
-    Memory: at most `max_length ** 2` co-occurrences a user, merged; a block of 65,536 users of ten
-    items takes below 100 MB.
+    Memory: at most `max_length ** 2` co-occurrences a user of 12 bytes each; `blocks_of_pairs` cuts
+    blocks that bound their number.
 
     Args:
         sequences: train items of each user in time order.
@@ -101,6 +104,20 @@ def count_items(sequences: Ragged, num_items: int, *, max_length: int = 60) -> I
     pairs = (items[at], items[at + 1])
     follows = sp.csr_array((np.ones(len(at)), pairs), shape=(num_items, num_items))
     return ItemCounts(together, follows)
+
+
+def blocks_of_pairs(sequences: Ragged, *, max_length: int) -> Iterator[Ragged]:
+    """Cut users into blocks of about `_BLOCK_PAIRS` co-occurrences, at most one user above it.
+
+    Args:
+        sequences: train items of each user.
+        max_length: users with more of them have no co-occurrences.
+    """
+    lengths = sequences.lengths.astype(np.int64)
+    pairs = np.cumsum(np.where(lengths <= max_length, lengths**2, 0))
+    cuts = np.flatnonzero(np.diff(pairs // _BLOCK_PAIRS)) + 1
+    for rows in np.split(np.arange(len(sequences)), cuts):
+        yield sequences.take(rows)
 
 
 @dataclass(frozen=True)
@@ -170,17 +187,18 @@ class ItemKnn:
         return scores
 
 
-def tune(knn: ItemKnn, figure: Callable[[ItemKnn], float]) -> ItemKnnConfig:
-    """Find constants by coordinate search over `GRID`, each in turn, twice.
+def tune(starts: Iterable[ItemKnn], figure: Callable[[ItemKnn], float]) -> ItemKnnConfig:
+    """Find constants by coordinate search over `GRID` from the best start, each in turn, twice.
 
     Args:
-        knn: fitted; its constants are the start.
+        starts: fitted, of distinct constants; two at a time are held where they are generated.
         figure: what a set of constants is worth on validation users; larger is better.
 
     Returns:
         The constants of the best figure seen.
     """
-    best, known = knn.config, {knn.config: figure(knn)}
+    worth, knn = max(((figure(one), one) for one in starts), key=itemgetter(0))
+    best, known = knn.config, {knn.config: worth}
     for _ in range(_ROUNDS):
         for name, values in GRID.items():
             for value in values:

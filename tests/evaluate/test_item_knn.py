@@ -3,14 +3,24 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
+from functools import reduce
 from itertools import pairwise
+from operator import add
 
 import numpy as np
 import pytest
 
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError
-from forge_ray.evaluate.item_knn import ItemKnn, ItemKnnConfig, count_items, tune
+from forge_ray.evaluate import item_knn
+from forge_ray.evaluate.item_knn import (
+    ItemKnn,
+    ItemKnnConfig,
+    blocks_of_pairs,
+    count_items,
+    tune,
+)
 
 NUM_ITEMS = 15
 
@@ -107,8 +117,34 @@ def test_tuning_finds_the_best_constants_of_its_path(
             for name in ("history", "decay", "succession")
         )
 
-    assert tune(knn, figure) == wanted
-    assert tune(knn, lambda _: 0.0) == knn.config
+    assert tune([knn], figure) == wanted
+    assert tune([knn], lambda _: 0.0) == knn.config
+    far, near = (replace(knn, config=replace(wanted, max_length=one)) for one in (60, 200))
+    starts, asked = [replace(far, config=replace(far.config, history=50)), near], []
+    best = tune(iter(starts), lambda one: asked.append(one.config) or figure(one))
+    assert best == near.config
+    assert len(asked) == len(set(asked))
+
+
+def test_blocks_hold_few_pairs_and_all_users(
+    train: Ragged, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = int(np.median(train.lengths))
+    pairs = np.where(train.lengths <= limit, train.lengths.astype(np.int64) ** 2, 0)
+    bound = int(pairs.max())
+    monkeypatch.setattr(item_knn, "_BLOCK_PAIRS", bound)
+    blocks = list(blocks_of_pairs(train, max_length=limit))
+    assert Ragged.concatenate(blocks) == train
+    assert len(blocks) > 2
+    for block in blocks:
+        short = block.lengths[block.lengths <= limit].astype(np.int64)
+        assert (short**2).sum() < 2 * bound
+    merged = reduce(add, (count_items(one, NUM_ITEMS, max_length=limit) for one in blocks))
+    whole = count_items(train, NUM_ITEMS, max_length=limit)
+    for name in ("together", "next"):
+        assert (getattr(merged, name) != getattr(whole, name)).nnz == 0
+    (empty,) = blocks_of_pairs(train.take(np.arange(0)), max_length=limit)
+    assert len(empty) == 0
 
 
 @pytest.mark.parametrize("values", [{"history": 0}, {"decay": 0.0}, {"succession": -1.0}])
