@@ -149,6 +149,11 @@ class GrConfig:
                 f"got {widths}. Leave it out for the default, or set "
                 f"validation.widths={[widths[0]] * (num_levels - 1) + [widths[-1]]}."
             )
+        if widths and (min(widths) < 1 or widths[-1] < max(self.validation.ks)):
+            raise ConfigError(
+                "validation.widths must be >= 1 and end in at least max(validation.ks)="
+                f"{max(self.validation.ks)} beams, got {widths}. Widen the last level."
+            )
 
     def identity(self) -> dict[str, Any]:
         """The fields that decide the model; the others may change when a run resumes."""
@@ -158,7 +163,7 @@ class GrConfig:
 def without_execution(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """A `GrConfig` as mapping, or some of it, less the fields that only say how it runs."""
     kept = {name: value for name, value in mapping.items() if name not in _RUNNING}
-    for part, running in (("data", _RUNNING_DATA), ("validation", _RUNNING_VALIDATION)):
+    for part, running in _RUNNING_PARTS.items():
         if part in kept:
             given = kept[part].items()
             kept[part] = {name: value for name, value in given if name not in running}
@@ -176,5 +181,8 @@ _RUNNING = (
     "max_failures",
     "keep_checkpoints",
 )
-_RUNNING_DATA = ("segments_per_execution", "prefetch_batches", "read_tasks", "read_cpus")
-_RUNNING_VALIDATION = ("aside", "cpus", "gpus")
+_RUNNING_PARTS = {
+    "engine": ("micro_batch", "activation_checkpointing"),
+    "data": ("segments_per_execution", "prefetch_batches", "read_tasks", "read_cpus"),
+    "validation": ("batch_users", "aside", "cpus", "gpus"),
+}

@@ -139,7 +139,7 @@ def train_generator(
             started=time.time(),
         )
         outcome = _fit(job, table, run_dir=run_dir, name=name, callbacks=callbacks)
-        _check_outcome(outcome, folder, name=name, command=command)
+        _check_outcome(outcome, job, name=name, command=command)
         return _publish(writer, folder, outcome)
 
     artifact = store.build(
@@ -248,12 +248,12 @@ def _stopping_on_sigterm(folder: RunFolder) -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _check_outcome(outcome: dict[str, Any], folder: RunFolder, *, name: str, command: str) -> None:
+def _check_outcome(outcome: dict[str, Any], job: TrainJob, *, name: str, command: str) -> None:
     """Raises for a training that did not come to its end."""
     if outcome["kind"] in ("finished", "settled"):
         return
-    saved = folder.names(CHECKPOINTS)
-    last = f"{folder.uri}/{CHECKPOINTS}/{saved[-1]}" if saved else "none was written yet"
+    found = job.folder.newest_checkpoint(job.identity).name
+    last = f"{job.folder.uri}/{CHECKPOINTS}/{found}" if found else "none was written yet"
     if outcome["kind"] == "stopped":
         raise StoppedError(
             f"run {name!r} must reach its end, got {outcome['reason']} at step {outcome['step']}. "

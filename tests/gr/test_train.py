@@ -14,6 +14,8 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,8 +26,10 @@ from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError, StoppedError, TrainingError
 from forge_ray.gr.checkpoint import load_generator, model_config
 from forge_ray.gr.config import GrConfig
-from forge_ray.gr.train import TrainResult, train_generator
+from forge_ray.gr.run_folder import RunFolder, checkpoint_name
+from forge_ray.gr.train import TrainResult, _check_outcome, train_generator
 from tests.gr.chains import chain_dataset, grid_table
+from tests.gr.test_run_folder import IDENTITY, save, shard_path
 
 SMALL = [
     "model.hidden_size=32",
@@ -365,3 +369,40 @@ def test_config_rules():
     with pytest.raises(ConfigError, match="keep_checkpoints must be >= 2, got 1"):
         small("keep_checkpoints=1")
     assert small("max_workers=4", "validation.aside=false").identity() == small().identity()
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "engine.micro_batch=8",
+        "engine.activation_checkpointing=true",
+        "validation.batch_users=7",
+        "validation.cpus=1",
+        "validation.gpus=1",
+    ],
+)
+def test_settings_of_memory_and_place_decide_no_model(override):
+    assert small(override).identity() == small().identity()
+    assert small("engine.global_batch=8").identity() != small().identity()
+
+
+def test_an_ending_names_the_newest_checkpoint_that_is_whole(tmp_path):
+    folder = RunFolder.open(str(tmp_path), "run")
+    job: Any = SimpleNamespace(folder=folder, identity=IDENTITY)
+    diverged = {"kind": "diverged", "reason": "a loss of nan at step 21", "step": 21}
+    with pytest.raises(TrainingError, match="intact: none was written yet"):
+        _check_outcome(diverged, job, name="run", command="")
+    for step in (5, 10):
+        save(folder, step)
+    shard_path(tmp_path, 10).write_bytes(b"1")
+    with folder.new_checkpoint(checkpoint_name(15)) as half:
+        (half / "half").write_bytes(b"x")
+    with pytest.raises(TrainingError, match=r"intact: .*/checkpoints/step_00000005\."):
+        _check_outcome(diverged, job, name="run", command="")
+
+
+@pytest.mark.parametrize("widths", ["[0,20]", "[20,9]"])
+def test_widths_that_no_search_takes_are_refused_before_training(widths):
+    with pytest.raises(ConfigError, match=r"validation\.widths must be >= 1 and end .*ks\)=10"):
+        small(f"validation.widths={widths}").check_levels(2)
+    small("validation.widths=[1,10]").check_levels(2)
