@@ -117,12 +117,7 @@ def train_generator(
         StoppedError: SIGTERM or a file `stop` in the run's folder asked for the end; a checkpoint
             was saved, and the same call continues from it.
     """
-    if table.num_items != dataset.num_items:
-        raise ConfigError(
-            f"the SID table must cover the dataset's {dataset.num_items} items, got "
-            f"{table.num_items}. Fit semantic IDs on this dataset."
-        )
-    config.check_levels(table.num_levels)
+    _check_table(config, dataset, table)
     config = replace(config, model=config.model.resolved())
     content: dict[str, Any] = {"gr": config.identity(), "table_key": table_key(table)}
     identity = _run_identity(config, dataset, content)
@@ -151,6 +146,16 @@ def train_generator(
         command=command,
     )
     return train_result(artifact)
+
+
+def _check_table(config: GrConfig, dataset: Dataset, table: SidTable) -> None:
+    """Refuses a table of other items or levels than the data and the configuration speak of."""
+    if table.num_items != dataset.num_items:
+        raise ConfigError(
+            f"the SID table must cover the dataset's {dataset.num_items} items, got "
+            f"{table.num_items}. Fit semantic IDs on this dataset."
+        )
+    config.check_levels(table.num_levels)
 
 
 def _run_identity(config: GrConfig, dataset: Dataset, content: dict[str, Any]) -> RunIdentity:
