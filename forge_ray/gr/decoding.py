@@ -23,6 +23,9 @@ from forge_ray.gr.prefix_index import PrefixIndex
 from forge_ray.gr.vocab import vocab_of
 from forge_ray.sid.table import SidTable
 
+_MOST_ROOM = 4096
+"""SIDs by which a ranking grows at most for the sake of seen items."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecodedUsers:
@@ -61,6 +64,7 @@ class SidDecoder:
         widths: Sequence[int],
         max_history: int,
         batch_users: int = 32,
+        makes_room: bool = False,
         constrained: bool = True,
         allowed: NDArray[np.bool_] | None = None,
         device: torch.device | str = "cpu",
@@ -74,6 +78,9 @@ class SidDecoder:
                 ranks every SID, and only the last width counts.
             max_history: newest items of a history that the generator reads.
             batch_users: users per search.
+            makes_room: widens the last level where a history is longer than half its width, by the
+                surplus and at most `_MOST_ROOM`: seen items that are taken out later
+                must not shorten lists. No effect on what stands before the added SIDs.
             constrained: False decodes without the index, to measure invalid SIDs.
             allowed: bool [N], items whose SIDs may be emitted; None allows all. Beams never enter
                 a prefix without an allowed item, so lists stay as long as they can be.
@@ -88,6 +95,7 @@ class SidDecoder:
         self._vocab = vocab_of(table.codebook_sizes)
         self._max_history = max_history
         self._batch_users = batch_users
+        self._makes_room = makes_room
         self._constrained = constrained
         self._device = device
 
@@ -108,13 +116,14 @@ class SidDecoder:
             histories: U rows of item indices, oldest first; empty rows are allowed.
         """
         started = perf_counter()
-        shape = (len(histories), self.widths[-1])
+        width = self._last_width(histories)
+        shape = (len(histories), width)
         ranks = np.full(shape, -1, np.int32)
         scores = np.full(shape, -np.inf, np.float32)
         num_emitted = num_invalid = 0
         with evaluation_mode(self._generator):
             for rows in self._batches(histories):
-                beams = self._search(histories.take(rows))
+                beams = self._search(histories.take(rows), width)
                 ranks[rows] = beams.sid_rank.cpu().numpy()
                 scores[rows] = beams.scores.cpu().numpy()
                 num_emitted += int(beams.is_live.sum())
@@ -127,17 +136,23 @@ class SidDecoder:
         for start in range(0, len(order), self._batch_users):
             yield order[start : start + self._batch_users]
 
-    def _search(self, histories: Ragged) -> Beams:
+    def _last_width(self, histories: Ragged) -> int:
+        if not self._makes_room:
+            return self.widths[-1]
+        surplus = int(histories.lengths.max(initial=0)) - self.widths[-1] // 2
+        return self.widths[-1] + min(max(surplus, 0), _MOST_ROOM)
+
+    def _search(self, histories: Ragged, width: int) -> Beams:
         tokens, mask = self._vocab.history_tokens(histories, self._codes, self._max_history)
         tokens, mask = tokens.to(self._device), mask.to(self._device)
         if self._constrained and isinstance(self._generator, ParallelGenerator):
-            return exact_search(self._generator, tokens, mask, self.index, self.widths[-1])
+            return exact_search(self._generator, tokens, mask, self.index, width)
         return beam_search(
             self._generator,
             tokens,
             mask,
             self.index,
-            self.widths,
+            (*self.widths[:-1], width),
             constrained=self._constrained,
         )
 

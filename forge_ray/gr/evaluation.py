@@ -65,7 +65,8 @@ def evaluate_generator(
         train_counts: int [N], interactions of each item in the train part.
         max_history: newest items of a history that the model reads.
         ks: cut-offs.
-        widths: beams to keep after each level; by default `default_widths`.
+        widths: beams to keep after each level; by default `default_widths`, and at the last level
+            room for seen items.
         exclude_seen: whether items of the (whole) history are kept out of the lists.
         batch_users: users per search.
         constrained: False measures the model without the prefix index.
@@ -89,6 +90,7 @@ def evaluate_generator(
         widths=chosen,
         max_history=max_history,
         batch_users=batch_users,
+        makes_room=exclude_seen and constrained and not widths,
         constrained=constrained,
         device=device,
     )

@@ -26,7 +26,9 @@ class ModelEvaluationConfig(EvaluationConfig):
     """How a model decodes the users of an evaluation."""
 
     widths: list[int] | None = None
-    """Beams to keep after each level; by default wide enough for the largest cut-off."""
+    """Beams to keep after each level; by default wide enough for the largest cut-off, with room at
+    the last level for the seen items of long histories.
+    """
     constrained: bool = True
     """Whether the prefix index is on; off shows how many invalid SIDs the model would emit."""
     batch_users: int = 32
@@ -43,7 +45,13 @@ class ModelEvaluationConfig(EvaluationConfig):
     def identity(self) -> dict[str, Any]:
         """The fields beside `common` that decide a model's figures."""
         given = to_mapping(self)
-        return {name: given[name] for name in ("widths", "constrained")}
+        kept = {name: given[name] for name in ("widths", "constrained")}
+        return {**kept, "makes_room": self.makes_room}
+
+    @property
+    def makes_room(self) -> bool:
+        """Whether rankings grow with the seen items that are taken out of them."""
+        return self.exclude_seen and self.constrained and not self.widths
 
 
 @dataclass(frozen=True)
@@ -65,6 +73,7 @@ class OpenModel:
             widths=widths,
             max_history=loaded.max_history,
             batch_users=config.batch_users,
+            makes_room=config.makes_room,
             constrained=config.constrained,
             device=config.device,
         )

@@ -129,6 +129,33 @@ def test_seen_items_older_than_the_window_are_still_excluded() -> None:
     assert found["short_rate"] == 1
 
 
+def test_seen_items_of_long_histories_do_not_shorten_lists() -> None:
+    sizes = (8, 8, 8)
+    table = SidTable.from_codes(np.argwhere(np.ones(sizes, dtype=bool)), sizes)
+    rng = np.random.default_rng(0)
+    order = rng.permutation(512)
+    users = [order[:300], order[:5]]
+    wanted = [order[300:450], order[200:350]]
+    counts = np.ones(512, np.int64)
+
+    def scored(rows: list[int], widths: tuple[int, ...] | None = None) -> dict[str, float]:
+        return evaluate_generator(
+            HashGenerator(sizes), table,
+            Ragged.from_lists([users[row] for row in rows], np.int64),
+            Ragged.from_lists([wanted[row] for row in rows], np.int64),
+            train_counts=counts, max_history=5, ks=(50,), widths=widths,
+        )  # fmt: skip
+
+    both = scored([0, 1])
+    assert both["short_rate"] == 0
+    assert scored([0, 1], (50, 50, 100))["short_rate"] == 0.5
+    # Room that one user needs says nothing about another.
+    alone = [scored([row]) for row in (0, 1)]
+    assert scored([1], (50, 50, 100))["ItemHit@50"] == alone[1]["ItemHit@50"] > 0
+    for name in ("ItemHit@50", "ItemNDCG@50", "SidHit@50"):
+        assert both[name] == pytest.approx(np.mean([one[name] for one in alone]))
+
+
 def test_batches_of_users_add_up() -> None:
     table = make_table(150)
     histories, targets = make_users(40, 150)
