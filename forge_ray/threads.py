@@ -53,8 +53,9 @@ def map_threads(
     Returns:
         The results in the order of the arguments.
     """
-    threads = threads_given()
-    if threads == 1:
-        return [function(argument) for argument in arguments]
+    calls = list(arguments)
+    threads = min(threads_given(), len(calls))
+    if threads <= 1:
+        return [function(argument) for argument in calls]
     with ThreadPoolExecutor(threads) as pool:
-        return list(pool.map(function, arguments))
+        return list(pool.map(function, calls))

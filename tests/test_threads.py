@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from forge_ray.threads import map_threads
+
 PROBE = """
 import os, faiss, torch
 from forge_ray.threads import set_threads
@@ -21,6 +23,15 @@ def test_threads_are_the_whole_cpus_given(num_cpus: float, threads: int) -> None
     code = PROBE.format(num_cpus=num_cpus)
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.split() == [str(threads)] * 3
+
+
+def test_calls_in_threads_keep_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    for threads in ("1", "3"):
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+        assert map_threads(lambda number: number**2, range(20)) == [n**2 for n in range(20)]
+        assert map_threads(str, []) == []
+        with pytest.raises(ZeroDivisionError):
+            map_threads(lambda number: 1 // number, [1, 0, 2])
 
 
 ENTRY_POINTS = {

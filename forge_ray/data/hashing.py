@@ -12,6 +12,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from forge_ray.threads import map_threads
+
 _GOLDEN = 0x9E3779B97F4A7C15
 _FNV_OFFSET = np.uint64(0xCBF29CE484222325)
 _FNV_PRIME = np.uint64(0x100000001B3)
@@ -63,8 +65,11 @@ def hash_ids(ids: NDArray[Any] | pa.Array | pa.ChunkedArray) -> NDArray[np.uint6
         ids: strings, UTF-8 bytes or integers. A chunk that fits the cache is spelled out at a time.
     """
     out = np.empty(len(ids), dtype=np.uint64)
-    for start in range(0, len(ids), _CHUNK_ROWS):
+
+    def hash_chunk(start: int) -> None:
         out[start : start + _CHUNK_ROWS] = hash_bytes(_spelled(ids[start : start + _CHUNK_ROWS]))
+
+    map_threads(hash_chunk, range(0, len(ids), _CHUNK_ROWS))
     return out
 
 

@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forge_ray.errors import ConfigError, DataError
+from forge_ray.threads import map_threads
 
 if TYPE_CHECKING:
     from forge_ray.artifacts import Artifact, ArtifactWriter
@@ -25,6 +26,8 @@ CODES_FILE = "codes.npy"
 TABLE_FILE = "table.json"
 
 _INT64_MAX = 2**63 - 1
+_ROWS_AT_ONCE = 1 << 17
+"""Rows packed at a time: their keys stay in the cache."""
 
 
 def prefix_keys(
@@ -56,12 +59,18 @@ def prefix_keys(
             f"sid.codebook_sizes must have a product below 2^63 to pack a prefix of depth {depth}, "
             f"got {list(codebook_sizes[:depth])}. Use fewer levels or smaller codebooks."
         )
-    keys = np.zeros(codes.shape[:-1], dtype=np.int64)
-    for level in range(depth):
-        # In place: at ten million rows, fresh memory costs more than the arithmetic.
-        keys *= int(codebook_sizes[level])
-        np.add(keys, codes[..., level], out=keys, casting="unsafe")
-    return keys
+    rows = codes.reshape(-1, codes.shape[-1])
+    keys = np.zeros(len(rows), dtype=np.int64)
+
+    def pack(start: int) -> None:
+        part = keys[start : start + _ROWS_AT_ONCE]
+        for level in range(depth):
+            part *= int(codebook_sizes[level])
+            column = rows[start : start + _ROWS_AT_ONCE, level]
+            np.add(part, column, out=part, casting="unsafe")
+
+    map_threads(pack, range(0, len(rows), _ROWS_AT_ONCE))
+    return keys.reshape(codes.shape[:-1])
 
 
 def code_dtype(codebook_sizes: Sequence[int]) -> npt.DTypeLike:

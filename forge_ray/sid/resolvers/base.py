@@ -23,7 +23,7 @@ import numpy.typing as npt
 from forge_ray.config import Component
 from forge_ray.data.hashing import distinct_hashes
 from forge_ray.errors import ConfigError
-from forge_ray.sid.resolvers.groups import Groups, positions, run_lengths
+from forge_ray.sid.resolvers.groups import Groups, positions, summarize_runs
 from forge_ray.sid.table import prefix_keys
 
 Int64Array: TypeAlias = npt.NDArray[np.int64]
@@ -205,22 +205,23 @@ def complete(config: ResolverConfig, placement: Placement, problem: Problem) -> 
     """Finish a whole table, find who is over capacity, and report what happened to it."""
     result = config.finish(placement, problem)
     depth = problem.codes.shape[1]
-    before = problem.groups.sizes
+    ordered = problem.groups.keys
     if problem.published is not None:
-        before = run_lengths(np.sort(prefix_keys(problem.codes, problem.codebook_sizes, depth)))
+        ordered = np.sort(prefix_keys(problem.codes, problem.codebook_sizes, depth))
+    before = summarize_runs(ordered)
     keys = prefix_keys(result.codes, result.codebook_sizes, result.codes.shape[1])
     over = np.zeros(len(keys), dtype=bool)
-    after = run_lengths(np.sort(keys))
-    if config.capacity is not None and after.max(initial=0) > config.capacity:
+    after = summarize_runs(np.sort(keys))
+    if config.capacity is not None and after.longest > config.capacity:
         over[_beyond(keys, problem, config.capacity)] = True
     report = {
         "items": float(len(problem.codes)),
         "moved": float((result.codes[:, depth - 1] != problem.codes[:, depth - 1]).sum()),
         "unplaced": float(over.sum()),
-        "distinct_before": float(len(before)),
-        "distinct_after": float(len(after)),
-        "max_bucket_before": float(before.max(initial=0)),
-        "max_bucket_after": float(after.max(initial=0)),
+        "distinct_before": float(before.count),
+        "distinct_after": float(after.count),
+        "max_bucket_before": float(before.longest),
+        "max_bucket_after": float(after.longest),
         **result.report,
     }
     return replace(result, over_capacity=over, report=report)

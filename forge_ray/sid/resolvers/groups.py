@@ -89,6 +89,31 @@ def run_lengths(ordered: npt.NDArray[Any]) -> Int64Array:
     return _lengths(run_starts(ordered), len(ordered))
 
 
+@dataclass(frozen=True)
+class RunSummary:
+    """What a report says about the runs of an ordered array."""
+
+    count: int
+    longest: int
+    """Rows of the longest run; 0 where there is none."""
+
+
+def summarize_runs(ordered: npt.NDArray[Any]) -> RunSummary:
+    """Count the runs of equal values and find the longest, without an array of all of them."""
+    count = longest = last = 0
+    for start in range(0, len(ordered), _ROWS_AT_ONCE):
+        block = ordered[max(0, start - 1) : start + _ROWS_AT_ONCE]
+        begins = np.flatnonzero(block[1:] != block[:-1]) + max(1, start)
+        if len(begins):
+            within = int(np.diff(begins).max(initial=0))
+            longest = max(longest, int(begins[0]) - last, within)
+            last = int(begins[-1])
+            count += len(begins)
+    if not len(ordered):
+        return RunSummary(0, 0)
+    return RunSummary(count + 1, max(longest, len(ordered) - last))
+
+
 def positions(ordered: npt.NDArray[Any]) -> Int64Array:
     """0-based position of each row in its run of equal values, int64 [n]."""
     starts = run_starts(ordered)
