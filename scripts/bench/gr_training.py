@@ -93,12 +93,14 @@ def configured(steps: int, *overrides: str) -> GrConfig:
 
 
 def ray_starts(threads: int) -> None:
+    """A Ray of this process alone, with a CPU more than the training has threads."""
     import ray
 
     ray.init(address="local", num_cpus=threads + 1, include_dashboard=False, logging_level="error")
 
 
 def ray_ends() -> None:
+    """Stops it."""
     import ray
 
     ray.shutdown()

@@ -144,12 +144,10 @@ class ParallelHeads(Generator):
     def loss_sum(self, batch: TokenBatch) -> Tensor:
         """Cross-entropy summed over the codes of all items, each given the items before it."""
         items = batch.codes.shape[1]
-        before = self.vocab.tokens(batch.codes[:, : items - 1])
-        start = torch.full_like(before[:, :1, 0], BOS)
         # Rows are padded on the right: under a causal mask no valid position sees padding.
-        embedded = self._embed(before, torch.cat([start, before[:, :, -1]], dim=1))
+        embedded = self._embed(batch.codes[:, : items - 1])
         states = self.blocks(inputs_embeds=self.dropout(embedded), use_cache=False)
-        is_item = torch.arange(items, device=before.device) < batch.lengths.unsqueeze(1)
+        is_item = torch.arange(items, device=embedded.device) < batch.lengths.unsqueeze(1)
         hidden = self.dropout(states.last_hidden_state[is_item])
         return self.level_loss_sum(self._levels(hidden), batch.codes[is_item])
 
@@ -163,19 +161,11 @@ class ParallelHeads(Generator):
         Returns:
             L logits of the next item, float32 [B, K_level].
         """
-        levels = self.vocab.num_levels
-        # BOS stands in the last column of the slot before the first item, whatever the padding.
-        ends = tokens[:, ::levels]
-        body = functional.pad(tokens[:, 1:], (levels, 0)).reshape(*ends.shape, levels)
-        # Padding moves to the right: under a causal mask no valid position sees it.
-        length = mask[:, ::levels].sum(dim=1, keepdim=True)
-        place = torch.arange(ends.shape[1], device=tokens.device) - length
-        body = body.gather(1, place.unsqueeze(-1).expand_as(body) % body.shape[1])
-        embedded = self._embed(body[:, 1:], ends.gather(1, place % ends.shape[1]))
-        states = self.blocks(inputs_embeds=embedded, use_cache=False).last_hidden_state
-        last = (length - 1).unsqueeze(-1).expand(-1, -1, states.shape[-1])
+        codes, lengths = self.vocab.history_codes(tokens, mask)
+        states = self.blocks(inputs_embeds=self._embed(codes), use_cache=False).last_hidden_state
+        last = lengths.view(-1, 1, 1).expand(-1, 1, states.shape[-1])
         hidden = self._levels(states.gather(1, last).squeeze(1))
-        return [self.table(hidden[:, level], level) for level in range(levels)]
+        return [self.table(hidden[:, level], level) for level in range(self.vocab.num_levels)]
 
     def prefill(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor]]:
         """See `Generator.prefill`; the state is the logits of all levels."""
@@ -188,19 +178,12 @@ class ParallelHeads(Generator):
         """See `Generator.step`; no code changes what the history said."""
         return state[level].unsqueeze(1).expand(-1, codes.shape[1], -1), state
 
-    def _embed(self, body: Tensor, ends: Tensor) -> Tensor:
-        """Inputs [B, N, D]: a first position, then items.
-
-        Args:
-            body: tokens of the items behind the first position [B, N - 1, L].
-            ends: last token of every position [B, N]; BOS marks the start of a history.
-        """
-        is_code = (body >= self.vocab.num_special).unsqueeze(-1)
-        items = (self.table(body) * is_code).sum(dim=2)
-        items = functional.pad(items, (0, 0, 1, 0))
-        start = self.table(torch.full_like(ends[:1, :1], BOS)) * self.vocab.num_levels**0.5
-        inputs: Tensor = torch.where((ends == BOS).unsqueeze(-1), start, items) * self._scale
-        return inputs
+    def _embed(self, codes: Tensor) -> Tensor:
+        """Inputs [B, N + 1, D] of items with codes [B, N, L]: a first position, then they."""
+        start = self.table(torch.full((len(codes), 1), BOS, device=codes.device))
+        items = self.table(self.vocab.tokens(codes)).sum(dim=2)
+        loud = start * self.vocab.num_levels**0.5
+        return torch.cat([loud, items], dim=1) * self._scale
 
     def _levels(self, hidden_MD: Tensor) -> Tensor:
         return torch.stack([head(hidden_MD) for head in self.heads], dim=1)

@@ -7,11 +7,10 @@ and a code costs a two-layer network instead of a pass through all blocks, in tr
 decoding. Knows nothing about items or files.
 
 Source: RQ-Transformer (arXiv 2203.01941), spatial and depth transformer, for images. Where we
-differ: the depth part is a residual two-layer network on the sum of state and code vectors (four
-codes leave attention nothing to choose from: it was slower and ranked worse), and prefixes of two
-codes and more have hashed vectors of their own, after the prefix n-grams of Meta's ranking models
-(arXiv 2504.02137). Without them a deeper code means the same under every prefix, which residual
-codes do not.
+differ: the depth part is a residual two-layer network on the sum of state and code vectors, which
+has half the weights of a block; and prefixes of two codes and more have hashed vectors of their
+own, after the prefix n-grams of Meta's ranking models (arXiv 2504.02137). Without them a deeper
+code means the same under every prefix, which residual codes do not.
 
 Shapes: B rows, N items of a row, L levels, S tokens, W beams, D width, K codes of a level, M items.
 """
