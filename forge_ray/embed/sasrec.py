@@ -6,8 +6,10 @@ neither datasets nor files, so what it may not see is the caller's to leave out.
 Shapes: B users, T places of a history, D width, N items, R places that have a next item.
 
 Source: SASRec (arXiv 1808.09781) with the loss of COSETTE's baseline (arXiv 2508.14910). Where we
-differ: softmax over all items instead of one sampled negative, pre-norm blocks with GELU, histories
-start at place 0 so that training and scoring see equal places, long ones are cropped at random.
+differ: softmax over all items instead of one sampled negative, pre-norm blocks with GELU, items
+normalised before places are added (its length serves the scores; without, learning was measured to
+take about twice the epochs), histories start at place 0 so that training and scoring
+see equal places, long ones are cropped at random.
 """
 
 from __future__ import annotations
@@ -106,6 +108,7 @@ class SasRec(nn.Module):
         self.max_length = config.max_length
         self.items = nn.Embedding(num_items, config.dim)
         self.places = nn.Embedding(config.max_length, config.dim)
+        self.input_norm = nn.LayerNorm(config.dim)
         self.dropout = nn.Dropout(config.dropout)
         self.blocks = nn.ModuleList(
             CausalBlock(config.dim, config.heads, config.dropout) for _ in range(config.layers)
@@ -125,7 +128,8 @@ class SasRec(nn.Module):
         """
         # Attention is causal and the filling stands last, so no true place ever sees it.
         places = torch.arange(items_BT.shape[1], device=items_BT.device)
-        x_BTD = self.dropout(self.items(items_BT.clamp(min=0)) + self.places(places))
+        read_BTD = self.input_norm(self.items(items_BT.clamp(min=0)))
+        x_BTD = self.dropout(read_BTD + self.places(places))
         for block in self.blocks:
             x_BTD = block(x_BTD)
         return self.norm(x_BTD)

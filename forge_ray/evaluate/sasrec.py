@@ -41,6 +41,8 @@ _BLOCK_SCORES = 1 << 23
 class SasRecBaselineConfig(SasRecConfig):
     """SASRec as a row of the table; its epoch, not its shape, is chosen on validation."""
 
+    dim: int = 128
+    dropout: float = 0.5
     holdout_share: float = 0.0
     """0 chooses the epoch on the validation split; more, on that share of the train users."""
     validation_users: int = 5000

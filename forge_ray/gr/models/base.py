@@ -338,6 +338,19 @@ class Generator(nn.Module, ABC):
                 # Reentrant checkpoints lose gradients of arguments given by name.
                 stack.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def competing_logits(self, hidden_MD: Tensor, prefixes: Tensor, level: int) -> Tensor:
+        """Scores the codes that compete in the loss of a level.
+
+        Args:
+            hidden_MD: state that predicts the code.
+            prefixes: int64 [M, level], the codes before it.
+            level: level of the code.
+
+        Returns:
+            float32 logits [M, K_level], of all codes [M, V - specials] with `softmax=full`.
+        """
+        return self.table(hidden_MD, level, competitors=self.objective.softmax)
+
     def level_loss_sum(self, hidden_MLD: Tensor, targets_ML: Tensor) -> Tensor:
         """Sum over levels of the cross-entropy that `objective` describes.
 
@@ -345,11 +358,11 @@ class Generator(nn.Module, ABC):
             hidden_MLD: state that predicts each code of M items.
             targets_ML: the codes, int64.
         """
-        kind = self.objective.softmax
-        offsets = self.vocab.level_offsets if kind == "full" else (0,) * self.vocab.num_levels
+        is_full = self.objective.softmax == "full"
+        offsets = self.vocab.level_offsets if is_full else (0,) * self.vocab.num_levels
         losses = [
             functional.cross_entropy(
-                self.table(hidden_MLD[:, level], level, competitors=kind),
+                self.competing_logits(hidden_MLD[:, level], targets_ML[:, :level], level),
                 targets_ML[:, level] + offsets[level],
                 reduction="sum",
                 label_smoothing=self.objective.label_smoothing,

@@ -10,7 +10,9 @@ Source: RQ-Transformer (arXiv 2203.01941), spatial and depth transformer, for im
 differ: the depth part is a residual two-layer network on the sum of state and code vectors, which
 has half the weights of a block; and prefixes of two codes and more have hashed vectors of their
 own, after the prefix n-grams of Meta's ranking models (arXiv 2504.02137). Without them a deeper
-code means the same under every prefix, which residual codes do not.
+code means the same under every prefix, which residual codes do not. For the same reason the codes
+that follow a prefix are scored by narrow hashed vectors of (prefix, code) beside those of the code:
+what one item has in common with a history needs weights of its own, as an item-level model has.
 
 Shapes: B rows, N items of a row, L levels, S tokens, W beams, D width, K codes of a level, M items.
 """
@@ -22,6 +24,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional
 
 from forge_ray.embed.sasrec import CausalBlock
 from forge_ray.errors import ConfigError
@@ -31,6 +34,9 @@ from forge_ray.gr.vocab import BOS, Vocab
 _INIT_STD = 0.02
 _HASH_BASE = 1_000_003
 _HASH_RANGE = 2**31 - 1
+_VALUES_AT_ONCE = 1 << 22
+"""Numbers of child vectors gathered together, 16 MB: wide beams take no more."""
+_OPTIONAL = (("prefix_rows", 0), ("child_size", 0))
 
 
 @dataclass(kw_only=True)
@@ -50,9 +56,12 @@ class RqTransformerConfig(GeneratorConfig):
     """Share of inputs and block outputs dropped while training."""
     places: int = 64
     """Places of a row, from its start, with a learned vector; later ones share the last."""
-    prefix_rows: int = 16384
-    """Rows of hashed vectors for prefixes of two codes and more; 0 has none. About the number of
-    distinct prefixes is enough: equal hashes share a row."""
+    prefix_rows: int = 32768
+    """Rows of each table of hashed vectors for prefixes of two codes and more; 0 has none. About
+    the number of distinct prefixes is enough: equal hashes share a row."""
+    child_size: int = 32
+    """Width E of the vectors that score a code after its prefix, of which there are `prefix_rows`
+    too; 0 has none. Training holds 8·E·K bytes for each item of a batch."""
     tie_embeddings: bool = True
     """Whether the output head reuses the vectors that histories are read with."""
     temperature: float = 1.0
@@ -71,7 +80,7 @@ class RqTransformerConfig(GeneratorConfig):
                 f"model.attention must be sdpa with model.kind={self.kind}, got {self.attention}. "
                 "Leave it out."
             )
-        for name, least in (("num_layers", 1), ("places", 1), ("prefix_rows", 0)):
+        for name, least in (("num_layers", 1), ("places", 1), *_OPTIONAL):
             if getattr(self, name) < least:
                 raise ConfigError(
                     f"model.{name} must be >= {least}, got {getattr(self, name)}. Raise it."
@@ -96,6 +105,37 @@ class PrefixTable(nn.Module):
         """Vectors [..., D] of prefixes with these hashes [...]."""
         found: Tensor = self.vectors(hashes % self.vectors.num_embeddings)
         return found
+
+
+class ChildTable(nn.Module):
+    """Scores codes by vectors of (prefix, code), hashed into a fixed number of rows."""
+
+    def __init__(self, config: RqTransformerConfig) -> None:
+        super().__init__()
+        self.vectors = nn.Embedding(config.prefix_rows, config.child_size)
+        nn.init.normal_(self.vectors.weight, std=_INIT_STD)
+        self.read = nn.Linear(config.hidden_size, config.child_size, bias=False)
+        self.temperature = config.temperature
+
+    def forward(self, states: Tensor, hashes: Tensor, num_codes: int) -> Tensor:
+        """Scores [..., K] of the codes after prefixes with hashes [...], in states [..., D]."""
+        block = max(1, _VALUES_AT_ONCE // (num_codes * self.vectors.embedding_dim))
+        lead = hashes.shape
+        parts = [
+            self._block(some_states, some_hashes, num_codes)
+            for some_states, some_hashes in zip(
+                self.read(states).flatten(0, -2).split(block),
+                hashes.flatten().split(block),
+                strict=True,
+            )
+        ]
+        return torch.cat(parts).view(*lead, num_codes) / self.temperature
+
+    def _block(self, states_ME: Tensor, hashes_M: Tensor, num_codes: int) -> Tensor:
+        codes = torch.arange(num_codes, device=hashes_M.device)
+        children = extended(hashes_M.unsqueeze(-1), codes) % self.vectors.num_embeddings
+        scores: Tensor = self.vectors(children) @ states_ME.unsqueeze(-1)
+        return scores.squeeze(-1).float()
 
 
 class CodeNetwork(nn.Module):
@@ -174,6 +214,8 @@ class RqTransformer(Generator):
         rows, levels = config.prefix_rows, vocab.num_levels
         self.read_prefixes = PrefixTable(rows, width) if rows and levels > 1 else None
         self.chosen_prefixes = PrefixTable(rows, width) if rows and levels > 2 else None
+        has_children = bool(rows and config.child_size and levels > 1)
+        self.child_scores = ChildTable(config) if has_children else None
         self.levels = nn.Embedding(vocab.num_levels, width)
         for vectors in (self.chosen, self.levels):
             nn.init.normal_(vectors.weight, std=_INIT_STD)
@@ -193,6 +235,13 @@ class RqTransformer(Generator):
         codes = batch.codes[is_item]
         return self.level_loss_sum(self.network(self._sums(states[is_item], codes)), codes)
 
+    def competing_logits(self, hidden_MD: Tensor, prefixes: Tensor, level: int) -> Tensor:
+        """See `Generator.competing_logits`."""
+        logits = super().competing_logits(hidden_MD, prefixes, level)
+        if level == 0:
+            return logits
+        return self._with_children(logits, hidden_MD, prefix_hashes(prefixes)[:, -1], level)
+
     def prefill(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, RqState]:
         """See `Generator.prefill`."""
         codes, lengths = self.vocab.history_codes(tokens, mask)
@@ -200,7 +249,7 @@ class RqTransformer(Generator):
         last = lengths.view(-1, 1, 1).expand(-1, 1, states.shape[-1])
         sums = states.gather(1, last)
         hashes = torch.zeros(len(tokens), 1, dtype=torch.int64, device=tokens.device)
-        return self._logits(sums, 0).squeeze(1), RqState(sums, hashes)
+        return self._logits(sums, hashes, 0).squeeze(1), RqState(sums, hashes)
 
     def step(
         self, state: RqState, parents: Tensor, codes: Tensor, level: int
@@ -210,11 +259,22 @@ class RqTransformer(Generator):
         index = parents.unsqueeze(-1).expand(-1, -1, state.sums.shape[-1])
         hashes = extended(state.hashes.gather(1, parents), codes)
         sums = state.sums.gather(1, index) + self._choice(codes, hashes, level - 1)
-        return self._logits(sums, level), RqState(sums, hashes)
+        return self._logits(sums, hashes, level), RqState(sums, hashes)
 
-    def _logits(self, sums: Tensor, level: int) -> Tensor:
+    def _logits(self, sums: Tensor, hashes: Tensor, level: int) -> Tensor:
         place = self.levels(torch.tensor(level, device=sums.device))
-        return self.table(self.network(sums + place), level)
+        states = self.network(sums + place)
+        return self._with_children(self.table(states, level), states, hashes, level)
+
+    def _with_children(self, logits: Tensor, states: Tensor, hashes: Tensor, level: int) -> Tensor:
+        """Logits [..., C] with what the prefixes' own vectors say of the level's codes."""
+        if self.child_scores is None or level == 0:
+            return logits
+        num_codes = self.vocab.codebook_sizes[level]
+        is_full = logits.shape[-1] > num_codes
+        start = self.vocab.level_offsets[level] if is_full else 0
+        around = (start, logits.shape[-1] - start - num_codes)
+        return logits + functional.pad(self.child_scores(states, hashes, num_codes), around)
 
     def _read(self, codes: Tensor) -> Tensor:
         """What to expect at the start and after each item: [B, N, L] to [B, N + 1, D]."""

@@ -47,6 +47,8 @@ def loss(model: RqTransformer) -> float:
         {"places": 2},
         {"prefix_rows": 0},
         {"prefix_rows": 13},
+        {"child_size": 0},
+        {"child_size": 5},
         {"tie_embeddings": False},
         {"temperature": 0.2},
         {"softmax": "full"},
@@ -65,6 +67,7 @@ def test_every_field_changes_the_loss(change: dict[str, Any]) -> None:
         ({"num_layers": 0}, r"model\.num_layers must be >= 1, got 0"),
         ({"places": 0}, r"model\.places must be >= 1, got 0"),
         ({"prefix_rows": -1}, r"model\.prefix_rows must be >= 0, got -1"),
+        ({"child_size": -1}, r"model\.child_size must be >= 0, got -1"),
         ({"temperature": 0.0}, r"model\.temperature must be > 0, got 0"),
     ],
 )
