@@ -124,8 +124,8 @@ class ChildTable(nn.Module):
         parts = [
             self._block(some_states, some_hashes, num_codes)
             for some_states, some_hashes in zip(
-                self.read(states).flatten(0, -2).split(block),
-                hashes.flatten().split(block),
+                torch.split(self.read(states).flatten(0, -2), block),
+                torch.split(hashes.flatten(), block),
                 strict=True,
             )
         ]
