@@ -165,6 +165,7 @@ def _apply(cut: _Cut, table: pa.Table) -> Splits:
         days=cut.stage.days,
         ticks_per_day=cut.ticks_per_day,
         is_validation=draw < cut.split.validation_share,
+        targets=cut.split.targets,
     )
 
 

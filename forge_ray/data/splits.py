@@ -53,6 +53,12 @@ class TemporalConfig(SplitConfig):
     first_day: int | None = None
     """First train day of stage 1 as days since time 0; by default such that the log's last day is
     the last held-out day."""
+    targets: Literal["all", "last"] = "all"
+    """`all`: a user's events of the train days are the history, all of the held-out days the
+    targets, as FORGE evaluates. `last`: the last event is the target and all before it, held-out
+    days included, the history, as a model that was trained days ago meets users; also those who are
+    new. With few users who return after the train days, the only one that leaves enough of them.
+    """
     validation_share: float = 0.5
     """Share of the held-out users that go to validation, the rest to test."""
 
@@ -136,10 +142,12 @@ def temporal(
     days: StageDays,
     ticks_per_day: int,
     is_validation: NDArray[np.bool_],
+    targets: Literal["all", "last"] = "all",
 ) -> Splits:
     """Cut one stage out of the histories by time.
 
-    Held-out users are those with events in the held-out days and at least one in the train days.
+    Held-out users are those with events in the held-out days and at least one before: in the train
+    days, or with ``targets="last"`` anywhere in the stage.
 
     Args:
         items: histories of B users in time order.
@@ -147,20 +155,26 @@ def temporal(
         days: the stage.
         ticks_per_day: length of a day in the unit of the times.
         is_validation: ``[B]`` users that go to validation if they are held out.
+        targets: see `TemporalConfig.targets`.
     """
     day = times.values // ticks_per_day
     in_train = (day >= days.first) & (day < days.end)
     in_target = (day >= days.end) & (day < days.held_out_end)
-    history, targets = items.filter(in_train), items.filter(in_target)
-    trained = np.flatnonzero(history.lengths > 0)
-    held_out = (history.lengths > 0) & (targets.lengths > 0)
+    train, held = items.filter(in_train), items.filter(in_target)
+    trained = np.flatnonzero(train.lengths > 0)
+    history, following = train, held
+    if targets == "last":
+        seen = items.filter(in_train | in_target)
+        history = seen.slices(seen.offsets[:-1], np.maximum(seen.lengths - 1, 0))
+        following = held.tail(1)
+    held_out = (history.lengths > 0) & (held.lengths > 0)
 
     def part(mask: NDArray[np.bool_]) -> SplitPart:
         rows = np.flatnonzero(mask)
-        return SplitPart(rows, history.take(rows), targets.take(rows))
+        return SplitPart(rows, history.take(rows), following.take(rows))
 
     return Splits(
-        SplitPart(trained, history.take(trained), times.filter(in_train).take(trained)),
+        SplitPart(trained, train.take(trained), times.filter(in_train).take(trained)),
         part(held_out & is_validation),
         part(held_out & ~is_validation),
     )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -52,12 +54,21 @@ def test_leave_one_out_gives_every_event_one_place(log: list[list[tuple[int, int
 
 
 @settings(deadline=None)
-@given(log=LOGS, first=st.integers(0, 3), length=st.integers(1, 3))
-def test_temporal_leaks_no_event(log: list[list[tuple[int, int]]], first: int, length: int) -> None:
+@given(
+    log=LOGS,
+    first=st.integers(0, 3),
+    length=st.integers(1, 3),
+    targets=st.sampled_from(["all", "last"]),
+)
+def test_temporal_leaks_no_event(
+    log: list[list[tuple[int, int]]], first: int, length: int, targets: Literal["all", "last"]
+) -> None:
     times, items = ragged(log, 0), ragged(log, 1)
     days = StageDays(first, first + length, first + length + 1)
     is_validation = np.arange(len(log)) % 2 == 0
-    splits = temporal(items, times, days=days, ticks_per_day=10, is_validation=is_validation)
+    splits = temporal(
+        items, times, days=days, ticks_per_day=10, is_validation=is_validation, targets=targets
+    )
     assert (splits.train.following.values // 10 < days.end).all()
     assert not set(splits.validation.rows) & set(splits.test.rows)
     for part, wanted in ((splits.validation, True), (splits.test, False)):
@@ -65,9 +76,11 @@ def test_temporal_leaks_no_event(log: list[list[tuple[int, int]]], first: int, l
         for row, (whole, time) in enumerate(zip(items, times, strict=True)):
             day = time // 10
             history = whole[(day >= days.first) & (day < days.end)].tolist()
-            targets = whole[day == days.end].tolist()
-            if is_validation[row] == wanted and history and targets:
-                expected.append((row, history, targets))
+            following = whole[day == days.end].tolist()
+            if targets == "last":
+                history, following = [*history, *following[:-1]], following[-1:]
+            if is_validation[row] == wanted and history and following:
+                expected.append((row, history, following))
         got = zip(part.rows, part.items, part.following, strict=True)
         assert [(int(r), i.tolist(), t.tolist()) for r, i, t in got] == expected
 
