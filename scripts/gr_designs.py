@@ -41,7 +41,7 @@ FUSED = [
 ]
 SEMANTIC = ["quantizer.levels=3", "resolver.kind=zcr"]
 ITEMS = ["model.kind=rq_transformer", "engine.global_batch=128", "max_history=50"]
-CODES = ["model.kind=decoder", "engine.global_batch=64", "max_history=20", "max_steps=3000"]
+CODES = ["model.kind=decoder", "engine.global_batch=64", "max_history=20", "max_steps=2000"]
 
 
 @dataclass(frozen=True)
@@ -54,15 +54,16 @@ class Design:
     """Of `gr train`."""
 
 
-SHORT = [*ITEMS, "max_steps=1200"]
+SHORT = [*ITEMS, "max_steps=800"]
 DESIGNS: dict[str, Design] = {
-    "best": Design(FUSED, [*ITEMS, "max_steps=2500"]),
+    "best": Design(FUSED, [*ITEMS, "model.dropout=0.5", "max_steps=2800"]),
     "items": Design(FUSED, SHORT),
     "items, semantic SIDs": Design(SEMANTIC, SHORT),
     "items, SIDs with collisions": Design(FUSED[:3], SHORT),
     "items, shuffled SIDs": Design(["quantizer.kind=shuffled", *FUSED], SHORT),
     "items, random SIDs": Design(["quantizer.kind=random", *FUSED], SHORT),
     "items, no prefix vectors": Design(FUSED, [*SHORT, "model.prefix_rows=0"]),
+    "items, no child vectors": Design(FUSED, [*SHORT, "model.child_size=0"]),
     "items, all codes compete": Design(FUSED, [*SHORT, "model.softmax=full"]),
     "items, label smoothing .1": Design(FUSED, [*SHORT, "model.label_smoothing=0.1"]),
     "codes": Design(FUSED, CODES),
@@ -70,7 +71,7 @@ DESIGNS: dict[str, Design] = {
     "codes, all codes compete": Design(FUSED, [*CODES, "model.softmax=full"]),
     "codes, padded": Design(FUSED, [*CODES, "model.packing=false", "data.window_batches=1"]),
     "codes, discrec": Design(FUSED, [*CODES, "model.discrec=true"]),
-    "parallel heads": Design(FUSED, [*ITEMS, "model.kind=parallel_heads", "max_steps=1200"]),
+    "parallel heads": Design(FUSED, [*ITEMS, "model.kind=parallel_heads", "max_steps=800"]),
 }
 GROUPS = {
     "best": ["best"],
@@ -97,6 +98,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--split", default="validation", help="test once a design is chosen")
     parser.add_argument("--baselines", action="store_true", help="rows of all baselines too")
+    parser.add_argument("--sid", nargs="*", default=[], help="settings of every design's SIDs")
+    parser.add_argument("--gr", nargs="*", default=[], help="settings of every design's training")
     parser.add_argument("--store", default="./forge-store")
     parser.add_argument("--run-dir", default="./forge-runs")
     options = parser.parse_args()
@@ -111,25 +114,28 @@ def main() -> None:
         given.append("baselines=[popularity,item_knn]")
     config = load_config(CompareConfig, overrides=given)
     with connected(verbose=False):
-        trained = {
-            name: train(name, range(options.seeds), dataset, store, options.run_dir)
-            for name in names
-        }
+        trained = {name: train(name, options, dataset, store) for name in names}
         models = [source for one in trained.values() for source in one.sources]
         found = compare(models, dataset, config, store=store, tables=[model_table(models[0])])
-    print(json.dumps(record(trained, found, options.split), allow_nan=False))
+    shared = {"sids": options.sid, "gr": options.gr}
+    print(json.dumps({"shared": shared, **record(trained, found, options.split)}, allow_nan=False))
 
 
-def train(name: str, seeds: range, dataset: Dataset, store: ArtifactStore, run_dir: str) -> Trained:
+def train(
+    name: str, options: argparse.Namespace, dataset: Dataset, store: ArtifactStore
+) -> Trained:
     """The models of a design, one for each seed."""
     design, trained = DESIGNS[name], Trained()
-    for seed in seeds:
+    for seed in range(options.seeds):
         print(f"{name}, seed {seed}", file=sys.stderr)
         sids = fit_sids(
-            load_config(SidConfig, overrides=[*design.sids, f"seed={seed}"]), dataset, store
+            load_config(SidConfig, overrides=[*design.sids, *options.sid, f"seed={seed}"]),
+            dataset,
+            store,
         )
         config = load_config(
-            GrConfig, overrides=["engine.warmup_steps=100", *design.gr, f"seed={seed}"]
+            GrConfig,
+            overrides=["engine.warmup_steps=100", *design.gr, *options.gr, f"seed={seed}"],
         )
         run = f"{''.join(c if c.isalnum() else '-' for c in name)}-{dataset.key[:6]}-{seed}"
         result = train_generator(
@@ -137,7 +143,7 @@ def train(name: str, seeds: range, dataset: Dataset, store: ArtifactStore, run_d
             dataset,
             sids.table,
             store=store,
-            run_dir=str(Path(run_dir).resolve()),
+            run_dir=str(Path(options.run_dir).resolve()),
             name=run,
         )
         trained.sources.append(ModelSource.open(store, result.artifact.uri))
