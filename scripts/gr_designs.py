@@ -56,7 +56,7 @@ class Design:
 
 SHORT = [*ITEMS, "max_steps=800"]
 DESIGNS: dict[str, Design] = {
-    "best": Design(FUSED, [*ITEMS, "model.dropout=0.5", "max_steps=2800"]),
+    "best": Design(FUSED, [*ITEMS, "model.dropout=0.45", "max_steps=2000"]),
     "items": Design(FUSED, SHORT),
     "items, semantic SIDs": Design(SEMANTIC, SHORT),
     "items, SIDs with collisions": Design(FUSED[:3], SHORT),
