@@ -70,7 +70,8 @@ class RecommendConfig:
     top_k: int = 100
     """Items of a list."""
     widths: list[int] | None = None
-    """Beams to keep after each level; by default wide enough for `top_k`."""
+    """Beams to keep after each level; by default wide enough for `top_k`, and at the last level for
+    the seen items of the longest history of a part beside it."""
     exclude_seen: bool = True
     """Whether items of the history are kept out of the list."""
     allow: str | None = None
@@ -276,6 +277,7 @@ class _PartWriter:
             widths=job.config.widths or default_widths(levels, max_k=job.config.top_k),
             max_history=loaded.max_history,
             batch_users=job.config.batch_users,
+            makes_room=job.config.exclude_seen and not job.config.widths,
             allowed=job.allowed,
             device=device,
         )

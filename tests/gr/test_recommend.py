@@ -15,6 +15,7 @@ import pyarrow.dataset as pads
 import pytest
 
 from forge_ray.artifacts import ArtifactStore
+from forge_ray.data.parts import plan_parts
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError, DataError, TrainingError
@@ -75,6 +76,22 @@ def test_lists_of_all_users_with_their_own_ids(dataset: Dataset, tmp_path: Path)
     assert report.invalid_rate == report.short_rate == 0
     assert report.users_per_s > 0
     assert json.loads((out / "summary.json").read_text())["users"] == 90
+
+
+def test_seen_items_do_not_shorten_lists(
+    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "default_widths", lambda *_, **__: (50, 50, 4))
+    (tmp_path / "lists").mkdir()
+    part = next(iter(plan_parts(dataset, "test", rows_per_part=1000)))
+    lengths = {}
+    for excludes in (True, False):
+        config = config_of(exclude_seen=excludes)
+        job = module._Job(config, HashSource(), dataset, str(tmp_path), None)
+        module._PartWriter(job)._write(part)
+        lengths[excludes] = {len(row["items"]) for row in read(tmp_path)}
+    assert lengths[True] == {7}
+    assert min(lengths[False]) < 7
 
 
 @pytest.mark.ray
