@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
 import sys
@@ -11,18 +12,20 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
+CASES = [
+    f"{stage}-{precision}" for stage, precision in itertools.product(range(4), ("fp32", "bf16"))
+]
+BY_CASE = dict[str, dict[str, Any]]
 
 
 def train(
-    folder: Path, *, world: int, stage: int, precision: str, steps: tuple[int, int], saved: int = 0
-) -> dict[str, Any]:
-    """Runs `world` processes of `engine_worlds.py`."""
-    store = folder / f"store-{world}-{steps[0]}-{saved}"
-    (folder / "checkpoint").mkdir(exist_ok=True)
+    folder: Path, cases: list[str], *, world: int, steps: tuple[int, int], saved: int = 0
+) -> BY_CASE:
+    """Runs `world` processes of `engine_worlds.py`; starting them takes longer than the cases."""
+    folder.mkdir(exist_ok=True)
     command = [sys.executable, "-m", "tests.gr.engine_worlds"]
-    words = [
-        str(word) for word in (world, store, folder / "checkpoint", stage, precision, *steps, saved)
-    ]
+    store = folder / f"store-{world}-{steps[0]}"
+    words = [*(str(word) for word in (world, store, folder, *steps, saved)), *cases]
     workers = [
         subprocess.Popen(
             [*command, str(rank), *words],
@@ -35,30 +38,48 @@ def train(
     ]
     results = [worker.communicate(timeout=900) for worker in workers]
     assert all(worker.returncode == 0 for worker in workers), results[0][1][-3000:]
-    answer: dict[str, Any] = json.loads(results[0][0].splitlines()[-1])
+    answer: BY_CASE = json.loads(results[0][0].splitlines()[-1])
     return answer
 
 
-def check(folder: Path, stage: int, precision: str, before: int, after: int) -> None:
-    same = {"stage": stage, "precision": precision}
-    (folder / "whole").mkdir()
-    whole = train(folder / "whole", world=1, steps=(1, 8), **same)["losses"]
-    first = train(folder, world=before, steps=(1, 4), **same)
-    second = train(folder, world=after, steps=(5, 8), saved=before, **same)
+def halves(folder: Path, cases: list[str], before: int, after: int) -> tuple[BY_CASE, BY_CASE]:
+    """Steps 1 to 4 on so many workers, then 5 to 8 on another number."""
+    first = train(folder, cases, world=before, steps=(1, 4))
+    return first, train(folder, cases, world=after, steps=(5, 8), saved=before)
+
+
+def check(whole: dict[str, Any], first: dict[str, Any], second: dict[str, Any], case: str) -> None:
     assert second["start"] == pytest.approx(first["end"], rel=1e-6)
-    tolerance = 1e-4 if precision == "fp32" else 2e-2
-    assert first["losses"] + second["losses"] == pytest.approx(whole, rel=tolerance)
+    tolerance = 1e-4 if case.endswith("fp32") else 2e-2
+    assert first["losses"] + second["losses"] == pytest.approx(whole["losses"], rel=tolerance)
     # Without the optimiser's state the next updates would be those of a fresh AdamW.
-    assert whole[-1] != pytest.approx(whole[4], rel=tolerance)
+    assert whole["losses"][-1] != pytest.approx(whole["losses"][4], rel=tolerance)
 
 
 def test_two_workers_continue_as_one(tmp_path):
-    check(tmp_path, 2, "fp32", 2, 1)
+    case = "2-fp32"
+    whole = train(tmp_path / "whole", [case], world=1, steps=(1, 8))
+    first, second = halves(tmp_path / "halves", [case], 2, 1)
+    check(whole[case], first[case], second[case], case)
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> BY_CASE:
+    """Every case without an interruption."""
+    return train(tmp_path_factory.mktemp("whole"), CASES, world=1, steps=(1, 8))
+
+
+@pytest.fixture(scope="module", params=[(2, 1), (1, 2)], ids=["2to1", "1to2"])
+def moved(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[BY_CASE, BY_CASE]:
+    """Every case on one number of workers, then on another."""
+    return halves(tmp_path_factory.mktemp("moved"), CASES, *request.param)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("worlds", [(2, 1), (1, 2)])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_every_stage_moves_both_ways(tmp_path, stage, precision, worlds):
-    check(tmp_path, stage, precision, *worlds)
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("case", CASES)
+def test_every_stage_moves_both_ways(whole, moved, case):
+    first, second = moved
+    check(whole[case], first[case], second[case], case)
