@@ -89,6 +89,7 @@ class SweepCallback(Callback):
             metrics=metrics,
             gate=decision.reason,
             would_prune=decision.would_prune,
+            is_control=decision.is_control,
             **optional,
         )
         self._say(trial, describe_row(stage, result, decision, metric=self._metric))

@@ -1,33 +1,41 @@
 """The gate: which designs deserve a generator training, judged on proxies that cost seconds.
 
 Decisions are pure functions of the proxies, the state and the configuration. Hard limits come first
-and spare nobody. Then a design must lie in the best share of the proxies seen so far, except while
-the gate warms up and for a small random share that passes so that the audit can measure what the
-gate throws away. The random share depends on the trial's key alone, never on timing.
+and spare nobody. Then, by mode, a design must lie in the best share of one proxy (`quantile`), or
+must not be shown to be worse than the incumbent (`calibrated`, see `calibration`), except while the
+gate warms up and for a small random share that passes so that the audit can measure what the gate
+throws away. The random share depends on the trial's key alone, never on timing.
 """
 
 from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import numpy as np
 
 from forge_ray.errors import ConfigError
-from forge_ray.sid.metrics.registry import is_better, rankable
+from forge_ray.sid.metrics.registry import METRICS, is_better, rankable
+from forge_ray.sweep.calibration import Assessment, Finished, Floats, assess
 
-Rule = Literal["limit", "quantile", "warm-up", "random share", "passed", "off"]
+Rule = Literal[
+    "limit", "quantile", "calibrated", "warm-up", "no evidence", "random share", "passed", "off"
+]
+
+MODES = ("off", "quantile", "calibrated")
 
 
 @dataclass(kw_only=True)
 class GateConfig:
     """When a trial is pruned before training."""
 
-    enabled: bool = True
-    """False lets every trial train: for audits and tiny sweeps."""
+    mode: str = "calibrated"
+    """`off` lets every trial train; `quantile` trusts one proxy; `calibrated` prunes what finished
+    trials show to be worse than the incumbent, and nothing before they show it. Hard limits hold
+    in both."""
     min_capacity: float = 1.0
     """Product of the codebook sizes over the number of items; checked before any work."""
     min_uniqueness: float | None = 0.3
@@ -40,14 +48,19 @@ class GateConfig:
     max_bucket: int | None = None
     """Most items that may share one SID, after resolution."""
     proxy: str = "backoff_bits"
-    """Proxy of the quantile rule: a score that is safe as a gate; which way is better is the
-    score's own business (`forge_ray.sid.metrics.registry`)."""
+    """Proxy of `quantile`: a score that is safe as a gate; which way is better is the score's own
+    business (`forge_ray.sid.metrics.registry`)."""
     keep_quantile: float = 0.6
-    """Share of the proxies seen that passes."""
+    """Share of the proxies seen that passes `quantile`."""
+    proxies: list[str] = field(default_factory=list)
+    """Proxies that `calibrated` may learn from; empty takes every score that is safe as a gate."""
+    risk: float = 0.1
+    """Chance that `calibrated` may prune the best design. It needs 1 / risk - 1 finished trials
+    that passed without a look at their proxies (9 at .1) before it prunes anything."""
     warmup: int = 4
-    """Trials within the limits that pass before the quantile rule starts."""
+    """Trials within the limits that pass before either rule starts."""
     random_share: float = 0.1
-    """Share of the trials that pass the quantile rule regardless, for the audit."""
+    """Share of the trials that pass either rule regardless: they calibrate and audit it."""
     seed: int = 0
     """Seed of the random share."""
 
@@ -56,16 +69,29 @@ class GateConfig:
             value = getattr(self, name)
             if not 0 <= value <= 1:
                 raise ConfigError(f"gate.{name} must be in [0, 1], got {value}. Set a share.")
+        if self.mode not in MODES:
+            raise ConfigError(
+                f"gate.mode must be one of {', '.join(MODES)}, got {self.mode!r}. Pick one."
+            )
+        if not 0 < self.risk < 1:
+            raise ConfigError(f"gate.risk must be in (0, 1), got {self.risk}. Set .1 or .2.")
         rankable(self.proxy, field="gate.proxy")
+        for name in self.proxies:
+            rankable(name, field="gate.proxies")
         if self.warmup < 0:
             raise ConfigError(f"gate.warmup must be >= 0, got {self.warmup}. Count trials.")
 
     @property
     def required(self) -> tuple[str, ...]:
         """Proxies that a trial must report for this gate to judge it."""
-        if not self.enabled:
+        if self.mode == "off":
             return ()
-        return (*self.limits, self.proxy)
+        return (*self.limits, *([self.proxy] if self.mode == "quantile" else self.proxies))
+
+    @property
+    def candidates(self) -> tuple[str, ...]:
+        """Proxies that the calibrated rule may learn from."""
+        return tuple(self.proxies) or tuple(one.name for one in METRICS.values() if one.gate_safe)
 
     @property
     def limits(self) -> dict[str, float]:
@@ -87,13 +113,16 @@ class GateDecision:
         go: Whether the trial may train.
         rule: What decided.
         reason: For people; numbers included.
-        would_prune: The quantile rule's verdict even where warm-up or the random share overrode it.
+        would_prune: The rule's verdict even where warm-up or the random share overrode it.
+        is_control: Whether the trial passed without a look at its proxies, limits aside: such
+            trials are a fair sample of what the space holds.
     """
 
     go: bool
     rule: Rule
     reason: str
     would_prune: bool = False
+    is_control: bool = False
 
 
 @dataclass(kw_only=True)
@@ -101,12 +130,14 @@ class GateState:
     """What the gate remembers; plain JSON data.
 
     Attributes:
-        seen: Proxy values of the trials within the limits, by trial key, in order of arrival.
+        seen: Proxies of the trials within the limits, by trial key, in order of arrival.
         decisions: Past answers by trial key: a resumed trial gets the same one.
+        finals: Final value and its standard error of the trials that were trained to the end.
     """
 
-    seen: dict[str, float] = field(default_factory=dict)
+    seen: dict[str, dict[str, float]] = field(default_factory=dict)
     decisions: dict[str, dict[str, Any]] = field(default_factory=dict)
+    finals: dict[str, list[float]] = field(default_factory=dict)
 
 
 def decide(
@@ -122,16 +153,64 @@ def decide(
     """
     if key in state.decisions:
         return GateDecision(**state.decisions[key])
-    broken = broken_limit(proxies, config) if config.enabled else None
-    if not config.enabled:
-        decision = GateDecision(go=True, rule="off", reason="gate is off")
+    broken = None if config.mode == "off" else broken_limit(proxies, config)
+    if config.mode == "off":
+        decision = GateDecision(go=True, rule="off", reason="gate is off", is_control=True)
     elif broken is not None:
         decision = GateDecision(go=False, rule="limit", reason=broken, would_prune=True)
     else:
-        decision = _by_quantile(key, float(proxies[config.proxy]), state=state, config=config)
-        state.seen[key] = float(proxies[config.proxy])
+        rule = _by_quantile if config.mode == "quantile" else _by_calibration
+        decision = rule(key, proxies, state=state, config=config)
+        state.seen[key] = _remembered(proxies, config)
     state.decisions[key] = vars(decision).copy()
     return decision
+
+
+def record_final(key: str, value: float, error: float, *, state: GateState) -> None:
+    """Notes a trial that was trained to the end; the calibrated rule learns from it.
+
+    Args:
+        key: Trial key.
+        value: Final metric, larger is better; ignored where it is no number.
+        error: Its standard error, 0 where unknown.
+        state: Updated in place.
+    """
+    if math.isfinite(value):
+        state.finals[key] = [value, error if math.isfinite(error) else 0.0]
+
+
+def shared_proxies(
+    state: GateState, proxies: Mapping[str, Any], config: GateConfig
+) -> tuple[str, ...]:
+    """Proxies to learn from that the new trial and every finished one have."""
+    rows = [state.seen[key] for key in state.finals if key in state.seen]
+    return tuple(
+        name
+        for name in config.candidates
+        if _is_finite(proxies.get(name)) and all(name in row for row in rows)
+    )
+
+
+def finished_trials(state: GateState, names: Sequence[str]) -> Finished:
+    """The finished trials within the limits, with these proxies."""
+    keys = [key for key in state.finals if key in state.seen]
+    rows = [_turned(state.seen[key], names) for key in keys]
+    ends = np.array([state.finals[key] for key in keys], dtype=np.float64).reshape(-1, 2)
+    return Finished(
+        proxies=np.array(rows, dtype=np.float64).reshape(len(keys), len(names)),
+        values=ends[:, 0],
+        errors=ends[:, 1],
+        is_control=np.array([state.decisions[key]["is_control"] for key in keys], dtype=np.bool_),
+    )
+
+
+def _turned(proxies: Mapping[str, Any], names: Sequence[str]) -> Floats:
+    return np.array([METRICS[name].sign * float(proxies[name]) for name in names])
+
+
+def _remembered(proxies: Mapping[str, Any], config: GateConfig) -> dict[str, float]:
+    names = (config.proxy,) if config.mode == "quantile" else config.candidates
+    return {name: float(proxies[name]) for name in names if _is_finite(proxies.get(name))}
 
 
 def broken_limit(proxies: Mapping[str, Any], config: GateConfig) -> str | None:
@@ -174,25 +253,77 @@ def infeasible_reason(
     )
 
 
-def _by_quantile(key: str, value: float, *, state: GateState, config: GateConfig) -> GateDecision:
+def _by_quantile(
+    key: str, proxies: Mapping[str, Any], *, state: GateState, config: GateConfig
+) -> GateDecision:
+    value = float(proxies[config.proxy])
     sign = -float(rankable(config.proxy, field="gate.proxy").sign)  # smaller is better here
-    seen = [sign * one for one in (*state.seen.values(), value)]
+    seen = [sign * one for one in (*(row[config.proxy] for row in state.seen.values()), value)]
     cutoff = float(np.quantile(seen, config.keep_quantile))
     is_worse = sign * value > cutoff
     compared = ">" if sign > 0 else "<"
-    verdict = (
-        f"{config.proxy} {value:.3f} {compared} {sign * cutoff:.3f}, "
-        f"the best {config.keep_quantile:.0%} of {len(seen)}"
-    )
-    if not is_worse:
+    if is_worse:
+        reason = (
+            f"{config.proxy} {value:.3f} {compared} {sign * cutoff:.3f}, "
+            f"the best {config.keep_quantile:.0%} of {len(seen)}"
+        )
+    else:
         reason = f"{config.proxy} {value:.3f} in the best {config.keep_quantile:.0%} of {len(seen)}"
-        return GateDecision(go=True, rule="passed", reason=reason)
-    if len(state.seen) < config.warmup:
-        return GateDecision(go=True, rule="warm-up", reason=f"warm-up: {verdict}", would_prune=True)
-    if passes_at_random(key, config):
-        reason = f"random share: {verdict}"
-        return GateDecision(go=True, rule="random share", reason=reason, would_prune=True)
-    return GateDecision(go=False, rule="quantile", reason=verdict, would_prune=True)
+    is_warm = len(state.seen) >= config.warmup
+    return _verdict(key, "quantile", reason, is_worse=is_worse, is_active=is_warm, config=config)
+
+
+def _by_calibration(
+    key: str, proxies: Mapping[str, Any], *, state: GateState, config: GateConfig
+) -> GateDecision:
+    names = shared_proxies(state, proxies, config)
+    found = assess(finished_trials(state, names), _turned(proxies, names), risk=config.risk)
+    reason = describe(found, risk=config.risk)
+    if found.state == "no evidence":
+        # Nobody's proxies were looked at: the trial is as good a control as any.
+        return GateDecision(go=True, rule="no evidence", reason=reason, is_control=True)
+    is_worse = found.p_value <= config.risk
+    is_active = found.state == "tested" and len(state.seen) >= config.warmup
+    return _verdict(
+        key, "calibrated", reason, is_worse=is_worse, is_active=is_active, config=config
+    )
+
+
+def _verdict(
+    key: str,
+    rule: Literal["quantile", "calibrated"],
+    reason: str,
+    *,
+    is_worse: bool,
+    is_active: bool,
+    config: GateConfig,
+) -> GateDecision:
+    """What a rule's finding means for a trial, warm-up and random share considered."""
+    is_random = passes_at_random(key, config)
+    passing: dict[str, Any] = {"would_prune": is_worse, "is_control": is_random or not is_active}
+    if not is_active and (is_worse or rule == "calibrated"):
+        return GateDecision(go=True, rule="warm-up", reason=f"warm-up: {reason}", **passing)
+    if not is_worse:
+        return GateDecision(go=True, rule="passed", reason=reason, **passing)
+    if is_random:
+        return GateDecision(
+            go=True, rule="random share", reason=f"random share: {reason}", **passing
+        )
+    return GateDecision(go=False, rule=rule, reason=reason, would_prune=True)
+
+
+def describe(found: Assessment, *, risk: float) -> str:
+    """An assessment in words."""
+    if found.state == "few":
+        return f"{found.num_controls} of {found.num_needed} control trials have finished"
+    shown = f"held-out Spearman {found.spearman:+.2f} over {found.num_trials} finished trials"
+    if found.state == "no evidence":
+        return f"no evidence that the proxies rank designs: {shown}"
+    compared = "<=" if found.p_value <= risk else ">"
+    return (
+        f"p = {found.p_value:.3f} {compared} {risk:g} that a design of {found.lower_bound:.4f} or "
+        f"more has such proxies ({shown}, {found.num_controls} controls)"
+    )
 
 
 def passes_at_random(key: str, config: GateConfig) -> bool:

@@ -44,7 +44,8 @@ class TrialRecord:
         state: `running` also stands for a trial whose driver was killed.
         pruned_by: `gate` or `asha` for a pruned trial.
         reason: Why it was pruned or failed, or why the gate let it pass.
-        would_prune: The gate's quantile verdict, also where the trial was let through.
+        would_prune: The gate's verdict, also where the trial was let through.
+        is_control: Whether the gate let it pass without a look at its proxies.
         proxies: Scores of the SID table.
         history: One row per validation: `global_step`, `loss`, metrics.
         final: Metrics of the final validation row.
@@ -66,6 +67,7 @@ class TrialRecord:
     reason: str = ""
     gate: str = ""
     would_prune: bool = False
+    is_control: bool = False
     proxies: dict[str, Any] = field(default_factory=dict)
     history: list[dict[str, Any]] = field(default_factory=list)
     final: dict[str, Any] = field(default_factory=dict)
@@ -214,6 +216,7 @@ def _fold_row(record: TrialRecord, event: Mapping[str, Any]) -> None:
         record.proxies = metrics
         record.gate = event.get("gate", "")
         record.would_prune = bool(event.get("would_prune", False))
+        record.is_control = bool(event.get("is_control", False))
     elif stage == "final":
         record.final = metrics
     else:
@@ -313,11 +316,12 @@ def json_ready(value: Any) -> Any:
     return str(value)
 
 
-def write_json(path: Path, content: Any) -> None:
-    """Writes a JSON file atomically."""
+def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
+    """Writes a JSON file atomically; `indent` None makes it small and quick."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(json.dumps(json_ready(content), indent=2, ensure_ascii=False) + "\n")
+    text = json.dumps(json_ready(content), indent=indent, ensure_ascii=False)
+    partial.write_text(text + "\n")
     partial.replace(path)
 
 

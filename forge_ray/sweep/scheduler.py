@@ -8,8 +8,8 @@ adds to a result.
 
 from __future__ import annotations
 
-import dataclasses
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +19,7 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from forge_ray.sweep.gate import GateConfig, GateState, decide
+from forge_ray.sweep.gate import GateConfig, GateState, decide, record_final
 from forge_ray.sweep.halving import AshaConfig, AshaState, stop_reason
 from forge_ray.sweep.ledger import write_json
 
@@ -31,16 +31,18 @@ class Decision:
     Attributes:
         pruned_by: `gate` or `asha`; empty while the trial goes on.
         reason: In words.
-        would_prune: The gate's quantile verdict, also where it let the trial through.
+        would_prune: The gate's verdict, also where it let the trial through.
+        is_control: Whether the gate let the trial pass without a look at its proxies.
     """
 
     pruned_by: str = ""
     reason: str = ""
     would_prune: bool = False
+    is_control: bool = False
 
 
 class GateScheduler(FIFOScheduler):
-    """Answers proxy rows by the gate and training rows by successive halving."""
+    """Answers proxy rows by the gate, training rows by successive halving; notes final rows."""
 
     def __init__(
         self,
@@ -54,6 +56,7 @@ class GateScheduler(FIFOScheduler):
         super().__init__()
         self._gate, self._asha = gate, asha
         self._objective = metric
+        self._final_names = (metric, f"row/{metric}_se")
         self._max_steps = max_steps
         self._path = path
         self._gate_state, self._asha_state = _load(path)
@@ -77,6 +80,8 @@ class GateScheduler(FIFOScheduler):
             decision = self._judge_proxies(key, _below(result, "proxy/"))
         elif stage == "gr":
             decision = self._judge_step(key, result)
+        elif stage == "final":
+            decision = self._record_final(key, result)
         else:
             return Decision()
         self.decisions[key] = decision
@@ -95,7 +100,13 @@ class GateScheduler(FIFOScheduler):
             pruned_by="" if answer.go else "gate",
             reason=answer.reason,
             would_prune=answer.would_prune,
+            is_control=answer.is_control,
         )
+
+    def _record_final(self, key: str, result: Mapping[str, Any]) -> Decision:
+        value, error = (_number(result, name) for name in self._final_names)
+        record_final(key, value, error, state=self._gate_state)
+        return Decision()
 
     def _judge_step(self, key: str, result: Mapping[str, Any]) -> Decision:
         reason = stop_reason(
@@ -109,8 +120,13 @@ class GateScheduler(FIFOScheduler):
         return Decision(pruned_by="asha", reason=reason) if reason else Decision()
 
     def _save(self) -> None:
-        gate, asha = dataclasses.asdict(self._gate_state), dataclasses.asdict(self._asha_state)
-        write_json(self._path, {"gate": gate, "asha": asha})
+        # Not `asdict`, which copies all of it, and no indent, which leaves json's fast path: this
+        # runs at every row, and a thousand trials make half a megabyte.
+        write_json(
+            self._path,
+            {"gate": vars(self._gate_state), "asha": vars(self._asha_state)},
+            indent=None,
+        )
 
 
 def _load(path: Path) -> tuple[GateState, AshaState]:
@@ -118,6 +134,11 @@ def _load(path: Path) -> tuple[GateState, AshaState]:
         return GateState(), AshaState()
     content = json.loads(path.read_text(encoding="utf-8"))
     return GateState(**content["gate"]), AshaState(**content["asha"])
+
+
+def _number(result: Mapping[str, Any], name: str) -> float:
+    value = result.get(name)
+    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def _below(result: Mapping[str, Any], prefix: str) -> dict[str, Any]:

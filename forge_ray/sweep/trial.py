@@ -81,7 +81,7 @@ def run_trial(params: Mapping[str, Any], *, stages: Stages, rules: TrialRules) -
         ConfigError: The gate needs a proxy that scoring does not give.
     """
     config = params["config"]
-    reason = params["infeasible"] if rules.gate.enabled else ""
+    reason = "" if rules.gate.mode == "off" else params["infeasible"]
     tokenized = StageReport(metrics={"infeasible": reason}) if reason else stages.tokenize(config)
     missing = missing_proxies(tokenized.metrics, rules.gate)
     if missing:

@@ -6,18 +6,24 @@ import json
 import pytest
 
 from forge_ray.errors import ConfigError
+from forge_ray.sweep.calibration import Assessment
 from forge_ray.sweep.gate import (
     GateConfig,
     GateState,
     broken_limit,
     decide,
+    describe,
+    finished_trials,
     infeasible_reason,
     missing_proxies,
     passes_at_random,
+    record_final,
+    shared_proxies,
 )
 
 GOOD = {"uniqueness": 0.9, "usage_min": 0.9, "backoff_gain": 0.5, "backoff_bits": 12.0}
-NO_LUCK = GateConfig(warmup=2, keep_quantile=0.5, random_share=0.0)
+NO_LUCK = GateConfig(mode="quantile", warmup=2, keep_quantile=0.5, random_share=0.0)
+CALIBRATED = GateConfig(warmup=0, random_share=0.0, risk=0.2)
 
 
 @pytest.mark.parametrize(
@@ -30,9 +36,10 @@ NO_LUCK = GateConfig(warmup=2, keep_quantile=0.5, random_share=0.0)
         ({"infeasible": "too few codes"}, "too few codes"),
     ],
 )
-def test_hard_limits_spare_nobody(change, reason: str) -> None:
+@pytest.mark.parametrize("mode", ["quantile", "calibrated"])
+def test_hard_limits_spare_nobody(change, reason: str, mode: str) -> None:
     # Neither warm-up nor the random share lets a broken design through.
-    config = GateConfig(warmup=100, random_share=1.0)
+    config = GateConfig(mode=mode, proxies=["backoff_bits"], warmup=100, random_share=1.0)
     decision = decide("k", {**GOOD, **change}, state=GateState(), config=config)
     assert not decision.go
     assert decision.rule == "limit"
@@ -47,10 +54,10 @@ def test_bucket_limit() -> None:
 
 def test_warmup_then_quantile() -> None:
     state = GateState()
-    bits = [12.0, 12.5, 12.6, 11.9, 12.4]
+    values = [12.0, 12.5, 12.6, 11.9, 12.4]
     decisions = [
         decide(str(index), {**GOOD, "backoff_bits": value}, state=state, config=NO_LUCK)
-        for index, value in enumerate(bits)
+        for index, value in enumerate(values)
     ]
     assert [one.rule for one in decisions] == ["passed", "warm-up", "quantile", "passed", "passed"]
     assert [one.would_prune for one in decisions] == [False, True, True, False, False]
@@ -58,7 +65,7 @@ def test_warmup_then_quantile() -> None:
 
 def test_larger_is_better_when_asked() -> None:
     config = dataclasses.replace(NO_LUCK, proxy="embedding_hitrate", warmup=0)
-    state = GateState(seen={"a": 0.5, "b": 0.6})
+    state = GateState(seen={"a": {"embedding_hitrate": 0.5}, "b": {"embedding_hitrate": 0.6}})
     worse = decide("c", {**GOOD, "embedding_hitrate": 0.1}, state=state, config=config)
     better = decide("d", {**GOOD, "embedding_hitrate": 0.9}, state=state, config=config)
     assert (worse.go, better.go) == (False, True)
@@ -88,23 +95,134 @@ def test_random_share_has_its_size_and_ignores_order() -> None:
 
 
 def test_random_share_passes_and_is_marked() -> None:
-    config = GateConfig(warmup=0, keep_quantile=0.0, random_share=1.0)
-    state = GateState(seen={"a": 1.0})
+    config = GateConfig(mode="quantile", warmup=0, keep_quantile=0.0, random_share=1.0)
+    state = GateState(seen={"a": {"backoff_bits": 1.0}})
     decision = decide("b", GOOD, state=state, config=config)
     assert (decision.go, decision.rule, decision.would_prune) == (True, "random share", True)
+    assert decision.is_control
+
+
+def bits(value: float) -> dict[str, float]:
+    return {**GOOD, "backoff_bits": value}
+
+
+def trained(num: int, config: GateConfig = CALIBRATED) -> GateState:
+    """A sweep whose bits rank its finished trials perfectly."""
+    state = GateState()
+    for index in range(num):
+        assert decide(str(index), bits(12 - index / 10), state=state, config=config).go
+        record_final(str(index), 0.01 * (index + 1), 0.002, state=state)
+    return state
+
+
+def test_calibration_waits_for_controls_and_then_prunes() -> None:
+    state = trained(3)
+    early = decide("early", bits(19.0), state=state, config=CALIBRATED)
+    assert (early.go, early.rule, early.is_control) == (True, "warm-up", True)
+    assert early.reason == "warm-up: 3 of 4 control trials have finished"
+    # Trials whose training has not ended teach nothing.
+    assert decide("open", bits(19.0), state=state, config=CALIBRATED).rule == "warm-up"
+    state = trained(6)
+    poor = decide("poor", bits(19.0), state=state, config=CALIBRATED)
+    assert (poor.go, poor.rule, poor.would_prune, poor.is_control) == (
+        False, "calibrated", True, False,
+    )  # fmt: skip
+    assert poor.reason.startswith("p = 0.200 <= 0.2 that a design of 0.0580 or more has such")
+    rich = decide("rich", bits(10.0), state=state, config=CALIBRATED)
+    assert (rich.go, rich.rule, rich.is_control) == (True, "passed", False)
+
+
+def test_those_the_rule_let_pass_are_no_controls() -> None:
+    state = trained(6)
+    for key in ("rich", "richer"):
+        decide(key, bits(10.0), state=state, config=CALIBRATED)
+        record_final(key, 0.1, 0.002, state=state)
+    found = finished_trials(state, ["backoff_bits", "uniqueness"])
+    assert found.is_control.tolist() == [True] * 4 + [False] * 4
+    # Turned so that larger is better.
+    assert found.proxies[0].tolist() == [-12.0, 0.9]
+    assert found.lower_bound == pytest.approx(0.098)
+    lucky = dataclasses.replace(CALIBRATED, random_share=1.0)
+    for key, value in (("c", 10.0), ("d", 19.0)):
+        decision = decide(key, bits(value), state=state, config=lucky)
+        assert (decision.go, decision.is_control) == (True, True)
+        assert decision.would_prune == (key == "d")
+
+
+def test_calibration_without_evidence_prunes_nobody() -> None:
+    state = GateState()
+    for index, value in enumerate([3, 1, 4, 1.5, 5, 2]):
+        decide(str(index), bits(12 - index / 10), state=state, config=CALIBRATED)
+        record_final(str(index), 0.01 * value, 0.0, state=state)
+    poor = decide("poor", bits(19.0), state=state, config=CALIBRATED)
+    assert (poor.go, poor.rule, poor.is_control) == (True, "no evidence", True)
+    assert poor.reason.startswith("no evidence that the proxies rank designs: held-out Spearman ")
+
+
+def test_warmup_counts_for_both_rules() -> None:
+    late = dataclasses.replace(CALIBRATED, warmup=8)
+    state = trained(7, late)
+    first = decide("poor", bits(19.0), state=state, config=late)
+    assert (first.go, first.rule, first.would_prune) == (True, "warm-up", True)
+    assert not decide("poorer", bits(19.0), state=state, config=late).go
+
+
+def test_a_restored_state_gives_equal_answers() -> None:
+    state = trained(6)
+    restored = GateState(**json.loads(json.dumps(dataclasses.asdict(state))))
+    for key, value in (("x", 19.0), ("y", 11.6), ("z", 10.0), ("x", 5.0)):
+        answers = [
+            decide(key, bits(value), state=one, config=CALIBRATED) for one in (state, restored)
+        ]
+        assert answers[0] == answers[1]
+    assert dataclasses.asdict(state) == dataclasses.asdict(restored)
+
+
+def test_only_proxies_that_all_have_are_compared() -> None:
+    state = trained(4)
+    everything = {**GOOD, "gini": 0.1, "lcp_held_out": float("nan"), "parallel_bits": 3.0}
+    shared = ("uniqueness", "usage_min", "backoff_bits", "backoff_gain")
+    assert shared_proxies(state, everything, CALIBRATED) == shared
+    assert shared_proxies(GateState(), everything, CALIBRATED) == (
+        "uniqueness", "gini", "usage_min", "backoff_bits", "backoff_gain",
+    )  # fmt: skip
+    named = dataclasses.replace(CALIBRATED, proxies=["gini", "backoff_bits"])
+    assert shared_proxies(state, everything, named) == ("backoff_bits",)
+
+
+def test_a_final_value_that_is_no_number_is_not_kept() -> None:
+    state = GateState()
+    record_final("a", float("nan"), 0.1, state=state)
+    record_final("b", 0.5, float("nan"), state=state)
+    assert state.finals == {"b": [0.5, 0.0]}
+
+
+def test_the_reason_says_which_side_of_the_risk() -> None:
+    found = Assessment(
+        state="tested", num_trials=12, num_controls=11, num_needed=9, spearman=0.7,
+        lower_bound=0.05, p_value=0.25,
+    )  # fmt: skip
+    assert describe(found, risk=0.1) == (
+        "p = 0.250 > 0.1 that a design of 0.0500 or more has such proxies "
+        "(held-out Spearman +0.70 over 12 finished trials, 11 controls)"
+    )
 
 
 def test_gate_can_be_off() -> None:
-    decision = decide("a", {}, state=GateState(), config=GateConfig(enabled=False))
-    assert decision.go
+    config = GateConfig(mode="off")
+    decision = decide("a", {"infeasible": "too few"}, state=GateState(), config=config)
+    assert (decision.go, decision.is_control) == (True, True)
+    assert missing_proxies({}, config) == []
 
 
 def test_missing_proxies_are_named() -> None:
-    assert missing_proxies({"uniqueness": 1.0}, GateConfig(proxy="order_agreement")) == [
-        "usage_min",
-        "backoff_gain",
-        "order_agreement",
-    ]
+    limits = ["usage_min", "backoff_gain"]
+    quantile = GateConfig(mode="quantile", proxy="order_agreement")
+    assert missing_proxies({"uniqueness": 1.0}, quantile) == [*limits, "order_agreement"]
+    named = GateConfig(proxies=["lcp_held_out"])
+    assert missing_proxies({"uniqueness": 1.0}, named) == [*limits, "lcp_held_out"]
+    # Without names the calibrated rule takes what there is.
+    assert missing_proxies({"uniqueness": 1.0}, GateConfig()) == limits
     assert missing_proxies({"infeasible": "x"}, GateConfig()) == []
 
 
@@ -124,6 +242,10 @@ def test_infeasible_codebooks() -> None:
         {"proxy": "embedding_hitrate_raw"},
         {"proxy": "bits"},
         {"warmup": -1},
+        {"mode": "on"},
+        {"risk": 0.0},
+        {"risk": 1.0},
+        {"proxies": ["embedding_hitrate_raw"]},
     ],
 )
 def test_bad_settings_are_refused(change) -> None:

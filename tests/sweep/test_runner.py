@@ -32,7 +32,7 @@ CONFIG = SweepConfig(
     sampler=SamplerConfig(kind="grid"),
     num_trials=None,
     max_concurrent=1,
-    gate=GateConfig(warmup=2, random_share=0.0, keep_quantile=0.6),
+    gate=GateConfig(mode="quantile", warmup=2, random_share=0.0, keep_quantile=0.6),
     asha=AshaConfig(grace_steps=10, min_earlier=1),
 )
 
@@ -113,7 +113,7 @@ def test_failures_and_nan_are_recorded_and_tried_again(ray_local, tmp_path: Path
         CONFIG,
         space={"kind": {"choice": ["broken", "nan", "a"]}},
         points=[],
-        gate=GateConfig(enabled=False),
+        gate=GateConfig(mode="off"),
     )
     records = list(run(tmp_path, config).trials.values())
     assert [one.state for one in records] == ["failed", "failed", "complete"]
