@@ -100,6 +100,7 @@ def main() -> None:
     parser.add_argument("--baselines", action="store_true", help="rows of all baselines too")
     parser.add_argument("--sid", nargs="*", default=[], help="settings of every design's SIDs")
     parser.add_argument("--gr", nargs="*", default=[], help="settings of every design's training")
+    parser.add_argument("--compare", nargs="*", default=[], help="settings of gr compare")
     parser.add_argument("--store", default="./forge-store")
     parser.add_argument("--run-dir", default="./forge-runs")
     options = parser.parse_args()
@@ -112,12 +113,12 @@ def main() -> None:
     given = [f"split={options.split}", "ks=[5,10,20,100]"]
     if not options.baselines:
         given.append("baselines=[popularity,item_knn]")
-    config = load_config(CompareConfig, overrides=given)
+    config = load_config(CompareConfig, overrides=[*given, *options.compare])
     with connected(verbose=False):
         trained = {name: train(name, options, dataset, store) for name in names}
         models = [source for one in trained.values() for source in one.sources]
         found = compare(models, dataset, config, store=store, tables=[model_table(models[0])])
-    shared = {"sids": options.sid, "gr": options.gr}
+    shared = {"sids": options.sid, "gr": options.gr, "compare": options.compare}
     print(json.dumps({"shared": shared, **record(trained, found, options.split)}, allow_nan=False))
 
 
