@@ -1,7 +1,7 @@
 """Whether a design can still be as good as the best one, judged on proxies: a conformal test.
 
-A rank model learns from the finished trials how proxies go with the final metric. A new design is
-then put to the hypothesis "its final value equals the incumbent's lower bound": how many finished
+A rank model learns from the trained trials how proxies go with the final metric. A new design is
+then put to the hypothesis "its final value equals the incumbent's lower bound": how many
 control trials have proxies as poor *for their quality* as this design would have for that one? The
 share of them, itself included, is the p-value; only designs with `p <= risk` may be pruned. Turned
 round: the largest value with `p > risk` is the one-sided conformal upper bound of the design, and
@@ -25,8 +25,10 @@ What does not:
     * Trials that the gate itself let pass are no controls: poor ones are missing among them. They
       help to fit the score, which is the one approximation above; controls are those that passed
       without a look at their proxies. Only the random share adds to them once the gate prunes.
-    * Trials that halving stopped have no final value and are left out. That thins the controls, but
-      does not bias them: a choice by quality leaves the score given the quality as it is.
+    * Trials that halving stopped have no final value. They enter with a bound on it (halving's own
+      belief that curves do not cross, see `halving.value_bounds`): a quality that is overstated
+      makes proxies look poorer for it and the test more cautious. Being chosen by quality they bias
+      nothing: that leaves the score given the quality as it is. Curves that cross add noise.
     * A sampler that learns (TPE) draws later designs from elsewhere: not exchangeable.
 
 Pure numpy and scipy; knows no trial, file or configuration.
@@ -51,18 +53,19 @@ from scipy.special import ndtr, ndtri
 Floats = npt.NDArray[np.float64]
 
 SINGLE_BELOW = 20
-"""Finished trials from which several proxies are weighed; fewer follow the single best one."""
+"""Trained trials from which several proxies are weighed; fewer follow the single best one."""
 
 _TINY = 1e-9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Finished:
-    """What the finished trials of a sweep say.
+class Trained:
+    """What the trained trials of a sweep say.
 
     Attributes:
         proxies: (n, p) float64, finite, turned so that larger is better.
-        values: (n,) float64, final metric, larger is better.
+        values: (n,) float64, final metric, larger is better; for a trial that halving stopped the
+            bound on what it could have reached. Finished trials come first.
         errors: (n,) float64, standard errors of the values, 0 where unknown.
         is_control: (n,) bool, whether the trial passed without a look at its proxies.
     """
@@ -84,9 +87,9 @@ class Assessment:
     """What the calibration says of one design.
 
     Attributes:
-        state: `few`: too few controls; `no evidence`: the proxies do not rank finished trials;
+        state: `few`: too few controls; `no evidence`: the proxies do not rank trained trials;
             `tested`: the p-value stands.
-        num_trials: Finished trials.
+        num_trials: Trained trials.
         num_controls: Control trials among them.
         num_needed: Controls before anything can be pruned.
         spearman: Held-out rank correlation of the score with the metric; NaN where undefined.
@@ -108,46 +111,46 @@ def controls_needed(risk: float) -> int:
     return math.ceil(1 / risk - 1 - _TINY)
 
 
-def assess(finished: Finished, proxies: Floats, *, risk: float) -> Assessment:
+def assess(trained: Trained, proxies: Floats, *, risk: float) -> Assessment:
     """Tests whether a design may be as good as the incumbent.
 
     Args:
-        finished: The finished trials.
-        proxies: (p,) float64, of the new design, turned like those of the finished ones.
+        trained: The trained trials.
+        proxies: (p,) float64, of the new design, turned like those of the trained ones.
         risk: Share of incumbents-to-be that may be lost, in (0, 1).
     """
-    num_trials, num_controls = len(finished.values), int(finished.is_control.sum())
+    num_trials, num_controls = len(trained.values), int(trained.is_control.sum())
     needed = controls_needed(risk)
     facts = {"num_trials": num_trials, "num_controls": num_controls, "num_needed": needed}
     if num_controls < needed:
         return Assessment(state="few", **facts)
-    spearman = held_out_correlation(finished.proxies, finished.values)
+    spearman = held_out_correlation(trained.proxies, trained.values)
     # One-sided, normal approximation of the rank correlation's null distribution: its standard
-    # deviation is 1 / sqrt(n - 1). Looks at the finished trials only, never at the new one.
+    # deviation is 1 / sqrt(n - 1). Looks at the trained trials only, never at the new one.
     is_shown = spearman * math.sqrt(num_trials - 1) >= float(ndtri(1 - risk))
     if not is_shown:
         return Assessment(state="no evidence", spearman=spearman, **facts)
-    bound = finished.lower_bound
-    p_value = p_value_at(finished, proxies, bound)
+    bound = trained.lower_bound
+    p_value = p_value_at(trained, proxies, bound)
     return Assessment(
         state="tested", spearman=spearman, lower_bound=bound, p_value=p_value, **facts
     )
 
 
-def p_value_at(finished: Finished, proxies: Floats, value: float) -> float:
+def p_value_at(trained: Trained, proxies: Floats, value: float) -> float:
     """How usual these proxies are for a design of this final value.
 
     Args:
-        finished: The finished trials.
+        trained: The trained trials.
         proxies: (p,) float64, of the new design.
         value: Its hypothetical final value.
 
     Returns:
         In [1 / (controls + 1), 1]; 1 also where the qualities cannot carry a line.
     """
-    quality = normal_scores(np.append(finished.values, value))
-    score = held_out_scores(normal_scores(np.vstack([finished.proxies, proxies])), quality)
-    bag = np.append(finished.is_control, True)
+    quality = normal_scores(np.append(trained.values, value))
+    score = held_out_scores(normal_scores(np.vstack([trained.proxies, proxies])), quality)
+    bag = np.append(trained.is_control, True)
     residuals = deleted_residuals(quality[bag], score[bag])
     return 1.0 if residuals is None else float(np.mean(residuals <= residuals[-1]))
 

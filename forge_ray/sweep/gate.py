@@ -19,7 +19,7 @@ import numpy as np
 
 from forge_ray.errors import ConfigError
 from forge_ray.sid.metrics.registry import METRICS, is_better, rankable
-from forge_ray.sweep.calibration import Assessment, Finished, Floats, assess
+from forge_ray.sweep.calibration import Assessment, Floats, Trained, assess
 
 Rule = Literal[
     "limit", "quantile", "calibrated", "warm-up", "no evidence", "random share", "passed", "off"
@@ -141,7 +141,12 @@ class GateState:
 
 
 def decide(
-    key: str, proxies: Mapping[str, Any], *, state: GateState, config: GateConfig
+    key: str,
+    proxies: Mapping[str, Any],
+    *,
+    state: GateState,
+    config: GateConfig,
+    stopped: Mapping[str, float] | None = None,
 ) -> GateDecision:
     """Answers one trial and remembers the answer in `state`.
 
@@ -150,6 +155,7 @@ def decide(
         proxies: Proxy values; must hold `config.required`, or `infeasible` with a reason.
         state: Updated in place.
         config: Limits and shares.
+        stopped: What trials that halving stopped could have reached at most, by key.
     """
     if key in state.decisions:
         return GateDecision(**state.decisions[key])
@@ -159,8 +165,11 @@ def decide(
     elif broken is not None:
         decision = GateDecision(go=False, rule="limit", reason=broken, would_prune=True)
     else:
-        rule = _by_quantile if config.mode == "quantile" else _by_calibration
-        decision = rule(key, proxies, state=state, config=config)
+        if config.mode == "quantile":
+            decision = _by_quantile(key, proxies, state=state, config=config)
+        else:
+            trained = trained_trials(state, proxies, config, stopped=stopped or {})
+            decision = _by_calibration(key, trained, state=state, config=config)
         state.seen[key] = _remembered(proxies, config)
     state.decisions[key] = vars(decision).copy()
     return decision
@@ -179,33 +188,37 @@ def record_final(key: str, value: float, error: float, *, state: GateState) -> N
         state.finals[key] = [value, error if math.isfinite(error) else 0.0]
 
 
-def shared_proxies(
-    state: GateState, proxies: Mapping[str, Any], config: GateConfig
-) -> tuple[str, ...]:
-    """Proxies to learn from that the new trial and every finished one have."""
-    rows = [state.seen[key] for key in state.finals if key in state.seen]
-    return tuple(
+def trained_trials(
+    state: GateState,
+    proxies: Mapping[str, Any],
+    config: GateConfig,
+    *,
+    stopped: Mapping[str, float],
+) -> tuple[Trained, Floats]:
+    """What the calibrated rule compares: the trained trials within the limits, and the new one.
+
+    Only the proxies that all of them have are kept.
+    """
+    ends = {**state.finals, **{key: [bound, 0.0] for key, bound in stopped.items()}}
+    keys = [key for key in ends if key in state.seen]
+    names = [
         name
         for name in config.candidates
-        if _is_finite(proxies.get(name)) and all(name in row for row in rows)
-    )
-
-
-def finished_trials(state: GateState, names: Sequence[str]) -> Finished:
-    """The finished trials within the limits, with these proxies."""
-    keys = [key for key in state.finals if key in state.seen]
+        if _is_finite(proxies.get(name)) and all(name in state.seen[key] for key in keys)
+    ]
     rows = [_turned(state.seen[key], names) for key in keys]
-    ends = np.array([state.finals[key] for key in keys], dtype=np.float64).reshape(-1, 2)
-    return Finished(
+    values = np.array([ends[key] for key in keys], dtype=np.float64).reshape(-1, 2)
+    trained = Trained(
         proxies=np.array(rows, dtype=np.float64).reshape(len(keys), len(names)),
-        values=ends[:, 0],
-        errors=ends[:, 1],
+        values=values[:, 0],
+        errors=values[:, 1],
         is_control=np.array([state.decisions[key]["is_control"] for key in keys], dtype=np.bool_),
     )
+    return trained, np.array(_turned(proxies, names))
 
 
-def _turned(proxies: Mapping[str, Any], names: Sequence[str]) -> Floats:
-    return np.array([METRICS[name].sign * float(proxies[name]) for name in names])
+def _turned(proxies: Mapping[str, Any], names: Sequence[str]) -> list[float]:
+    return [METRICS[name].sign * float(proxies[name]) for name in names]
 
 
 def _remembered(proxies: Mapping[str, Any], config: GateConfig) -> dict[str, float]:
@@ -274,10 +287,9 @@ def _by_quantile(
 
 
 def _by_calibration(
-    key: str, proxies: Mapping[str, Any], *, state: GateState, config: GateConfig
+    key: str, given: tuple[Trained, Floats], *, state: GateState, config: GateConfig
 ) -> GateDecision:
-    names = shared_proxies(state, proxies, config)
-    found = assess(finished_trials(state, names), _turned(proxies, names), risk=config.risk)
+    found = assess(*given, risk=config.risk)
     reason = describe(found, risk=config.risk)
     if found.state == "no evidence":
         # Nobody's proxies were looked at: the trial is as good a control as any.
@@ -315,8 +327,8 @@ def _verdict(
 def describe(found: Assessment, *, risk: float) -> str:
     """An assessment in words."""
     if found.state == "few":
-        return f"{found.num_controls} of {found.num_needed} control trials have finished"
-    shown = f"held-out Spearman {found.spearman:+.2f} over {found.num_trials} finished trials"
+        return f"{found.num_controls} of {found.num_needed} control trials are trained"
+    shown = f"held-out Spearman {found.spearman:+.2f} over {found.num_trials} trained trials"
     if found.state == "no evidence":
         return f"no evidence that the proxies rank designs: {shown}"
     compared = "<=" if found.p_value <= risk else ">"

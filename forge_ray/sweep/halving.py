@@ -9,11 +9,15 @@ remembers.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+import numpy.typing as npt
 
 from forge_ray.errors import ConfigError
+
+Floats = npt.NDArray[np.float64]
 
 
 @dataclass(kw_only=True)
@@ -98,3 +102,34 @@ def stop_reason(
     )
     state.stopped[key] = reason
     return reason
+
+
+def value_bounds(state: AshaState, finals: Mapping[str, float]) -> dict[str, float]:
+    """What the stopped trials could have reached at most, if learning curves do not cross.
+
+    A trial ends no better than the worst of those that were ahead of it where it was stopped, and
+    no better than the best trial where nobody ahead of it has finished.
+
+    Args:
+        state: Rungs and stopped trials.
+        finals: Final metric of finished trials by key, larger is better.
+
+    Returns:
+        Bounds by trial key, for every stopped trial; empty where no trial has finished.
+    """
+    bounds: dict[str, float] = {}
+    best = max(finals.values(), default=-math.inf)
+    for _, rung in sorted(state.rungs.items(), key=lambda one: int(one[0])):
+        # Ascending: what stands in the end is the bound at the rung that stopped the trial.
+        ends = [(value, finals[key]) for key, value in rung.items() if key in finals]
+        ahead, worst = _worst_ahead(ends)
+        for key in rung.keys() & state.stopped.keys() if finals else ():
+            place = int(np.searchsorted(ahead, rung[key], side="left"))
+            bounds[key] = float(worst[place]) if place < len(worst) else best
+    return bounds
+
+
+def _worst_ahead(ends: list[tuple[float, float]]) -> tuple[Floats, Floats]:
+    """Rung values ascending, and the least final value from each of them upwards."""
+    table = np.array(sorted(ends), dtype=np.float64).reshape(-1, 2)
+    return table[:, 0], np.minimum.accumulate(table[::-1, 1])[::-1]

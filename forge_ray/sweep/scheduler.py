@@ -20,7 +20,7 @@ from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
 from forge_ray.sweep.gate import GateConfig, GateState, decide, record_final
-from forge_ray.sweep.halving import AshaConfig, AshaState, stop_reason
+from forge_ray.sweep.halving import AshaConfig, AshaState, stop_reason, value_bounds
 from forge_ray.sweep.ledger import write_json
 
 
@@ -95,7 +95,14 @@ class GateScheduler(FIFOScheduler):
         )
 
     def _judge_proxies(self, key: str, proxies: Mapping[str, Any]) -> Decision:
-        answer = decide(key, proxies, state=self._gate_state, config=self._gate)
+        finals = {one: value for one, (value, _) in self._gate_state.finals.items()}
+        answer = decide(
+            key,
+            proxies,
+            state=self._gate_state,
+            config=self._gate,
+            stopped=value_bounds(self._asha_state, finals),
+        )
         return Decision(
             pruned_by="" if answer.go else "gate",
             reason=answer.reason,

@@ -11,7 +11,7 @@ from scipy import stats
 
 from forge_ray.sweep.calibration import (
     SINGLE_BELOW,
-    Finished,
+    Trained,
     assess,
     controls_needed,
     deleted_residuals,
@@ -37,9 +37,9 @@ def world(
     return weight * quality[:, None] + np.sqrt(1 - weight**2) * noise, quality
 
 
-def finished(proxies: np.ndarray, values: np.ndarray, controls: int | None = None) -> Finished:
+def trained(proxies: np.ndarray, values: np.ndarray, controls: int | None = None) -> Trained:
     is_control = np.arange(len(values)) < (len(values) if controls is None else controls)
-    return Finished(
+    return Trained(
         proxies=proxies, values=values, errors=np.full(len(values), 0.05), is_control=is_control
     )
 
@@ -134,9 +134,9 @@ def test_p_value_counts_controls_as_poor_for_their_quality() -> None:
         kept = np.arange(13) != trial
         residuals.append(s[trial] - np.polyval(np.polyfit(t[kept], s[kept], 1), t[trial]))
     expected = sum(one <= residuals[-1] for one in residuals) / 13
-    assert p_value_at(finished(x, y), new, value) == pytest.approx(expected)
+    assert p_value_at(trained(x, y), new, value) == pytest.approx(expected)
     # Only controls are counted, though all 12 may shape the score.
-    few = p_value_at(finished(x, y, controls=4), new, value)
+    few = p_value_at(trained(x, y, controls=4), new, value)
     assert few in {one / 5 for one in range(1, 6)}
 
 
@@ -146,16 +146,16 @@ def test_nothing_is_tested_before_the_p_value_can_be_as_small_as_the_risk() -> N
     ]  # fmt: skip
     x, y = world(np.random.default_rng(7), 30, (0.99,))
     poor = np.array([-9.0])
-    assert assess(finished(x[:8], y[:8]), poor, risk=0.1).state == "few"
-    assert assess(finished(x, y, controls=8), poor, risk=0.1).state == "few"
-    tested = assess(finished(x[:9], y[:9]), poor, risk=0.1)
+    assert assess(trained(x[:8], y[:8]), poor, risk=0.1).state == "few"
+    assert assess(trained(x, y, controls=8), poor, risk=0.1).state == "few"
+    tested = assess(trained(x[:9], y[:9]), poor, risk=0.1)
     assert (tested.state, tested.p_value) == ("tested", pytest.approx(0.1))
     assert tested.lower_bound == pytest.approx(y[:9].max() - 0.05)
 
 
 def test_a_design_is_not_too_poor_to_be_pruned() -> None:
     """One far point tilts the line of a small bag, and must not hide itself by that."""
-    trials = finished(np.arange(4.0)[:, None], np.arange(4.0))
+    trials = trained(np.arange(4.0)[:, None], np.arange(4.0))
     p_values = [p_value_at(trials, np.array([one]), 2.95) for one in (-1.0, 0.5, 1.5, 2.5, 3.5)]
     assert p_values[0] == pytest.approx(0.2)
     assert p_values == sorted(p_values)
@@ -164,7 +164,7 @@ def test_a_design_is_not_too_poor_to_be_pruned() -> None:
 def test_a_proxy_that_ranks_nothing_is_no_evidence() -> None:
     x, y = world(np.random.default_rng(8), 15, (0.0,))
     for proxies in (x, np.ones_like(x), x[:, :0], -y[:, None]):
-        found = assess(finished(proxies, y), np.full(proxies.shape[1], -9.0), risk=0.1)
+        found = assess(trained(proxies, y), np.full(proxies.shape[1], -9.0), risk=0.1)
         assert (found.state, found.p_value) == ("no evidence", 1.0)
     assert math.isnan(held_out_correlation(x, np.ones(15)))
 
@@ -172,10 +172,10 @@ def test_a_proxy_that_ranks_nothing_is_no_evidence() -> None:
 @pytest.mark.parametrize("num", [10, 25])
 def test_answers_depend_on_ranks_only(num: int) -> None:
     x, y = world(np.random.default_rng(9), num + 1)
-    trials, new = finished(x[:num], y[:num]), x[num]
+    trials, new = trained(x[:num], y[:num]), x[num]
     first = p_value_at(trials, new, 0.8)
     order = np.random.default_rng(0).permutation(num)
-    shuffled = finished(x[order], y[order])
+    shuffled = trained(x[order], y[order])
     assert p_value_at(shuffled, new, 0.8) == first
     bent = dataclasses.replace(trials, proxies=np.exp(x[:num]), values=y[:num] ** 3)
     assert p_value_at(bent, np.exp(new), 0.8**3) == first
@@ -189,7 +189,7 @@ def test_the_true_value_is_rejected_no_more_often_than_the_risk(
     """The finite-sample guarantee, selection of proxies and weights included."""
     rng = np.random.default_rng(10)
     worlds = [world(rng, num + 1, strengths) for _ in range(600)]
-    rejected = [p_value_at(finished(x[:num], y[:num]), x[num], y[num]) <= 0.1 for x, y in worlds]
+    rejected = [p_value_at(trained(x[:num], y[:num]), x[num], y[num]) <= 0.1 for x, y in worlds]
     assert np.mean(rejected) <= 0.1 + 2.6 * math.sqrt(0.09 / 600)
 
 
@@ -204,9 +204,9 @@ def test_the_best_design_is_rejected_no_more_often_than_the_risk(
         x, y = world(rng, 20, strengths)
         order = np.argsort(y)
         x, y = x[order], y[order]
-        trials = finished(x[:19], y[:19])
+        trials = trained(x[:19], y[:19])
         rejected.append(assess(trials, x[19], risk=0.1).p_value <= 0.1)
-        worse = finished(np.delete(x, 5, axis=0), np.delete(y, 5))
+        worse = trained(np.delete(x, 5, axis=0), np.delete(y, 5))
         others.append(assess(worse, x[5], risk=0.1).p_value <= 0.1)
     assert np.mean(rejected) <= 0.1 + 2.6 * math.sqrt(0.09 / 600)
     # A design of the lower third is stopped, as far as the proxy can tell.
@@ -219,7 +219,7 @@ def test_the_bound_of_what_is_pruned_lies_below_the_incumbents() -> None:
     pruned = agreed = 0
     for _ in range(150):
         x, y = world(rng, 16, (0.9, 0.3))
-        trials = finished(x[:15], y[:15])
+        trials = trained(x[:15], y[:15])
         found = assess(trials, x[15], risk=0.1)
         if found.state == "tested" and found.p_value <= 0.1:
             pruned += 1

@@ -13,12 +13,11 @@ from forge_ray.sweep.gate import (
     broken_limit,
     decide,
     describe,
-    finished_trials,
     infeasible_reason,
     missing_proxies,
     passes_at_random,
     record_final,
-    shared_proxies,
+    trained_trials,
 )
 
 GOOD = {"uniqueness": 0.9, "usage_min": 0.9, "backoff_gain": 0.5, "backoff_bits": 12.0}
@@ -119,7 +118,7 @@ def test_calibration_waits_for_controls_and_then_prunes() -> None:
     state = trained(3)
     early = decide("early", bits(19.0), state=state, config=CALIBRATED)
     assert (early.go, early.rule, early.is_control) == (True, "warm-up", True)
-    assert early.reason == "warm-up: 3 of 4 control trials have finished"
+    assert early.reason == "warm-up: 3 of 4 control trials are trained"
     # Trials whose training has not ended teach nothing.
     assert decide("open", bits(19.0), state=state, config=CALIBRATED).rule == "warm-up"
     state = trained(6)
@@ -137,7 +136,9 @@ def test_those_the_rule_let_pass_are_no_controls() -> None:
     for key in ("rich", "richer"):
         decide(key, bits(10.0), state=state, config=CALIBRATED)
         record_final(key, 0.1, 0.002, state=state)
-    found = finished_trials(state, ["backoff_bits", "uniqueness"])
+    named = dataclasses.replace(CALIBRATED, proxies=["backoff_bits", "uniqueness"])
+    found, new = trained_trials(state, bits(11.0), named, stopped={})
+    assert new.tolist() == [-11.0, 0.9]
     assert found.is_control.tolist() == [True] * 4 + [False] * 4
     # Turned so that larger is better.
     assert found.proxies[0].tolist() == [-12.0, 0.9]
@@ -181,13 +182,28 @@ def test_a_restored_state_gives_equal_answers() -> None:
 def test_only_proxies_that_all_have_are_compared() -> None:
     state = trained(4)
     everything = {**GOOD, "gini": 0.1, "lcp_held_out": float("nan"), "parallel_bits": 3.0}
-    shared = ("uniqueness", "usage_min", "backoff_bits", "backoff_gain")
-    assert shared_proxies(state, everything, CALIBRATED) == shared
-    assert shared_proxies(GateState(), everything, CALIBRATED) == (
-        "uniqueness", "gini", "usage_min", "backoff_bits", "backoff_gain",
-    )  # fmt: skip
+
+    def compared(state: GateState, config: GateConfig) -> list[float]:
+        return trained_trials(state, everything, config, stopped={})[1].tolist()
+
+    # uniqueness, (gini), usage_min, backoff_bits, backoff_gain
+    assert compared(state, CALIBRATED) == [0.9, 0.9, -12.0, 0.5]
+    assert compared(GateState(), CALIBRATED) == [0.9, -0.1, 0.9, -12.0, 0.5]
     named = dataclasses.replace(CALIBRATED, proxies=["gini", "backoff_bits"])
-    assert shared_proxies(state, everything, named) == ("backoff_bits",)
+    assert compared(state, named) == [-12.0]
+
+
+def test_stopped_trials_calibrate_with_their_bounds() -> None:
+    state = trained(3)
+    decide("cut", bits(19.0), state=state, config=CALIBRATED)
+    stopped = {"cut": 0.01, "unseen": 0.5}
+    found, _ = trained_trials(state, GOOD, CALIBRATED, stopped=stopped)
+    assert found.values.tolist() == [0.01, 0.02, 0.03, 0.01]
+    # The incumbent is a finished trial, with its own error.
+    assert found.lower_bound == pytest.approx(0.028)
+    # It is the fourth control: the next one is judged.
+    early = decide("early", bits(25.0), state=state, config=CALIBRATED, stopped=stopped)
+    assert (early.go, early.rule) == (False, "calibrated")
 
 
 def test_a_final_value_that_is_no_number_is_not_kept() -> None:
@@ -204,7 +220,7 @@ def test_the_reason_says_which_side_of_the_risk() -> None:
     )  # fmt: skip
     assert describe(found, risk=0.1) == (
         "p = 0.250 > 0.1 that a design of 0.0500 or more has such proxies "
-        "(held-out Spearman +0.70 over 12 finished trials, 11 controls)"
+        "(held-out Spearman +0.70 over 12 trained trials, 11 controls)"
     )
 
 

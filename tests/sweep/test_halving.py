@@ -4,11 +4,12 @@ import dataclasses
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from ray.tune.schedulers import ASHAScheduler
 
 from forge_ray.errors import ConfigError
-from forge_ray.sweep.halving import AshaConfig, AshaState, stop_reason
+from forge_ray.sweep.halving import AshaConfig, AshaState, stop_reason, value_bounds
 
 CONFIG = AshaConfig(grace_steps=10, reduction_factor=2, min_earlier=1)
 
@@ -79,6 +80,22 @@ def test_a_rung_waits_for_enough_trials() -> None:
     for key, value, is_stopped in [("a", 0.3, False), ("b", 0.1, False), ("c", 0.1, True)]:
         reason = stop_reason(key, 10, value, max_steps=80, state=state, config=config)
         assert (reason is not None) == is_stopped
+
+
+def test_a_stopped_trial_ends_no_better_than_those_ahead_of_it() -> None:
+    rng = np.random.default_rng(0)
+    keys = [str(one) for one in range(12)]
+    rungs = {"10": dict(zip(keys, rng.normal(size=12), strict=True))}
+    rungs["20"] = {key: float(rng.normal()) for key in keys[4:]}
+    finals = {key: float(rng.normal()) for key in keys[8:]}
+    state = AshaState(rungs=rungs, stopped=dict.fromkeys(keys[:8], "asha"))
+    found = value_bounds(state, finals)
+    assert sorted(found) == sorted(keys[:8])
+    for key in keys[:8]:
+        rung = rungs["20" if key in rungs["20"] else "10"]
+        ahead = [finals[one] for one in finals if rung[one] >= rung[key]]
+        assert found[key] == (min(ahead) if ahead else max(finals.values()))
+    assert value_bounds(state, {}) == {}
 
 
 @pytest.mark.parametrize(
