@@ -284,7 +284,7 @@ class TestSlow:
         killed = killed_run(folder, f"two-killed-{stage}", *overrides, kills=1, seed=stage)
         assert curve(killed) == pytest.approx(curve(reference), rel=0.01)
 
-    @pytest.mark.timeout(1200)
+    @pytest.mark.timeout(3600)
     def test_ten_kills_change_nothing(self, ray_local, folder):
         longer = ["max_steps=360", "validation.every=30", "max_failures=10"]
         undisturbed = run(folder, "undisturbed", *longer, store="store-undisturbed")
