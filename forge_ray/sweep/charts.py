@@ -6,7 +6,6 @@ Names reach plotly as text, but plotly reads some tags in labels, so they are es
 from __future__ import annotations
 
 import html
-import math
 from collections.abc import Sequence
 
 import plotly.graph_objects as go
@@ -63,8 +62,7 @@ def proxy_scatter(records: Sequence[TrialRecord], found: ProxyAudit, *, metric: 
             hovertemplate="%{text}<br>%{x:.4g} → %{y:.4f}<extra></extra>",
         )
     better = f"{METRICS[found.proxy].better} is better"
-    rho = "undefined" if math.isnan(found.spearman) else f"{found.spearman:+.2f}"
-    title = f"{found.proxy}: Spearman {rho}, n = {found.num_trials}"
+    title = f"{found.proxy}: Spearman {found.spearman}, n = {found.num_trials}"
     return _html(figure, x=f"{found.proxy} ({better})", y=metric, height=340, title=title)
 
 

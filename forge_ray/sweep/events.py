@@ -113,7 +113,7 @@ class SweepCallback(Callback):
         logger.info("trial %2d/%d %s", number + 1, self._num_trials, text)
 
 
-_OPTIONAL = ("seconds", "cpus", "artifacts", "cached")
+_OPTIONAL = ("seconds", "cpus", "gpus", "artifacts", "cached")
 
 
 def describe_row(stage: str, result: Mapping[str, Any], decision: Decision, *, metric: str) -> str:

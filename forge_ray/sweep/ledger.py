@@ -54,6 +54,7 @@ class TrialRecord:
         cached: Stages answered from the store.
         attempts: Seconds by stage, one mapping per start.
         cpus: CPUs by stage, to turn seconds into CPU seconds.
+        gpus: GPUs by stage.
         started: Time of the first start, ISO 8601.
         ended: Time of the end, ISO 8601.
     """
@@ -76,6 +77,7 @@ class TrialRecord:
     cached: list[str] = field(default_factory=list)
     attempts: list[dict[str, float]] = field(default_factory=list)
     cpus: dict[str, float] = field(default_factory=dict)
+    gpus: dict[str, float] = field(default_factory=dict)
     started: str = ""
     ended: str = ""
 
@@ -226,6 +228,7 @@ def _fold_row(record: TrialRecord, event: Mapping[str, Any]) -> None:
     if record.attempts:
         record.attempts[-1].update(event.get("seconds", {}))
     record.cpus.update(event.get("cpus", {}))
+    record.gpus.update(event.get("gpus", {}))
     record.artifacts.update(event.get("artifacts", {}))
     if "cached" in event:
         record.cached = list(event["cached"])

@@ -88,7 +88,7 @@ def _content(records: SweepRecords, config: SweepConfig, *, is_running: bool) ->
 
 def _charts(trials: Sequence[TrialRecord], found: Audit, *, metric: str) -> dict[str, Any]:
     """Figures as markup; plotly's writer escapes what goes into its script."""
-    drawn = [one for one in found.final or found.early if not math.isnan(one.spearman)]
+    drawn = [one for one in found.final or found.early if not math.isnan(one.spearman.value)]
     has_history = any(one.history for one in trials)
     return {
         "curves": Markup(learning_curves(trials, metric=metric)) if has_history else "",

@@ -7,6 +7,7 @@ the trial that calls it. Torch is imported where it is used: a trial that the ga
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -50,7 +51,18 @@ class ForgeStages:
         """Fits and scores in one task."""
         arguments = (self.store_uri, self.dataset_key, config["sid"], dict(self.score))
         cpus, gpus = self.resources.sid_cpus, self.resources.sid_gpus
-        return _spread(fit_and_score, *arguments, cpus, cpus=cpus, gpus=gpus)
+        report = _spread(fit_and_score, *arguments, cpus, cpus=cpus, gpus=gpus)
+        return dataclasses.replace(report, gpus={"fit": gpus, "score": gpus})
+
+    def training_resources(self, config: Mapping[str, Any]) -> StageReport:
+        """What the workers of the Train job ask for."""
+        from forge_ray.gr.config import GrConfig
+
+        typed = from_mapping(GrConfig, config["gr"])
+        return StageReport(
+            cpus={"train": typed.num_workers * typed.cpus_per_worker},
+            gpus={"train": float(typed.num_workers * typed.use_gpu)},
+        )
 
     def train(
         self,
@@ -82,7 +94,6 @@ class ForgeStages:
             metrics={**result.metrics, "global_step": result.history[-1]["global_step"]},
             artifacts={"model": result.artifact.manifest.ref},
             cached=("train",) if _is_older(result.artifact, started) else (),
-            cpus={"train": typed.num_workers * typed.cpus_per_worker},
             history=tuple(result.history),
         )
 
@@ -96,7 +107,8 @@ class ForgeStages:
         users = self.evaluation.users if split == "validation" else 0
         arguments = (self.store_uri, model, split, users)
         settings = to_mapping(self.evaluation)
-        return _spread(evaluate_model, *arguments, settings, cpus, cpus=cpus, gpus=gpus)
+        report = _spread(evaluate_model, *arguments, settings, cpus, cpus=cpus, gpus=gpus)
+        return dataclasses.replace(report, gpus={"evaluate": gpus})
 
 
 def fit_and_score(

@@ -30,6 +30,7 @@ class StageReport:
         artifacts: References by kind.
         cached: Steps answered from the store.
         cpus: CPUs held, by step.
+        gpus: GPUs held, by step.
         history: All rows of a training, those of earlier attempts included.
     """
 
@@ -38,6 +39,7 @@ class StageReport:
     artifacts: dict[str, str] = field(default_factory=dict)
     cached: tuple[str, ...] = ()
     cpus: dict[str, float] = field(default_factory=dict)
+    gpus: dict[str, float] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
 
 
@@ -46,6 +48,9 @@ class Stages(Protocol):
 
     def tokenize(self, config: Mapping[str, Any]) -> StageReport:
         """Fits SIDs (artifact `sids`) and scores them."""
+
+    def training_resources(self, config: Mapping[str, Any]) -> StageReport:
+        """CPUs and GPUs that training holds: also told of a training that never ends."""
 
     def train(
         self,
@@ -99,7 +104,8 @@ def run_trial(params: Mapping[str, Any], *, stages: Stages, rules: TrialRules) -
     whole = StageReport(
         artifacts={**trained.artifacts, **final.artifacts},
         cached=(*tokenized.cached, *trained.cached, *final.cached),
-        cpus={**trained.cpus, **final.cpus},
+        cpus=final.cpus,
+        gpus=final.gpus,
     )
     row = {rules.metric: final.metrics.get(rules.metric), "row": final.metrics}
     tune.report(_row("final", int(trained.metrics["global_step"]), whole, seconds, **row))
@@ -117,6 +123,7 @@ def _train(
     sids = tokenized.artifacts["sids"]
     name = f"trial-{params['key'][:16]}"
 
+    held = stages.training_resources(params["config"])
     last_step = 0
 
     def report(row: dict[str, Any]) -> None:
@@ -125,7 +132,8 @@ def _train(
         seconds["train"] = time.perf_counter() - start
         group = row.pop("placement_group", None)
         step = {rules.metric: row[rules.metric], "row": row, "placement_group": group}
-        tune.report(_row("gr", int(row["global_step"]), None, seconds, **step))
+        row = _row("gr", int(row["global_step"]), None, seconds, **step)
+        tune.report({**row, "cpus": held.cpus, "gpus": held.gpus})
 
     trained = relay(
         lambda callbacks: stages.train(params["config"], sids, name=name, callbacks=callbacks),
@@ -151,5 +159,5 @@ def _row(
     row["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
     if report is not None:
         row |= {"artifacts": dict(report.artifacts), "cached": list(report.cached)}
-        row["cpus"] = dict(report.cpus)
+        row |= {"cpus": dict(report.cpus), "gpus": dict(report.gpus)}
     return row

@@ -66,12 +66,16 @@ def finalize_rows(record: FinalizeRecord, *, metric: str) -> list[dict[str, Any]
 
 
 def cost_rows(records: SweepRecords) -> list[dict[str, Any]]:
-    """Wall-clock and CPU seconds by stage over all trials."""
+    """Wall-clock, CPU and GPU seconds by stage over all trials."""
     rows = []
     for stage in STAGES:
         seconds = [one.seconds.get(stage, 0.0) for one in records.trials.values()]
         cpu = [
             one.seconds.get(stage, 0.0) * one.cpus.get(stage, 0.0)
+            for one in records.trials.values()
+        ]
+        gpu = [
+            one.seconds.get(stage, 0.0) * one.gpus.get(stage, 0.0)
             for one in records.trials.values()
         ]
         rows.append(
@@ -81,6 +85,7 @@ def cost_rows(records: SweepRecords) -> list[dict[str, Any]]:
                 "cached": sum(stage in one.cached for one in records.trials.values()),
                 "seconds": round(sum(seconds), 1),
                 "CPU seconds": round(sum(cpu), 1),
+                "GPU seconds": round(sum(gpu), 1),
             }
         )
     return rows

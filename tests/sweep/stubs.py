@@ -39,6 +39,9 @@ class StubStages:
             metrics=metrics, seconds={"fit": 0.01}, artifacts={"sids": "sids/x"}, cpus={"fit": 1.0}
         )
 
+    def training_resources(self, config: Mapping[str, Any]) -> StageReport:
+        return StageReport(cpus={"train": 2.0}, gpus={"train": 1.0})
+
     def train(
         self, config: Mapping[str, Any], sids: str, *, name: str, callbacks: Sequence[Any]
     ) -> StageReport:

@@ -1,22 +1,26 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import pytest
 
 from forge_ray.sweep.audit import ProxyAudit, audit
+from forge_ray.sweep.correlation import Interval, RankCorrelation
+from forge_ray.sweep.ledger import TrialRecord
 from tests.sweep.records import METRIC, trial
 
 
-def test_a_proxy_that_ranks_like_the_metric_is_trustworthy() -> None:
+def test_a_proxy_that_ranks_like_the_metric_is_trusted() -> None:
     found = audit([trial(i, value=0.01 * (i + 1)) for i in range(8)], metric=METRIC)
     by_name = {one.proxy: one for one in found.final}
-    assert by_name["backoff_bits"].spearman == pytest.approx(1.0)
-    assert by_name["backoff_bits"].verdict == "trustworthy"
+    assert by_name["backoff_bits"].spearman.value == pytest.approx(1.0)
+    assert by_name["backoff_bits"].verdict == "trusted"
     # A Gini that grows with quality points the wrong way.
     assert by_name["gini"].verdict == "misleading"
     # Constant, or never measured: nothing can be said.
-    assert math.isnan(by_name["uniqueness"].spearman)
+    assert math.isnan(by_name["uniqueness"].spearman.value)
     assert by_name["uniqueness"].verdict == "too few trials"
     assert "embedding_hitrate" not in by_name
 
@@ -51,13 +55,95 @@ def test_nothing_to_audit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num", "rho", "p", "verdict"),
+    ("num", "rho", "low", "high", "verdict"),
     [
-        (5, 0.9, 0.01, "too few trials"),
-        (9, 0.9, 0.01, "trustworthy"),
-        (9, -0.9, 0.01, "misleading"),
-        (9, 0.3, 0.4, "not shown"),
+        (5, 0.9, 0.8, 1.0, "too few trials"),
+        (9, math.nan, math.nan, math.nan, "too few trials"),
+        (9, 0.9, 0.2, 1.0, "trusted"),
+        (9, -0.9, -1.0, -0.2, "misleading"),
+        (9, 0.3, -0.1, 0.7, "no evidence"),
     ],
 )
-def test_verdicts(num: int, rho: float, p: float, verdict: str) -> None:
-    assert ProxyAudit(proxy="x", num_trials=num, spearman=rho, p_value=p).verdict == verdict
+def test_verdicts(num: int, rho: float, low: float, high: float, verdict: str) -> None:
+    both = Interval(value=rho, low=low, high=high)
+    found = ProxyAudit(
+        proxy="x", num_trials=num, correlation=RankCorrelation(spearman=both, kendall=both)
+    )
+    assert found.verdict == verdict
+
+
+def test_verdicts_are_said_plainly() -> None:
+    found = audit([trial(i, value=0.01 * (i + 1)) for i in range(8)], metric=METRIC)
+    assert "gini: misleading (Spearman -1.00 [-1.00, -1.00], Kendall -1.00 " in "\n".join(
+        found.lines
+    )
+    assert "uniqueness: nothing to say (constant, 8 trials)" in found.lines
+    few = audit([trial(i, value=0.01 * (i + 1)) for i in range(2)], metric=METRIC)
+    assert "gini: nothing to say (too few, 2 trials)" in few.lines
+
+
+def gated(number: int, bits: float, **fields: Any) -> TrialRecord:
+    return trial(
+        number, state="pruned", pruned_by="gate", proxies={"backoff_bits": bits},
+        attempts=[{"fit": 2.0, "score": 1.0}], would_prune=True, history=[], **fields,
+    )  # fmt: skip
+
+
+def test_what_pruning_saved_is_what_the_median_trial_took() -> None:
+    held = {"cpus": {"fit": 0.5, "train": 2.0}, "gpus": {"train": 1.0}}
+    trials = [
+        trial(0, value=0.05, **held),
+        trial(1, value=0.04, **{**held, "attempts": [{"fit": 2.0, "train": 50.0}]}),
+        trial(2, value=0.03, **{**held, "attempts": [{"fit": 2.0, "train": 40.0}]}),
+        gated(3, 12.0, **held),
+        trial(4, state="pruned", pruned_by="asha", **{**held, "attempts": [{"train": 10.0}]}),
+    ]
+    found = {(one.stage, one.resource): one for one in audit(trials, metric=METRIC).compute}
+    # 30, 50 and 40 seconds of complete trials: the median counts; two CPUs and a GPU each.
+    assert set(found) == {("fit", "CPU"), ("train", "CPU"), ("train", "GPU")}
+    train = found["train", "CPU"]
+    assert (train.spent, train.saved_by_gate, train.saved_by_asha) == (260.0, 80.0, 60.0)
+    assert found["train", "GPU"].saved_by_gate == 40.0
+    assert (found["fit", "CPU"].spent, found["fit", "CPU"].saved_by_gate) == (4.0, 0.0)
+
+
+def test_those_who_passed_without_merit_are_counted() -> None:
+    trials = [
+        trial(0, value=0.05, gate="warm-up: 0 of 9", is_control=True),
+        trial(1, value=0.04, gate="random share: p", is_control=True, would_prune=True),
+        trial(2, value=0.03, gate="p = 0.5 > 0.1"),
+        gated(3, 12.0),
+        trial(4, state="running", history=[], final={}),
+    ]
+    passed = audit(trials, metric=METRIC).passed
+    assert (passed.num_judged, passed.num_controls, passed.num_spared) == (4, 2, 1)
+    assert passed.share == 0.5
+
+
+def test_the_expected_regret_follows_the_proxy() -> None:
+    """Bits fall by 10 per unit of the metric: poor bits cannot win, good ones would have."""
+    kept = [trial(i, value=0.01 * (i + 1)) for i in range(10)]
+    poor = audit([*kept, gated(10, 12.5), gated(11, 12.4)], metric=METRIC).regret
+    assert (poor.num_pruned, poor.expected_by) == (2, "backoff_bits")
+    rich = audit([*kept, gated(10, 8.0), gated(11, 8.1)], metric=METRIC).regret
+    assert poor.expected is not None
+    assert rich.expected is not None
+    assert poor.expected < 0.001 < rich.expected
+    assert audit(kept, metric=METRIC).regret.expected is None
+    # A design that was never fitted has nothing to estimate from.
+    unfit = trial(12, state="pruned", pruned_by="gate", proxies={"infeasible": "too few"})
+    assert audit([*kept, unfit], metric=METRIC).regret.num_pruned == 0
+
+
+def test_a_useless_proxy_leaves_the_regret_of_chance() -> None:
+    rng = np.random.default_rng(0)
+    values = rng.permutation(np.linspace(0.01, 0.3, 30))
+    kept = [
+        trial(i, value=float(value), proxies={"backoff_bits": 12 + rng.normal()})
+        for i, value in enumerate(values)
+    ]
+    pruned = [gated(30 + i, 12 + rng.normal()) for i in range(30)]
+    found = audit([*kept, *pruned], metric=METRIC).regret.expected
+    # Thirty more draws of a uniform variable beat the best of thirty by about a spacing.
+    assert found is not None
+    assert 0.001 < found < 0.06

@@ -96,7 +96,7 @@ def test_report_says_what_happened() -> None:
         "item_knn",
         "Test split",
         "interrupted",
-        "Regret of the quantile rule: not measured",
+        "Regret of the gate: not measured",
         "trial 1",
     ):
         assert part in text, part

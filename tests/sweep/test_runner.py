@@ -70,6 +70,9 @@ def test_sweep_prunes_continues_and_grows(ray_local, tmp_path: Path) -> None:
     assert records[2].would_prune
     assert records[2].reason.startswith("asha: ")
     assert set(records[1].seconds) >= {"fit", "train"}
+    # Also of a training that was stopped.
+    assert records[2].gpus == {"train": 1.0}
+    assert records[2].cpus == {"fit": 1.0, "train": 2.0}
     assert stages_of(tmp_path, "train") == [0.9, 0.5]
 
     # The same command again has nothing to do.
