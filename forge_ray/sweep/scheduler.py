@@ -127,13 +127,10 @@ class GateScheduler(FIFOScheduler):
         return Decision(pruned_by="asha", reason=reason) if reason else Decision()
 
     def _save(self) -> None:
-        # Not `asdict`, which copies all of it, and no indent, which leaves json's fast path: this
-        # runs at every row, and a thousand trials make half a megabyte.
-        write_json(
-            self._path,
-            {"gate": vars(self._gate_state), "asha": vars(self._asha_state)},
-            indent=None,
-        )
+        # Not `asdict`, which copies all of it: this runs at every row, and a thousand trials make
+        # half a megabyte.
+        content = {"gate": vars(self._gate_state), "asha": vars(self._asha_state)}
+        write_json(self._path, content, is_plain=True)
 
 
 def _load(path: Path) -> tuple[GateState, AshaState]:
