@@ -63,9 +63,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 RUN_FILE = "forge-run.json"
-_START_TIMEOUT_S = 900
-_CONTROLLER_RETRIES = 4
-"""Attempts, of `_START_TIMEOUT_S` each, to start the workers before a run gives up."""
+_START_TIMEOUT_ENV = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+_START_LIMIT_S = 3600
+"""Seconds that a run waits for its workers' resources, over all attempts, before it gives up."""
 _POLL_S = 2.0
 """Seconds between two looks at the stop file and at notices of preemption."""
 
@@ -215,11 +215,8 @@ def _fit(
         scaling_config=_scaling(config),
         run_config=_run_config(config, run_dir=run_dir, name=name, callbacks=callbacks),
     )
-    # A worker that imports torch on a busy machine, or boots its node first, needs more than Ray's
-    # 60 seconds; too short a wait starts all over again, for ever.
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(_START_TIMEOUT_S))
     try:
-        with _stopping_on_sigterm(job.folder):
+        with _stopping_on_sigterm(job.folder), _waiting_for_resources(_attempt_s(config)):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
         raise _cause(error, name) from error
@@ -233,6 +230,29 @@ def _fit(
         if warning not in warnings:
             logger.warning(warning)
     return outcome
+
+
+def _attempt_s(config: GrConfig) -> int:
+    """Seconds that one attempt to start the workers waits for their resources.
+
+    A fixed number of workers may have to wait for nodes that boot. An elastic one takes what is
+    there, and what Ray counts as there is up to 20 seconds old: where a node has just gone, the
+    sooner it counts again the better.
+    """
+    return 30 if config.max_workers > config.num_workers else 900
+
+
+@contextmanager
+def _waiting_for_resources(seconds: int) -> Iterator[None]:
+    """Sets how long Ray Train waits, unless the user has; it reads the environment only."""
+    is_ours = _START_TIMEOUT_ENV not in os.environ
+    if is_ours:
+        os.environ[_START_TIMEOUT_ENV] = str(seconds)
+    try:
+        yield
+    finally:
+        if is_ours:
+            os.environ.pop(_START_TIMEOUT_ENV, None)
 
 
 @contextmanager
@@ -297,7 +317,8 @@ def _run_config(
         storage_filesystem=filesystem if "://" in run_dir else None,
         callbacks=list(callbacks),
         failure_config=ray.train.FailureConfig(
-            max_failures=config.max_failures, controller_failure_limit=_CONTROLLER_RETRIES
+            max_failures=config.max_failures,
+            controller_failure_limit=_START_LIMIT_S // _attempt_s(config),
         ),
     )
 

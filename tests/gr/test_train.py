@@ -27,8 +27,16 @@ from forge_ray.errors import ConfigError, StoppedError, TrainingError
 from forge_ray.gr.checkpoint import load_generator, model_config
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.run_folder import RunFolder, checkpoint_name
-from forge_ray.gr.train import TrainResult, _check_outcome, train_generator
+from forge_ray.gr.train import (
+    TrainResult,
+    _attempt_s,
+    _check_outcome,
+    _run_config,
+    _waiting_for_resources,
+    train_generator,
+)
 from tests.gr.chains import chain_dataset, grid_table
+from tests.gr.processes import wait_until, worker_pids
 from tests.gr.test_run_folder import IDENTITY, save, shard_path
 
 SMALL = [
@@ -124,33 +132,9 @@ def killed_run(folder: Path, name: str, *overrides: str, kills: int, seed: int) 
     return outcome[0]
 
 
-def worker_pids() -> list[int]:
-    """Ray Train workers below this process; other runs on the machine are not ours to touch."""
-    parents, names = {}, {}
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text().rpartition(")")[2].split()
-                names[int(entry.name)] = (entry / "cmdline").read_text()
-            except OSError:
-                continue  # the process has ended meanwhile
-            parents[int(entry.name)] = int(stat[1])
-
-    def is_ours(pid: int) -> bool:
-        while pid in parents:
-            if pid == os.getpid():
-                return True
-            pid = parents[pid]
-        return False
-
-    return [pid for pid, name in names.items() if "RayTrainWorker" in name and is_ours(pid)]
-
-
-def wait_for(path: Path, timeout_s: float = 400) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.05)
+def wait_for_step_20(folder: Path, name: str) -> None:
+    path = folder / "runs" / name / "checkpoints" / "step_00000020" / "checkpoint.json"
+    wait_until(path.exists, f"{path} did not appear")
 
 
 @pytest.fixture(scope="module")
@@ -324,7 +308,7 @@ class TestSlow:
         driver = subprocess.Popen(
             [sys.executable, "-c", script], cwd=root, stdout=subprocess.PIPE, text=True
         )
-        wait_for(folder / "runs" / "sigterm" / "checkpoints" / "step_00000020" / "checkpoint.json")
+        wait_for_step_20(folder, "sigterm")
         driver.terminate()
         said = driver.communicate(timeout=300)[0]
         assert driver.returncode == 0
@@ -345,7 +329,7 @@ class TestSlow:
         root = Path(__file__).resolve().parents[2]
         command = [sys.executable, "-c", script]
         first = subprocess.Popen(command, cwd=root)
-        wait_for(folder / "runs" / "driver" / "checkpoints" / "step_00000020" / "checkpoint.json")
+        wait_for_step_20(folder, "driver")
         first.kill()
         first.wait()
         second = subprocess.run(command, cwd=root, check=True, capture_output=True, text=True)
@@ -406,3 +390,19 @@ def test_widths_that_no_search_takes_are_refused_before_training(widths):
     with pytest.raises(ConfigError, match=r"validation\.widths must be >= 1 and end .*ks\)=10"):
         small(f"validation.widths={widths}").check_levels(2)
     small("validation.widths=[1,10]").check_levels(2)
+
+
+def test_an_elastic_run_counts_its_nodes_again_soon(monkeypatch):
+    """Ray counts a node for up to 20 seconds after it has gone, and then waits for it."""
+    name = "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"
+    monkeypatch.delenv(name, raising=False)
+    for config, seconds, attempts in ((small("max_workers=2"), 30, 120), (small(), 900, 4)):
+        with _waiting_for_resources(_attempt_s(config)):
+            assert os.environ[name] == str(seconds)
+        assert name not in os.environ
+        run_config = _run_config(config, run_dir="runs", name="run", callbacks=[])
+        assert run_config.failure_config.controller_failure_limit == attempts
+    monkeypatch.setenv(name, "5")
+    with _waiting_for_resources(30):
+        assert os.environ[name] == "5"
+    assert os.environ[name] == "5"
