@@ -49,6 +49,7 @@ import numpy as np
 import numpy.typing as npt
 from scipy.optimize import nnls
 from scipy.special import ndtr, ndtri
+from scipy.stats import rankdata
 
 Floats = npt.NDArray[np.float64]
 
@@ -170,7 +171,7 @@ def held_out_correlation(proxies: Floats, values: Floats) -> float:
     score = held_out_scores(normal_scores(proxies), normal_scores(values))
     if np.ptp(score) < _TINY or np.ptp(values) == 0:
         return math.nan
-    return float(np.corrcoef(ranks(score), ranks(values))[0, 1])
+    return float(np.corrcoef(rankdata(score), rankdata(values))[0, 1])
 
 
 def held_out_scores(proxies: Floats, quality: Floats) -> Floats:
@@ -263,13 +264,4 @@ def normal_scores(values: Floats) -> Floats:
     Args:
         values: (n,) or (n, p) float64.
     """
-    return np.asarray(ndtri(ranks(values) / (len(values) + 1)))
-
-
-def ranks(values: Floats) -> Floats:
-    """Ranks from 1, the mean rank where values tie, column by column."""
-    if values.ndim == 2:
-        return np.column_stack([ranks(column) for column in values.T])
-    ordered = np.sort(values)
-    below = np.searchsorted(ordered, values, side="left")
-    return np.asarray((below + np.searchsorted(ordered, values, side="right") + 1) / 2)
+    return np.asarray(ndtri(rankdata(values, axis=0) / (len(values) + 1)))

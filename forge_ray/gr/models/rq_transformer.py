@@ -36,7 +36,6 @@ _HASH_BASE = 1_000_003
 _HASH_RANGE = 2**31 - 1
 _VALUES_AT_ONCE = 1 << 22
 """Numbers of child vectors gathered together, 16 MB: wide beams take no more."""
-_OPTIONAL = (("prefix_rows", 0), ("child_size", 0))
 
 
 @dataclass(kw_only=True)
@@ -61,7 +60,7 @@ class RqTransformerConfig(GeneratorConfig):
     the number of distinct prefixes is enough: equal hashes share a row."""
     child_size: int = 32
     """Width E of the vectors that score a code after its prefix, of which there are `prefix_rows`
-    too; 0 has none. Training holds 8·E·K bytes for each item of a batch."""
+    too; 0 has none. Training holds 8·E·K bytes for each item of a batch and level but the first."""
     tie_embeddings: bool = True
     """Whether the output head reuses the vectors that histories are read with."""
     temperature: float = 1.0
@@ -80,7 +79,8 @@ class RqTransformerConfig(GeneratorConfig):
                 f"model.attention must be sdpa with model.kind={self.kind}, got {self.attention}. "
                 "Leave it out."
             )
-        for name, least in (("num_layers", 1), ("places", 1), *_OPTIONAL):
+        lowest = {"num_layers": 1, "places": 1, "prefix_rows": 0, "child_size": 0}
+        for name, least in lowest.items():
             if getattr(self, name) < least:
                 raise ConfigError(
                     f"model.{name} must be >= {least}, got {getattr(self, name)}. Raise it."
