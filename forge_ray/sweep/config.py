@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from forge_ray.config import canonical_json, to_mapping
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
+from forge_ray.sweep.objectives import direction
 
 SAMPLERS = ("quasi_random", "grid", "tpe")
 
@@ -94,6 +95,9 @@ class SweepConfig:
     """Trials at a time."""
     metric: str = "ItemNDCG@10"
     """Validation metric that ranks trials; larger is better."""
+    objectives: list[str] = field(default_factory=list)
+    """What samplers that learn aim at together, `metric` first, e.g. [ItemNDCG@10,
+    ItemNDCG@10/tail, sid_bits]; empty means `metric` alone. See `forge_ray.sweep.objectives`."""
     gate: GateConfig = field(default_factory=GateConfig)
     """Pruning before training."""
     asha: AshaConfig = field(default_factory=AshaConfig)
@@ -125,10 +129,23 @@ class SweepConfig:
                 f"num_trials must be set for sampler {self.sampler.kind}, got null. "
                 "Set it, or use sampler.kind=grid."
             )
+        _check_objectives(self.metric, self.objectives)
         if self.max_concurrent < 1:
             raise ConfigError(f"max_concurrent must be >= 1, got {self.max_concurrent}.")
         if not self.space and not self.points:
             raise ConfigError("space must name a parameter, got none. Add one, or add points.")
+
+
+def _check_objectives(metric: str, objectives: Sequence[str]) -> None:
+    if not objectives:
+        return
+    for name in objectives:
+        direction(name)
+    if objectives[0] != metric or len(set(objectives)) != len(objectives):
+        raise ConfigError(
+            f"objectives must begin with metric ({metric}) and not repeat, got "
+            f"{list(objectives)}. Change their order, or metric."
+        )
 
 
 _FIXED = ("sid", "gr", "score", "sampler", "metric", "gate", "asha", "evaluation")

@@ -58,6 +58,7 @@ class SweepCallback(Callback):
             key=config["key"],
             point=point,
             config=config["config"],
+            facts=config["facts"],
         )
         self._say(trial, f"started   {label_point(point)}")
 

@@ -49,7 +49,10 @@ class TrialRecord:
         proxies: Scores of the SID table.
         history: One row per validation: `global_step`, `loss`, metrics.
         final: Metrics of the final validation row.
-        value: Objective of a complete trial.
+        value: Metric of a complete trial.
+        facts: What is known of the design before any work: `sid_bits`, `tokens_per_item`.
+        objectives: Value of every objective of a complete trial, the metric first; empty where the
+            sweep has but one.
         artifacts: References by stage.
         cached: Stages answered from the store.
         attempts: Seconds by stage, one mapping per start.
@@ -73,6 +76,8 @@ class TrialRecord:
     history: list[dict[str, Any]] = field(default_factory=list)
     final: dict[str, Any] = field(default_factory=dict)
     value: float | None = None
+    facts: dict[str, float] = field(default_factory=dict)
+    objectives: dict[str, float] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     cached: list[str] = field(default_factory=list)
     attempts: list[dict[str, float]] = field(default_factory=list)
@@ -239,6 +244,7 @@ def _fold_finish(record: TrialRecord, event: Mapping[str, Any]) -> None:
     record.reason = event.get("reason", "")
     record.pruned_by = event.get("pruned_by", "")
     record.value = event.get("value")
+    record.objectives = dict(event.get("objectives") or {})
     record.ended = event["time"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -11,8 +12,10 @@ from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.gr.config import GrConfig
 from forge_ray.sid.config import SidConfig
+from forge_ray.sid.resolvers import ExtraTokenConfig, PopRankConfig
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.gate import infeasible_reason
+from forge_ray.sweep.objectives import cutoff
 from forge_ray.sweep.searcher import Resolved
 from forge_ray.sweep.space import Point, apply_point
 
@@ -74,6 +77,7 @@ def resolve_point(config: SweepConfig, point: Point, *, dataset: Dataset) -> Res
         )
     _check_metric(config.metric, "gr.validation.ks", typed.gr.validation.ks)
     _check_metric(config.metric, "evaluation.ks", config.evaluation.ks)
+    _check_cutoffs(config.objectives, config.evaluation.ks)
     mapping = to_mapping(typed)
     sid = {name: value for name, value in mapping["sid"].items() if name != "encode"}
     content = {"sid": sid, "gr": typed.gr.identity()}
@@ -82,7 +86,22 @@ def resolve_point(config: SweepConfig, point: Point, *, dataset: Dataset) -> Res
         key=ArtifactStore.key("trial", content, parents=(dataset.key,)),
         config=mapping,
         infeasible=infeasible_reason(sizes, dataset.num_items, config.gate) or "",
+        facts=sid_facts(typed.sid),
     )
+
+
+def sid_facts(sid: SidConfig) -> dict[str, float]:
+    """What a design is known for before any work; names as in `forge_ray.sweep.objectives.FACTS`.
+
+    The level that a resolver appends spells an item and is no part of the SID space: its size is
+    that of the fullest bucket, which only fitting finds.
+    """
+    sizes = sid.quantizer.codebook_sizes
+    appended = isinstance(sid.resolver, (ExtraTokenConfig, PopRankConfig))
+    return {
+        "sid_bits": sum(math.log2(size) for size in sizes),
+        "tokens_per_item": len(sizes) + int(appended),
+    }
 
 
 def _check_metric(metric: str, where: str, ks: Sequence[int]) -> None:
@@ -93,3 +112,13 @@ def _check_metric(metric: str, where: str, ks: Sequence[int]) -> None:
             f"metric must be among {', '.join(known)}, got {metric!r}. "
             f"Set one of them, or add its cut-off to {where}."
         )
+
+
+def _check_cutoffs(objectives: Sequence[str], ks: Sequence[int]) -> None:
+    for name in objectives:
+        k = cutoff(name)
+        if k is not None and k not in ks:
+            raise ConfigError(
+                f"objectives must use a cut-off of evaluation.ks ({', '.join(map(str, ks))}), got "
+                f"{name!r}. Add {k} to evaluation.ks."
+            )

@@ -13,7 +13,7 @@ import logging
 import math
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,6 +45,7 @@ class TrialSpec:
         point: Searched values.
         config: Resolved configuration, JSON types.
         infeasible: Why this design cannot work, known before any work; empty when it may.
+        facts: What is known of the design before any work, e.g. `sid_bits`.
     """
 
     number: int
@@ -52,6 +53,7 @@ class TrialSpec:
     point: Point
     config: dict[str, Any]
     infeasible: str = ""
+    facts: dict[str, float] = field(default_factory=dict)
 
     def params(self) -> dict[str, Any]:
         """What Tune passes to the trial function."""
@@ -65,6 +67,7 @@ class Resolved:
     key: str
     config: dict[str, Any]
     infeasible: str = ""
+    facts: dict[str, float] = field(default_factory=dict)
 
 
 Resolve = Callable[[Point], Resolved]

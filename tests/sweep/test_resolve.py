@@ -51,6 +51,15 @@ def test_the_key_is_what_is_computed_and_not_where() -> None:
     assert resolve({}, dataset=other).key != base.key
 
 
+def test_facts_of_a_design_are_known_before_any_work() -> None:
+    assert resolve({}).facts == {"sid_bits": 12.0, "tokens_per_item": 2}
+    appended = resolve({"sid.resolver.kind": "extra_token", "sid.quantizer.sizes": [64, 16]})
+    assert appended.facts == {"sid_bits": 10.0, "tokens_per_item": 3}
+    config = dataclasses.replace(CONFIG, objectives=["ItemNDCG@10", "ItemHit@50/tail"])
+    with pytest.raises(ConfigError, match=r"Add 50 to evaluation\.ks"):
+        resolve({}, config)
+
+
 def test_too_few_sids_are_known_before_any_work() -> None:
     assert resolve({}).infeasible == ""
     small = resolve({"sid.quantizer.codebook_size": 16})
