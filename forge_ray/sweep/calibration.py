@@ -126,16 +126,48 @@ def assess(trained: Trained, proxies: Floats, *, risk: float) -> Assessment:
     if num_controls < needed:
         return Assessment(state="few", **facts)
     spearman = held_out_correlation(trained.proxies, trained.values)
-    # One-sided, normal approximation of the rank correlation's null distribution: its standard
-    # deviation is 1 / sqrt(n - 1). Looks at the trained trials only, never at the new one.
-    is_shown = spearman * math.sqrt(num_trials - 1) >= float(ndtri(1 - risk))
-    if not is_shown:
+    # Looks at the trained trials only, never at the new one.
+    if not _is_shown(spearman, num_trials, risk):
         return Assessment(state="no evidence", spearman=spearman, **facts)
     bound = trained.lower_bound
     p_value = p_value_at(trained, proxies, bound)
     return Assessment(
         state="tested", spearman=spearman, lower_bound=bound, p_value=p_value, **facts
     )
+
+
+def is_evidence(trained: Trained, *, risk: float) -> bool:
+    """Whether the proxies rank the trained trials, at one-sided level `risk`."""
+    spearman = held_out_correlation(trained.proxies, trained.values)
+    return _is_shown(spearman, len(trained.values), risk)
+
+
+def promise(trained: Trained, proxies: Floats) -> Floats:
+    """How good designs are expected to be, on a scale of ranks.
+
+    Args:
+        trained: The trained trials, at least one.
+        proxies: (m, p) float64, of the designs, turned like those of the trained ones.
+
+    Returns:
+        (m,) float64, larger is better; only comparable within one call. The model is that of
+        `held_out_scores`, fitted on all trained trials.
+    """
+    num = len(trained.values)
+    known, asked = np.split(normal_scores(np.vstack([trained.proxies, proxies])), [num])
+    quality = normal_scores(trained.values)
+    if num >= SINGLE_BELOW:
+        return np.asarray(asked @ ridge_weights(known, quality))
+    ranks, target = rankdata(known, axis=0), rankdata(quality)
+    spread = np.maximum(ranks.std(axis=0), _TINY)
+    agreement = ((ranks - ranks.mean(axis=0)) * (target - target.mean())[:, None]).mean(axis=0)
+    return np.asarray(asked[:, int(np.argmax(agreement / spread))])
+
+
+def _is_shown(spearman: float, num_trials: int, risk: float) -> bool:
+    # Normal approximation of the rank correlation's null distribution: its standard deviation is
+    # 1 / sqrt(n - 1). NaN compares as not shown.
+    return spearman * math.sqrt(max(num_trials - 1, 0)) >= float(ndtri(1 - risk))
 
 
 def p_value_at(trained: Trained, proxies: Floats, value: float) -> float:
@@ -164,9 +196,9 @@ def held_out_correlation(proxies: Floats, values: Floats) -> float:
         values: (n,) float64.
 
     Returns:
-        In [-1, 1]; NaN where the score or the values are constant, or there is no proxy.
+        In [-1, 1]; NaN where the score or the values are constant, there is no proxy, or one trial.
     """
-    if proxies.shape[1] == 0:
+    if proxies.shape[1] == 0 or len(values) < 2:
         return math.nan
     score = held_out_scores(normal_scores(proxies), normal_scores(values))
     if np.ptp(score) < _TINY or np.ptp(values) == 0:
@@ -226,12 +258,25 @@ def _held_out_ridge(proxies: Floats, quality: Floats) -> Floats:
 
 
 def ridge_support(proxies: Floats, quality: Floats) -> npt.NDArray[np.bool_]:
-    """Which proxies have a weight above zero in the ridge fit with weights >= 0; (p,) bool."""
+    """Which proxies have a weight above zero in `ridge_weights`; (p,) bool."""
+    return np.asarray(ridge_weights(proxies, quality) > 0)
+
+
+def ridge_weights(proxies: Floats, quality: Floats) -> Floats:
+    """The ridge fit with weights >= 0.
+
+    Args:
+        proxies: (n, p) float64, normal scores.
+        quality: (n,) float64, normal scores of the metric.
+
+    Returns:
+        (p,) float64.
+    """
     count = proxies.shape[1]
     # |R w - c|^2 differs from the penalised loss by a constant: p rows instead of n.
     root = np.linalg.cholesky(_penalised(proxies, count)).T
     weights, _ = nnls(root, np.linalg.solve(root.T, proxies.T @ quality))
-    return np.asarray(weights > 0)
+    return np.asarray(weights)
 
 
 def _penalised(x: Floats, penalty: float) -> Floats:

@@ -9,6 +9,7 @@ throws away. The random share depends on the trial's key alone, never on timing.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import math
 from collections.abc import Mapping, Sequence
@@ -130,14 +131,17 @@ class GateState:
     """What the gate remembers; plain JSON data.
 
     Attributes:
-        seen: Proxies of the trials within the limits, by trial key, in order of arrival.
+        seen: Proxies of the designs within the limits, by trial key, in order of arrival; all of
+            them from the start where they were scored before anything trained.
         decisions: Past answers by trial key: a resumed trial gets the same one.
         finals: Final value and its standard error of the trials that were trained to the end.
+        picked: Why a trial was next in line, `plan` or `promise`, by key: see `order`.
     """
 
     seen: dict[str, dict[str, float]] = field(default_factory=dict)
     decisions: dict[str, dict[str, Any]] = field(default_factory=dict)
     finals: dict[str, list[float]] = field(default_factory=dict)
+    picked: dict[str, str] = field(default_factory=dict)
 
 
 def decide(
@@ -168,11 +172,30 @@ def decide(
         if config.mode == "quantile":
             decision = _by_quantile(key, proxies, state=state, config=config)
         else:
-            trained = trained_trials(state, proxies, config, stopped=stopped or {})
-            decision = _by_calibration(key, trained, state=state, config=config)
+            trained, names = trained_trials(state, [proxies], config, stopped=stopped or {})
+            given = (trained, np.array(_turned(proxies, names)))
+            decision = _by_calibration(key, given, state=state, config=config)
+    if broken is None:
         state.seen[key] = _remembered(proxies, config)
+    if state.picked.get(key) == "promise":
+        decision = dataclasses.replace(decision, is_control=False)
     state.decisions[key] = vars(decision).copy()
     return decision
+
+
+def note_scores(
+    scores: Mapping[str, Mapping[str, Any]], *, state: GateState, config: GateConfig
+) -> None:
+    """Notes the proxies of designs that wait for their trial: `quantile` compares with all of them.
+
+    Args:
+        scores: Proxies by trial key.
+        state: Updated in place.
+        config: Limits: a design beyond them compares with nobody.
+    """
+    for key, proxies in scores.items():
+        if config.mode == "off" or broken_limit(proxies, config) is None:
+            state.seen.setdefault(key, _remembered(proxies, config))
 
 
 def record_final(key: str, value: float, error: float, *, state: GateState) -> None:
@@ -190,21 +213,29 @@ def record_final(key: str, value: float, error: float, *, state: GateState) -> N
 
 def trained_trials(
     state: GateState,
-    proxies: Mapping[str, Any],
+    asked: Sequence[Mapping[str, Any]],
     config: GateConfig,
     *,
     stopped: Mapping[str, float],
-) -> tuple[Trained, Floats]:
-    """What the calibrated rule compares: the trained trials within the limits, and the new one.
+) -> tuple[Trained, list[str]]:
+    """The trained trials within the limits, as the calibrated rule compares them with others.
 
-    Only the proxies that all of them have are kept.
+    Args:
+        state: What the gate remembers.
+        asked: Proxies of the trials that are to be compared with them.
+        config: Names the proxies.
+        stopped: What trials that halving stopped could have reached at most, by key.
+
+    Returns:
+        The trials, and the names of their proxies: those that all of them and of `asked` have.
     """
     ends = {**state.finals, **{key: [bound, 0.0] for key, bound in stopped.items()}}
     keys = [key for key in ends if key in state.seen]
     names = [
         name
         for name in config.candidates
-        if _is_finite(proxies.get(name)) and all(name in state.seen[key] for key in keys)
+        if all(is_finite(one.get(name)) for one in asked)
+        and all(name in state.seen[key] for key in keys)
     ]
     rows = [_turned(state.seen[key], names) for key in keys]
     values = np.array([ends[key] for key in keys], dtype=np.float64).reshape(-1, 2)
@@ -214,7 +245,7 @@ def trained_trials(
         errors=values[:, 1],
         is_control=np.array([state.decisions[key]["is_control"] for key in keys], dtype=np.bool_),
     )
-    return trained, np.array(_turned(proxies, names))
+    return trained, names
 
 
 def _turned(proxies: Mapping[str, Any], names: Sequence[str]) -> list[float]:
@@ -222,8 +253,8 @@ def _turned(proxies: Mapping[str, Any], names: Sequence[str]) -> list[float]:
 
 
 def _remembered(proxies: Mapping[str, Any], config: GateConfig) -> dict[str, float]:
-    names = (config.proxy,) if config.mode == "quantile" else config.candidates
-    return {name: float(proxies[name]) for name in names if _is_finite(proxies.get(name))}
+    names = {config.proxy, *config.candidates}
+    return {name: float(proxies[name]) for name in names if is_finite(proxies.get(name))}
 
 
 def broken_limit(proxies: Mapping[str, Any], config: GateConfig) -> str | None:
@@ -231,7 +262,7 @@ def broken_limit(proxies: Mapping[str, Any], config: GateConfig) -> str | None:
     if proxies.get("infeasible"):
         return str(proxies["infeasible"])
     for name in config.required:
-        if not _is_finite(proxies.get(name)):
+        if not is_finite(proxies.get(name)):
             return f"{name} is {proxies.get(name)}"
     for name, limit in config.limits.items():
         metric = rankable(name, field="gate limit")
@@ -271,7 +302,8 @@ def _by_quantile(
 ) -> GateDecision:
     value = float(proxies[config.proxy])
     sign = -float(rankable(config.proxy, field="gate.proxy").sign)  # smaller is better here
-    seen = [sign * one for one in (*(row[config.proxy] for row in state.seen.values()), value)]
+    others = [row[config.proxy] for other, row in state.seen.items() if other != key]
+    seen = [sign * one for one in (*others, value)]
     cutoff = float(np.quantile(seen, config.keep_quantile))
     is_worse = sign * value > cutoff
     compared = ">" if sign > 0 else "<"
@@ -282,7 +314,7 @@ def _by_quantile(
         )
     else:
         reason = f"{config.proxy} {value:.3f} in the best {config.keep_quantile:.0%} of {len(seen)}"
-    is_warm = len(state.seen) >= config.warmup
+    is_warm = _num_judged(state) >= config.warmup
     return _verdict(key, "quantile", reason, is_worse=is_worse, is_active=is_warm, config=config)
 
 
@@ -295,10 +327,15 @@ def _by_calibration(
         # Nobody's proxies were looked at: the trial is as good a control as any.
         return GateDecision(go=True, rule="no evidence", reason=reason, is_control=True)
     is_worse = found.p_value <= config.risk
-    is_active = found.state == "tested" and len(state.seen) >= config.warmup
+    is_active = found.state == "tested" and _num_judged(state) >= config.warmup
     return _verdict(
         key, "calibrated", reason, is_worse=is_worse, is_active=is_active, config=config
     )
+
+
+def _num_judged(state: GateState) -> int:
+    """Designs within the limits that had their answer."""
+    return len(state.seen.keys() & state.decisions.keys())
 
 
 def _verdict(
@@ -344,5 +381,6 @@ def passes_at_random(key: str, config: GateConfig) -> bool:
     return int.from_bytes(digest[:8], "big") / 2**64 < config.random_share
 
 
-def _is_finite(value: Any) -> bool:
+def is_finite(value: Any) -> bool:
+    """Whether a proxy has a value that can be compared."""
     return isinstance(value, (int, float)) and math.isfinite(value)

@@ -1,9 +1,10 @@
 """What a way of pruning would have found and cost, replayed on designs whose outcome is known.
 
 The evidence is an ungated set of trials: every design was scored and trained to the end. A replay
-walks through the designs in a random order, one at a time, asking the shipped rules (`gate.decide`
-and `halving.stop_reason`) what they would have done; a design that they stop costs what it had cost
-until then. Unlike a real sweep it has no parallel trials: a decision knows all that came before.
+walks through the designs one at a time, in a random order or the promising ones first, asking the
+shipped rules (`gate.decide`, `halving.stop_reason`, `order.pick`) what they would have done; a
+design that they stop costs what it had cost until then. Unlike a real sweep it has no parallel
+trials: a decision knows all that came before.
 
 Pure numpy; runs nothing and reads nothing.
 """
@@ -14,14 +15,15 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from scipy.stats import beta
 
 from forge_ray.errors import DataError
-from forge_ray.sweep.gate import GateConfig, GateState, decide, record_final
+from forge_ray.sweep.gate import GateConfig, GateState, decide, note_scores, record_final
 from forge_ray.sweep.halving import AshaConfig, AshaState, stop_reason, value_bounds
+from forge_ray.sweep.order import pick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,12 +94,14 @@ class Policy:
         name: For tables.
         gate: Before training. Its seed is replaced in each replay.
         asha: During training.
+        order: `planned`, or `promising`: all designs are scored first, see `order.pick`.
         budget: Training cost after which the sweep ends; None lets it see every design.
     """
 
     name: str
     gate: GateConfig
     asha: AshaConfig
+    order: Literal["planned", "promising"] = "planned"
     budget: float | None = None
 
 
@@ -117,13 +121,17 @@ def standard_policies(
     modes = {
         mode: dataclasses.replace(gate, mode=mode) for mode in ("off", "quantile", "calibrated")
     }
-    policies = (
+    policies: tuple[Policy, ...] = (
         Policy(name="no gate", gate=modes["off"], asha=off),
         Policy(name="quantile", gate=modes["quantile"], asha=off),
         Policy(name="calibrated", gate=modes["calibrated"], asha=off),
         Policy(name="ASHA", gate=modes["off"], asha=on),
         Policy(name="quantile + ASHA", gate=modes["quantile"], asha=on),
         Policy(name="calibrated + ASHA", gate=modes["calibrated"], asha=on),
+    )
+    policies += tuple(
+        dataclasses.replace(one, name=f"{one.name}, promising first", order="promising")
+        for one in policies
     )
     if budget is None:
         return policies
@@ -201,10 +209,12 @@ def replay(evidence: Evidence, policy: Policy, *, seed: int) -> Replay:
         seed: Of the order and of the gate's random share; policies with one seed share the order.
     """
     walk = _Walk(evidence, policy, seed=seed)
-    for index in np.random.default_rng(seed).permutation(len(evidence.designs)):
-        if policy.budget is not None and walk.train_cost >= policy.budget:
-            break
-        walk.see(evidence.designs[index])
+    order = np.random.default_rng(seed).permutation(len(evidence.designs))
+    waiting = [evidence.designs[index] for index in order]
+    if policy.order == "promising":
+        walk.score(waiting)
+    while waiting and (policy.budget is None or walk.train_cost < policy.budget):
+        walk.see(waiting.pop(walk.next_place(waiting)))
     return walk.result()
 
 
@@ -246,22 +256,44 @@ class _Walk:
         self._evidence = evidence
         self._gate = dataclasses.replace(policy.gate, seed=seed)
         self._asha = policy.asha
+        self._order = policy.order
         self._gate_state, self._asha_state = GateState(), AshaState()
         self._found = -math.inf
         self._cost_to_best = math.inf
         self._goal = evidence.best.final - evidence.best.error
         self.train_cost, self.proxy_cost = 0.0, 0.0
 
+    def score(self, designs: Sequence[Design]) -> None:
+        """Pays for the scores of all designs before any of them trains."""
+        self.proxy_cost += sum(one.proxy_cost for one in designs)
+        scores = {one.key: one.proxies for one in designs}
+        note_scores(scores, state=self._gate_state, config=self._gate)
+
+    def next_place(self, waiting: Sequence[Design]) -> int:
+        """Which of the waiting designs is next."""
+        if self._order == "planned":
+            return 0
+        picked = self._gate_state.picked
+        found = pick(
+            [one.proxies for one in waiting],
+            turn=len(picked),
+            state=self._gate_state,
+            config=self._gate,
+            stopped=self._bounds(),
+        )
+        picked[waiting[found.place].key] = found.by
+        return found.place
+
     def see(self, design: Design) -> None:
-        """Scores a design and trains it as far as the rules let it."""
-        self.proxy_cost += design.proxy_cost
-        finals = {key: value for key, (value, _) in self._gate_state.finals.items()}
+        """Judges a design and trains it as far as the rules let it."""
+        if self._order == "planned":
+            self.proxy_cost += design.proxy_cost
         answer = decide(
             design.key,
             design.proxies,
             state=self._gate_state,
             config=self._gate,
-            stopped=value_bounds(self._asha_state, finals),
+            stopped=self._bounds(),
         )
         if not answer.go:
             return
@@ -289,6 +321,10 @@ class _Walk:
             num_pruned=sum(not one["go"] for one in decisions.values()),
             num_controls=sum(one["is_control"] for one in decisions.values()),
         )
+
+    def _bounds(self) -> dict[str, float]:
+        finals = {key: value for key, (value, _) in self._gate_state.finals.items()}
+        return value_bounds(self._asha_state, finals)
 
     def _stops_at(self, design: Design) -> int | None:
         for step in sorted(design.curve):

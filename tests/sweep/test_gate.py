@@ -15,6 +15,7 @@ from forge_ray.sweep.gate import (
     describe,
     infeasible_reason,
     missing_proxies,
+    note_scores,
     passes_at_random,
     record_final,
     trained_trials,
@@ -137,8 +138,8 @@ def test_those_the_rule_let_pass_are_no_controls() -> None:
         decide(key, bits(10.0), state=state, config=CALIBRATED)
         record_final(key, 0.1, 0.002, state=state)
     named = dataclasses.replace(CALIBRATED, proxies=["backoff_bits", "uniqueness"])
-    found, new = trained_trials(state, bits(11.0), named, stopped={})
-    assert new.tolist() == [-11.0, 0.9]
+    found, names = trained_trials(state, [bits(11.0)], named, stopped={})
+    assert names == ["backoff_bits", "uniqueness"]
     assert found.is_control.tolist() == [True] * 4 + [False] * 4
     # Turned so that larger is better.
     assert found.proxies[0].tolist() == [-12.0, 0.9]
@@ -183,27 +184,48 @@ def test_only_proxies_that_all_have_are_compared() -> None:
     state = trained(4)
     everything = {**GOOD, "gini": 0.1, "lcp_held_out": float("nan"), "parallel_bits": 3.0}
 
-    def compared(state: GateState, config: GateConfig) -> list[float]:
-        return trained_trials(state, everything, config, stopped={})[1].tolist()
+    def compared(state: GateState, config: GateConfig, *more: dict[str, float]) -> list[str]:
+        return trained_trials(state, [everything, *more], config, stopped={})[1]
 
-    # uniqueness, (gini), usage_min, backoff_bits, backoff_gain
-    assert compared(state, CALIBRATED) == [0.9, 0.9, -12.0, 0.5]
-    assert compared(GateState(), CALIBRATED) == [0.9, -0.1, 0.9, -12.0, 0.5]
+    all_have = ["uniqueness", "usage_min", "backoff_bits", "backoff_gain"]
+    assert compared(state, CALIBRATED) == all_have
+    assert sorted(compared(GateState(), CALIBRATED)) == sorted([*all_have, "gini"])
+    assert compared(GateState(), CALIBRATED, GOOD) == all_have
     named = dataclasses.replace(CALIBRATED, proxies=["gini", "backoff_bits"])
-    assert compared(state, named) == [-12.0]
+    assert compared(state, named) == ["backoff_bits"]
 
 
 def test_stopped_trials_calibrate_with_their_bounds() -> None:
     state = trained(3)
     decide("cut", bits(19.0), state=state, config=CALIBRATED)
     stopped = {"cut": 0.01, "unseen": 0.5}
-    found, _ = trained_trials(state, GOOD, CALIBRATED, stopped=stopped)
+    found, _ = trained_trials(state, [GOOD], CALIBRATED, stopped=stopped)
     assert found.values.tolist() == [0.01, 0.02, 0.03, 0.01]
     # The incumbent is a finished trial, with its own error.
     assert found.lower_bound == pytest.approx(0.028)
     # It is the fourth control: the next one is judged.
     early = decide("early", bits(25.0), state=state, config=CALIBRATED, stopped=stopped)
     assert (early.go, early.rule) == (False, "calibrated")
+
+
+def test_designs_scored_before_any_trial_are_compared_with_but_do_not_end_the_warm_up() -> None:
+    scores = {str(index): bits(float(index)) for index in range(10, 20)}
+    scores["beyond"] = {**bits(1.0), "uniqueness": 0.0}
+    state = GateState()
+    note_scores(scores, state=state, config=NO_LUCK)
+    assert sorted(state.seen) == [str(index) for index in range(10, 20)]
+    warm = [decide(key, scores[key], state=state, config=NO_LUCK).rule for key in ("19", "18")]
+    assert warm == ["warm-up", "warm-up"]
+    # The better half of all ten passes, whoever came before.
+    rest = [key for key in scores if key not in {"18", "19", "beyond"}]
+    went = [key for key in rest if decide(key, scores[key], state=state, config=NO_LUCK).go]
+    assert went == ["10", "11", "12", "13", "14"]
+
+
+def test_those_picked_for_their_promise_are_no_controls() -> None:
+    state = GateState(picked={"a": "promise", "b": "plan"})
+    decisions = [decide(key, GOOD, state=state, config=CALIBRATED) for key in ("a", "b")]
+    assert [(one.go, one.is_control) for one in decisions] == [(True, False), (True, True)]
 
 
 def test_a_final_value_that_is_no_number_is_not_kept() -> None:

@@ -127,16 +127,19 @@ def test_halving_pays_up_to_the_rung_that_stops() -> None:
 
 def test_policies_of_one_seed_share_the_order_and_the_evidence_page_has_all() -> None:
     policies = standard_policies(gate=GateConfig(), asha=AshaConfig(), budget=40.0)
-    assert [(one.name, one.gate.mode, one.asha.enabled) for one in policies] == [
+    assert [(one.name, one.gate.mode, one.asha.enabled) for one in policies[:6]] == [
         ("no gate", "off", False),
         ("quantile", "quantile", False),
         ("calibrated", "calibrated", False),
         ("ASHA", "off", True),
         ("quantile + ASHA", "quantile", True),
         ("calibrated + ASHA", "calibrated", True),
-        ("random search", "off", False),
     ]
-    assert len(standard_policies(gate=GateConfig(), asha=AshaConfig())) == 6
+    for planned, other in zip(policies[:6], policies[6:12], strict=True):
+        name = f"{planned.name}, promising first"
+        assert other == dataclasses.replace(planned, name=name, order="promising")
+    assert (policies[12].name, policies[12].budget) == ("random search", 40.0)
+    assert len(standard_policies(gate=GateConfig(), asha=AshaConfig())) == 12
     evidence = world(1, (0.8, 0.0, 0.0, 0.0), num=8)
     # Too few controls to prune: the same sweep as without a gate.
     assert replay(evidence, policies[2], seed=5) == replay(evidence, policies[0], seed=5)
@@ -171,10 +174,12 @@ NUM_WORLDS = 120
 
 
 @cache
-def outcomes(strengths: tuple[float, ...], mode: str, halving: bool) -> tuple[Replay, ...]:
+def outcomes(
+    strengths: tuple[float, ...], mode: str, halving: bool, order: str = "planned"
+) -> tuple[Replay, ...]:
     gate = GateConfig(mode=mode, warmup=4, keep_quantile=0.5)
     asha = AshaConfig(grace_steps=100, enabled=halving)
-    policy = Policy(name=mode, gate=gate, asha=asha)
+    policy = Policy(name=mode, gate=gate, asha=asha, order=order)  # type: ignore[arg-type]
     return tuple(replay(world(seed, strengths), policy, seed=seed) for seed in range(NUM_WORLDS))
 
 
@@ -189,12 +194,34 @@ def share(found: tuple[Replay, ...]) -> float:
 SLACK = 2.6 * math.sqrt(0.1 * 0.9 / NUM_WORLDS)
 
 
+@pytest.mark.parametrize("order", ["planned", "promising"])
 @pytest.mark.parametrize("halving", [False, True])
 @pytest.mark.parametrize("strengths", [(0.9, 0.5, 0.0, 0.0), (0.6, 0.6, 0.6, 0.0)])
-def test_the_stated_risk_holds(strengths: tuple[float, ...], halving: bool) -> None:
-    found = outcomes(strengths, "calibrated", halving)
+def test_the_stated_risk_holds(strengths: tuple[float, ...], halving: bool, order: str) -> None:
+    found = outcomes(strengths, "calibrated", halving, order)
     assert lost(found) <= 0.1 + SLACK
     assert share(found) > 0.1
+
+
+def cost(found: tuple[Replay, ...]) -> float:
+    return float(np.median([one.cost_to_best for one in found]))
+
+
+def test_promising_designs_first_reach_the_best_sooner_and_a_useless_proxy_costs_little() -> None:
+    good, useless = (0.9, 0.5, 0.0, 0.0), (0.0,) * 4
+    for mode, halving in (("off", False), ("calibrated", True)):
+        first = cost(outcomes(good, mode, halving, "promising"))
+        assert first < 0.5 * cost(outcomes(good, mode, halving))
+        blind = cost(outcomes(useless, mode, halving, "promising"))
+        assert blind < 1.3 * cost(outcomes(useless, mode, halving))
+
+
+def test_scores_of_all_designs_are_paid_first() -> None:
+    evidence = world(0, (0.8, 0.0, 0.0, 0.0))
+    policy = dataclasses.replace(NO_GATE, order="promising", budget=4.0)
+    found = replay(evidence, policy, seed=0)
+    assert (found.num_seen, found.train_cost) == (1, 4.0)
+    assert found.proxy_cost == pytest.approx(3.0)
 
 
 def test_a_useless_proxy_prunes_next_to_nothing() -> None:
