@@ -11,6 +11,7 @@ from forge_ray.errors import ConfigError
 from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.objectives import direction
+from forge_ray.sweep.order import ORDERS
 
 SAMPLERS = ("quasi_random", "grid", "tpe")
 
@@ -93,6 +94,10 @@ class SweepConfig:
     """Trials in all, fixed points included; null runs a whole grid."""
     max_concurrent: int = 2
     """Trials at a time."""
+    order: str = "promising"
+    """`promising` scores all planned designs first and trains the best-looking ones early; every
+    other trial follows the plan. `planned` keeps the order of points, grid or sequence. Points that
+    a sampler draws come as they are drawn."""
     metric: str = "ItemNDCG@10"
     """Validation metric that ranks trials; larger is better."""
     objectives: list[str] = field(default_factory=list)
@@ -130,6 +135,10 @@ class SweepConfig:
                 "Set it, or use sampler.kind=grid."
             )
         _check_objectives(self.metric, self.objectives)
+        if self.order not in ORDERS:
+            raise ConfigError(
+                f"order must be one of {', '.join(ORDERS)}, got {self.order!r}. Pick one."
+            )
         if self.max_concurrent < 1:
             raise ConfigError(f"max_concurrent must be >= 1, got {self.max_concurrent}.")
         if not self.space and not self.points:

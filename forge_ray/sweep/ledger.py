@@ -55,6 +55,7 @@ class TrialRecord:
             sweep has but one.
         artifacts: References by stage.
         cached: Stages answered from the store.
+        prior: Seconds by stage before the first start, when all designs were scored.
         attempts: Seconds by stage, one mapping per start.
         cpus: CPUs by stage, to turn seconds into CPU seconds.
         gpus: GPUs by stage.
@@ -80,6 +81,7 @@ class TrialRecord:
     objectives: dict[str, float] = field(default_factory=dict)
     artifacts: dict[str, str] = field(default_factory=dict)
     cached: list[str] = field(default_factory=list)
+    prior: dict[str, float] = field(default_factory=dict)
     attempts: list[dict[str, float]] = field(default_factory=list)
     cpus: dict[str, float] = field(default_factory=dict)
     gpus: dict[str, float] = field(default_factory=dict)
@@ -93,9 +95,9 @@ class TrialRecord:
 
     @property
     def seconds(self) -> dict[str, float]:
-        """Seconds by stage over all attempts."""
+        """Seconds by stage over all attempts and before them."""
         total: dict[str, float] = {}
-        for attempt in self.attempts:
+        for attempt in (self.prior, *self.attempts):
             for stage, value in attempt.items():
                 total[stage] = total.get(stage, 0.0) + value
         return total
@@ -126,6 +128,8 @@ class SweepRecords:
     floors: dict[str, dict[str, Any]]
     """Validation metrics of the floors."""
     sessions: int
+    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Proxies by trial key of designs that were scored before any trial."""
 
     def finished(self) -> list[TrialRecord]:
         """Trials that need no further work."""
@@ -194,6 +198,7 @@ def fold(events: Iterable[Mapping[str, Any]]) -> SweepRecords:
     trials: dict[str, TrialRecord] = {}
     finalized: list[FinalizeRecord] = []
     floors: dict[str, dict[str, Any]] = {}
+    scored: dict[str, Mapping[str, Any]] = {}
     sessions = 0
     for event in events:
         kind = event["event"]
@@ -203,15 +208,29 @@ def fold(events: Iterable[Mapping[str, Any]]) -> SweepRecords:
             finalized.append(_only(FinalizeRecord, event))
         elif kind == "floors":
             floors = dict(event["floors"])
+        elif kind == "scored":
+            scored[event["key"]] = event
         elif kind == "start":
-            _fold_start(trials, event)
+            _fold_start(trials, event, scored.get(event["key"]))
         elif kind in _FOLDS and event["key"] in trials:
             _FOLDS[kind](trials[event["key"]], event)
-    return SweepRecords(trials=trials, finalized=finalized, floors=floors, sessions=sessions)
+    return SweepRecords(
+        trials=trials,
+        finalized=finalized,
+        floors=floors,
+        sessions=sessions,
+        scores={key: dict(event["proxies"]) for key, event in scored.items()},
+    )
 
 
-def _fold_start(trials: dict[str, TrialRecord], event: Mapping[str, Any]) -> None:
+def _fold_start(
+    trials: dict[str, TrialRecord], event: Mapping[str, Any], scored: Mapping[str, Any] | None
+) -> None:
     record = trials.setdefault(event["key"], _only(TrialRecord, event))
+    if scored is not None:
+        record.prior = dict(scored["seconds"])
+        record.cpus.update(scored["cpus"])
+        record.gpus.update(scored["gpus"])
     record.state, record.reason, record.ended = "running", "", ""
     record.started = record.started or event["time"]
     record.attempts.append({})

@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from forge_ray.sweep.config import SweepConfig, difference, identity, without_ru
 from forge_ray.sweep.events import SweepCallback
 from forge_ray.sweep.ledger import Ledger, SweepRecords, write_json
 from forge_ray.sweep.plan import extend_plan, quasi_random_points
+from forge_ray.sweep.prescore import score_waiting
 from forge_ray.sweep.scheduler import GateScheduler
 from forge_ray.sweep.searcher import PrunedAwareOptunaSearch, Resolved, TrialSource
 from forge_ray.sweep.space import Point, Space, label_point, parse_space
@@ -119,6 +120,16 @@ def run_trials(job: SweepJob) -> RunOutcome:
     if closed:
         logger.info("closed %d Optuna trials that a dead driver left running", closed)
     if source.remaining:
+        scheduler = _scheduler(job)
+        if config.order == "promising" and len(source.queue) > 1:
+            scores = score_waiting(
+                source.queue,
+                stages=job.stages,
+                ledger=ledger,
+                known=records.scores,
+                max_concurrent=config.max_concurrent,
+            )
+            scheduler.order_by(scores)
         searcher = PrunedAwareOptunaSearch(
             space=space,
             source=source,
@@ -130,9 +141,10 @@ def run_trials(job: SweepJob) -> RunOutcome:
             ),
             study_name=study_name(config.name, config.space),
             storage=storage,
+            next_place=scheduler.next_place if config.order == "promising" else _in_order,
         )
         copy_finished(searcher.study, space, records.finished(), metric=config.metric)
-        _fit(job, searcher, source, session=records.sessions)
+        _fit(job, searcher, scheduler, source, session=records.sessions)
     after = ledger.read()
     # A trial that was waiting to start when the session ended was never told.
     close_unfinished(storage, config.name, after.trials)
@@ -142,20 +154,32 @@ def run_trials(job: SweepJob) -> RunOutcome:
     return RunOutcome(records=after, is_complete=not (is_open or source.queue or source.may_draw))
 
 
+def _in_order(waiting: Sequence[str]) -> int:
+    return 0
+
+
+def _scheduler(job: SweepJob) -> GateScheduler:
+    return GateScheduler(
+        gate=job.config.gate,
+        asha=job.config.asha,
+        metric=job.config.metric,
+        max_steps=job.max_steps,
+        path=job.folder / "scheduler.json",
+    )
+
+
 def _fit(
-    job: SweepJob, searcher: PrunedAwareOptunaSearch, source: TrialSource, *, session: int
+    job: SweepJob,
+    searcher: PrunedAwareOptunaSearch,
+    scheduler: GateScheduler,
+    source: TrialSource,
+    *,
+    session: int,
 ) -> None:
     config = job.config
     os.environ.update(_TUNE_ENV)
     # Failed trials have had their line; Tune's list of them says no more.
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
-    scheduler = GateScheduler(
-        gate=config.gate,
-        asha=config.asha,
-        metric=config.metric,
-        max_steps=job.max_steps,
-        path=job.folder / "scheduler.json",
-    )
     callback = SweepCallback(
         ledger=job.ledger, scheduler=scheduler, metric=config.metric, num_trials=source.total
     )

@@ -1,16 +1,16 @@
-"""The gate and successive halving as one Tune scheduler.
+"""The gate, successive halving and the order of trials as one Tune scheduler.
 
-Decides only: `gate.decide` and `halving.stop_reason` hold the rules. Its state is one JSON file
-beside the ledger, written before a decision takes effect, because Tune does not restore schedulers.
-Why a trial was stopped is kept by trial key for the callback, since Tune drops what a scheduler
-adds to a result.
+Decides only: `gate.decide`, `halving.stop_reason` and `order.pick` hold the rules. Its state is one
+JSON file beside the ledger, written before a decision takes effect, because Tune does not restore
+schedulers. Why a trial was stopped is kept by trial key for the callback, since Tune drops what a
+scheduler adds to a result.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,10 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from forge_ray.sweep.gate import GateConfig, GateState, decide, record_final
+from forge_ray.sweep.gate import GateConfig, GateState, decide, note_scores, record_final
 from forge_ray.sweep.halving import AshaConfig, AshaState, stop_reason, value_bounds
 from forge_ray.sweep.ledger import write_json
+from forge_ray.sweep.order import pick
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +62,7 @@ class GateScheduler(FIFOScheduler):
         self._path = path
         self._gate_state, self._asha_state = _load(path)
         self.decisions: dict[str, Decision] = {}
+        self._scores: Mapping[str, Mapping[str, Any]] = {}
 
     def set_search_properties(self, metric: str | None, mode: str | None, **spec: Any) -> bool:
         """Accepts any: metric and direction come from the sweep file."""
@@ -88,6 +90,28 @@ class GateScheduler(FIFOScheduler):
         self._save()
         return decision
 
+    def order_by(self, scores: Mapping[str, Mapping[str, Any]]) -> None:
+        """Lets these designs, scored before any trial, be next in line by their promise."""
+        self._scores = scores
+        note_scores(scores, state=self._gate_state, config=self._gate)
+
+    def next_place(self, waiting: Sequence[str]) -> int:
+        """Which of the waiting trials is next, by key; those of a killed driver come first."""
+        picked = self._gate_state.picked
+        for place, key in enumerate(waiting):
+            if key in picked:
+                return place
+        found = pick(
+            [self._scores.get(key, {}) for key in waiting],
+            turn=len(picked),
+            state=self._gate_state,
+            config=self._gate,
+            stopped=self._bounds(),
+        )
+        picked[waiting[found.place]] = found.by
+        self._save()
+        return found.place
+
     def debug_string(self) -> str:
         """One line for Tune's status."""
         return (
@@ -95,13 +119,12 @@ class GateScheduler(FIFOScheduler):
         )
 
     def _judge_proxies(self, key: str, proxies: Mapping[str, Any]) -> Decision:
-        finals = {one: value for one, (value, _) in self._gate_state.finals.items()}
         answer = decide(
             key,
             proxies,
             state=self._gate_state,
             config=self._gate,
-            stopped=value_bounds(self._asha_state, finals),
+            stopped=self._bounds(),
         )
         return Decision(
             pruned_by="" if answer.go else "gate",
@@ -109,6 +132,10 @@ class GateScheduler(FIFOScheduler):
             would_prune=answer.would_prune,
             is_control=answer.is_control,
         )
+
+    def _bounds(self) -> dict[str, float]:
+        finals = {one: value for one, (value, _) in self._gate_state.finals.items()}
+        return value_bounds(self._asha_state, finals)
 
     def _record_final(self, key: str, result: Mapping[str, Any]) -> Decision:
         value, error = (_number(result, name) for name in self._final_names)

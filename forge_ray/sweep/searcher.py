@@ -12,7 +12,7 @@ import json
 import logging
 import math
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -71,6 +71,9 @@ class Resolved:
 
 
 Resolve = Callable[[Point], Resolved]
+
+NextPlace = Callable[[Sequence[str]], int]
+"""Which of the waiting trials is next, by their keys."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -176,6 +179,13 @@ class TrialSource:
         resolved = self._resolve(point)
         return None if resolved.key in self._known else self._spec(point, resolved)
 
+    def next_planned(self, next_place: NextPlace) -> TrialSpec:
+        """Takes one waiting trial out of the queue."""
+        place = next_place([one.key for one in self.queue])
+        spec = self.queue[place]
+        del self.queue[place]
+        return spec
+
     def _spec(self, point: Point, resolved: Resolved) -> TrialSpec:
         if resolved.key not in self._known:
             self._known[resolved.key] = self._next_number
@@ -198,6 +208,7 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         sampler: BaseSampler,
         study_name: str,
         storage: BaseStorage,
+        next_place: NextPlace,
     ) -> None:
         super().__init__(
             space=space.suggest,
@@ -210,6 +221,7 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         self._parameters = space
         self._source = source
         self._ledger = ledger
+        self._next_place = next_place
         self._specs: dict[str, TrialSpec] = {}
 
     @property
@@ -270,7 +282,7 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         raise NotImplementedError("run the same `forge-ray sweep run` again; it continues")
 
     def _ask_planned(self, trial_id: str) -> TrialSpec:
-        spec = self._source.queue.popleft()
+        spec = self._source.next_planned(self._next_place)
         if self._parameters.contains(spec.point):
             self._ot_study.enqueue_trial(optuna_values(spec.point))
             self._ot_trials[trial_id] = self._ot_study.ask()

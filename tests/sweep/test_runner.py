@@ -32,6 +32,7 @@ CONFIG = SweepConfig(
     sampler=SamplerConfig(kind="grid"),
     num_trials=None,
     max_concurrent=1,
+    order="planned",
     gate=GateConfig(mode="quantile", warmup=2, random_share=0.0, keep_quantile=0.6),
     asha=AshaConfig(grace_steps=10, min_earlier=1),
 )
@@ -104,6 +105,41 @@ def test_sweep_prunes_continues_and_grows(ray_local, tmp_path: Path) -> None:
         run(tmp_path, dataclasses.replace(CONFIG, asha=AshaConfig(grace_steps=20, min_earlier=1)))
     with pytest.raises(ConfigError, match="dataset"):
         run(tmp_path, dataset_key="other")
+
+
+@pytest.mark.ray
+def test_promising_designs_are_scored_together_and_train_first(ray_local, tmp_path: Path) -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        order="promising",
+        space={"kind": {"choice": ["a", "broken"]}, "quality": {"choice": [0.2, 0.5, 0.9]}},
+        gate=GateConfig(mode="off"),
+        asha=AshaConfig(enabled=False),
+        max_concurrent=2,
+    )
+    found = run(tmp_path, config)
+    ran = stages_run(tmp_path)
+    # All seven are scored before the first trains; what cannot be scored fails as a trial.
+    assert [line["stage"] for line in ran[:7]] == ["tokenize"] * 7
+    assert {one.state for one in found.trials.values() if one.point["kind"] == "broken"} == {
+        "failed"
+    }
+    # Even turns follow the bits (the best quality, then the next), odd ones the plan.
+    trained = [line["config"] for line in ran if line["stage"] == "train"]
+    assert trained[0]["quality"] == 0.9
+    assert {one["kind"] for one in trained} == {"a", "random"}
+    # What scoring took is part of the trial's price, once.
+    first = next(one for one in found.trials.values() if one.value == 0.9)
+    assert first.prior == {"fit": 0.01}
+    assert first.cpus["fit"] == 1.0
+    state = json.loads((tmp_path / "scheduler.json").read_text())["gate"]
+    assert sorted(set(state["picked"].values())) == ["plan", "promise"]
+    assert not state["decisions"][first.key]["is_control"]
+
+    # A later run scores nothing again; the failed ones are tried again.
+    run(tmp_path, config)
+    again = stages_run(tmp_path)[len(ran) :]
+    assert {line["config"]["kind"] for line in again} == {"broken"}
 
 
 def stages_of(folder: Path, stage: str) -> list[float]:

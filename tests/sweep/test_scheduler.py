@@ -61,3 +61,18 @@ def test_a_trial_that_halving_stopped_calibrates_the_gate(tmp_path: Path) -> Non
     assert one.judge("cut", {"stage": "gr", "global_step": 10, METRIC: 0.001}).pruned_by == "asha"
     poor = one.judge("poor", proxies(19.0))
     assert (poor.pruned_by, poor.would_prune, poor.is_control) == ("gate", True, False)
+
+
+def test_the_order_is_remembered_and_what_a_dead_driver_began_comes_first(tmp_path: Path) -> None:
+    limits = {"uniqueness": 1.0, "usage_min": 1.0, "backoff_gain": 1.0}
+    scores = {"a": {**limits, "backoff_bits": 12.0}, "b": {**limits, "backoff_bits": 11.0}}
+    first = scheduler(tmp_path)
+    first.order_by(scores)
+    assert first.next_place(["a", "b", "unscored"]) == 1
+    again = scheduler(tmp_path)
+    again.order_by(scores)
+    # `b` was picked and did not end; then it is the plan's turn.
+    assert again.next_place(["a", "b", "unscored"]) == 1
+    assert again.next_place(["unscored", "a"]) == 0
+    picked = json.loads((tmp_path / "scheduler.json").read_text())["gate"]["picked"]
+    assert picked == {"b": "promise", "unscored": "plan"}

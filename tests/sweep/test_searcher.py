@@ -43,6 +43,7 @@ def make(folder: Path, *, planned=(), records=None, num_trials=None) -> PrunedAw
         sampler=make_sampler("tpe", seed=0),
         study_name=study_name("s", DEFINITION),
         storage=open_storage("", folder),
+        next_place=lambda waiting: 0,
     )
 
 
