@@ -22,7 +22,7 @@ from forge_ray.cli.console import (
 from forge_ray.config import load_config
 from forge_ray.launch.connect import connected
 from forge_ray.sweep.config import SweepConfig
-from forge_ray.sweep.ledger import Ledger, SweepLock, SweepRecords
+from forge_ray.sweep.ledger import Ledger, SweepRecords
 from forge_ray.sweep.views import counts, finalize_rows, ranking_rows, trial_rows
 
 app = typer.Typer(no_args_is_help=True, help="Search SID designs; bad ones end before training.")
@@ -61,18 +61,22 @@ def status(
     file: SweepFile,
     overrides: Overrides = None,
     store: StoreUri = DEFAULT_STORE,
+    watch: Annotated[
+        bool, typer.Option("--watch", "-w", help="Redraw until no driver runs; Ctrl-C ends it.")
+    ] = False,
+    shows_all: Annotated[
+        bool, typer.Option("--all", help="Every trial, also where there are very many.")
+    ] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Show every trial, its state and the reason for it; reads only, also while the sweep runs."""
+    """Show where every trial stands and the best so far; reads only, also while the sweep runs."""
+    from forge_ray.cli import sweep_status
+
     config, folder = _open(file, overrides, open_store(store))
-    records, is_running = Ledger(folder).read(), SweepLock(folder).is_held()
-    rows = trial_rows(records, metric=config.metric, is_running=is_running)
-    if as_json:
-        emit({"counts": counts(records), "running": is_running, "trials": rows}, **_json)
-        return
-    emit(rows, title=f"{config.name}: {_sentence(records)}", as_json=False)
-    if not is_running and counts(records)["open"]:
+    view = sweep_status.StatusView(config, folder, shows_all=shows_all)
+    state = (sweep_status.watch if watch else sweep_status.show)(view, as_json=as_json)
+    if not as_json and not state.is_running and state.counts["open"]:
         words = shlex.join([str(file), *(overrides or []), "--store", store])
         stderr.print(
             f"no driver is running; continue with: forge-ray sweep run {words}", soft_wrap=True

@@ -130,6 +130,12 @@ class SweepRecords:
     sessions: int
     scores: dict[str, dict[str, Any]] = field(default_factory=dict)
     """Proxies by trial key of designs that were scored before any trial."""
+    spans: list[tuple[str, str]] = field(default_factory=list)
+    """Times of the first and the last event of each session."""
+    planned: int = 0
+    """Trials of the whole sweep as the latest session saw it, at most."""
+    dashboard: str = ""
+    """Where the Ray of the latest session serves its dashboard; empty where it serves none."""
 
     def finished(self) -> list[TrialRecord]:
         """Trials that need no further work."""
@@ -195,32 +201,61 @@ class Ledger:
 
 def fold(events: Iterable[Mapping[str, Any]]) -> SweepRecords:
     """Replays events into records; pure."""
-    trials: dict[str, TrialRecord] = {}
-    finalized: list[FinalizeRecord] = []
-    floors: dict[str, dict[str, Any]] = {}
-    scored: dict[str, Mapping[str, Any]] = {}
-    sessions = 0
+    folding = Fold()
     for event in events:
+        folding.add(event)
+    return folding.records()
+
+
+class Fold:
+    """Records that grow with each event; `records` shows them as they are at that moment."""
+
+    def __init__(self) -> None:
+        self.trials: dict[str, TrialRecord] = {}
+        self._finalized: list[FinalizeRecord] = []
+        self._floors: dict[str, dict[str, Any]] = {}
+        self._scored: dict[str, Mapping[str, Any]] = {}
+        self._spans: list[tuple[str, str]] = []
+        self._planned = 0
+        self._dashboard = ""
+
+    def add(self, event: Mapping[str, Any]) -> None:
+        """Applies one event."""
         kind = event["event"]
+        self._note_time(kind, str(event.get("time", "")))
         if kind == "session":
-            sessions += 1
+            done = sum(one.is_finished for one in self.trials.values())
+            self._planned = done + int(event.get("remaining") or 0)
+            self._dashboard = str(event.get("dashboard") or "")
         elif kind == "finalize":
-            finalized.append(_only(FinalizeRecord, event))
+            self._finalized.append(_only(FinalizeRecord, event))
         elif kind == "floors":
-            floors = dict(event["floors"])
+            self._floors = dict(event["floors"])
         elif kind == "scored":
-            scored[event["key"]] = event
+            self._scored[event["key"]] = event
         elif kind == "start":
-            _fold_start(trials, event, scored.get(event["key"]))
-        elif kind in _FOLDS and event["key"] in trials:
-            _FOLDS[kind](trials[event["key"]], event)
-    return SweepRecords(
-        trials=trials,
-        finalized=finalized,
-        floors=floors,
-        sessions=sessions,
-        scores={key: dict(event["proxies"]) for key, event in scored.items()},
-    )
+            _fold_start(self.trials, event, self._scored.get(event["key"]))
+        elif kind in _FOLDS and event["key"] in self.trials:
+            _FOLDS[kind](self.trials[event["key"]], event)
+
+    def _note_time(self, kind: str, at: str) -> None:
+        if kind == "session":
+            self._spans.append((at, at))
+        elif self._spans and kind != "finalize":  # which may come days later
+            self._spans[-1] = (self._spans[-1][0], at)
+
+    def records(self) -> SweepRecords:
+        """All trials so far; they are shared with this object, which keeps changing them."""
+        return SweepRecords(
+            trials=self.trials,
+            finalized=self._finalized,
+            floors=self._floors,
+            sessions=len(self._spans),
+            scores={key: dict(event["proxies"]) for key, event in self._scored.items()},
+            spans=list(self._spans),
+            planned=max(self._planned, len(self.trials)),
+            dashboard=self._dashboard,
+        )
 
 
 def _fold_start(

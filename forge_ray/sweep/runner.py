@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ray
 from ray import tune
 
 from forge_ray.errors import ConfigError
@@ -114,7 +115,9 @@ def run_trials(job: SweepJob) -> RunOutcome:
     # Every point resolved. Written earlier, a mistake would become the sweep's identity.
     _write_claim(job, meaning, plan)
     _announce(job, records, source)
-    ledger.append("session", space=config.space, remaining=source.remaining)
+    ledger.append(
+        "session", space=config.space, remaining=source.remaining, dashboard=_ray_dashboard()
+    )
     storage = open_storage(config.storage, job.folder)
     closed = close_unfinished(storage, config.name, records.trials)
     if closed:
@@ -285,6 +288,14 @@ def _naming_point(resolve: Callable[[Point], Resolved]) -> Callable[[Point], Res
             raise ConfigError(f"point {{{label_point(point)}}}: {error}") from error
 
     return named
+
+
+def _ray_dashboard() -> str:
+    if not ray.is_initialized():
+        return ""
+    # Joins nothing and starts nothing where a Ray is there: it hands out what is known of it.
+    address = ray.init(ignore_reinit_error=True, log_to_driver=False).dashboard_url
+    return f"http://{address}" if address else ""
 
 
 def _announce(job: SweepJob, records: SweepRecords, source: TrialSource) -> None:
