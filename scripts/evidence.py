@@ -92,35 +92,42 @@ def row(record: TrialRecord, metric: str) -> dict[str, Any]:
 
 def replays(evidence: Evidence, *, max_steps: int, orders: int) -> list[dict[str, Any]]:
     """Every policy at every risk; random search gets what the calibrated gate spends."""
-    asha = AshaConfig(grace_steps=max_steps // 6)
     rows = []
     for risk in RISKS:
         gate = GateConfig(risk=risk)
-        found = run_policies(evidence, standard_policies(gate=gate, asha=asha), orders)
+        found = run_policies(evidence, policies(gate, max_steps), orders)
         spent = {one["name"]: one["train_cost"] * evidence.full_cost for one in found}
+        off = Policy(
+            name="",
+            gate=dataclasses.replace(gate, mode="off"),
+            asha=AshaConfig(enabled=False),
+        )
         random = [
-            Policy(
-                name=f"random search, cost of {name}",
-                gate=dataclasses.replace(gate, mode="off"),
-                asha=dataclasses.replace(asha, enabled=False),
-                budget=spent[name],
-            )
-            for name in ("calibrated", "calibrated + ASHA")
+            dataclasses.replace(off, name=f"random search, cost of {name}", budget=spent[name])
+            for name in ("calibrated", "calibrated, promising first")
         ]
         found += run_policies(evidence, random, orders)
         rows += [{"risk": risk, **one} for one in found]
     return rows
 
 
-def run_policies(
-    evidence: Evidence, policies: Sequence[Policy], orders: int
-) -> list[dict[str, Any]]:
+def policies(gate: GateConfig, max_steps: int) -> list[Policy]:
+    """The standard ones, halving with an early and with a late first rung."""
+    chosen: dict[str, Policy] = {}
+    for grace in (max_steps // 6, max_steps // 3):
+        for one in standard_policies(gate=gate, asha=AshaConfig(grace_steps=grace)):
+            name = one.name.replace("ASHA", f"ASHA from step {grace}")
+            chosen[name] = dataclasses.replace(one, name=name)
+    return list(chosen.values())
+
+
+def run_policies(evidence: Evidence, asked: Sequence[Policy], orders: int) -> list[dict[str, Any]]:
     """Summaries as mappings."""
     return [
         dataclasses.asdict(
             summarize(evidence, one.name, replay_orders(evidence, one, num_orders=orders))
         )
-        for one in policies
+        for one in asked
     ]
 
 
