@@ -366,7 +366,7 @@ def _hooks(job: TrainJob, codes: Any) -> LoopHooks:
 
     is_first = ray.train.get_context().get_world_rank() == 0
     return LoopHooks(
-        report=_report,
+        report=_Reporter(),
         validation=_validation(job, codes) if is_first else None,
         poll=_Poll(job.folder),
         is_preempted=_Preemption(),
@@ -414,10 +414,24 @@ class _Preemption:
         return is_new
 
 
-def _report(row: dict[str, Any]) -> None:
-    import ray.train
-    from ray.util import get_current_placement_group
+class _Reporter:
+    """Reports rows to Ray Train, with where and since when the worker runs."""
 
-    # Whoever stops this run from outside frees its resources by this: a killed controller cannot.
-    group = get_current_placement_group()
-    ray.train.report({**row, "placement_group": group.id.hex() if group else None})
+    def __init__(self) -> None:
+        self._started = time.time()
+
+    def __call__(self, row: dict[str, Any]) -> None:
+        import ray.train
+        from ray.util import get_current_placement_group
+
+        # Whoever stops this run from outside frees its resources by the group: a killed controller
+        # cannot.
+        group = get_current_placement_group()
+        ray.train.report(
+            {
+                **row,
+                "placement_group": group.id.hex() if group else None,
+                "node_labels": dict(ray.get_runtime_context().get_node_labels()),
+                "workers_started": self._started,
+            }
+        )

@@ -12,6 +12,7 @@ from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.objectives import direction
 from forge_ray.sweep.order import ORDERS
+from forge_ray.sweep.prices import Prices
 
 SAMPLERS = ("quasi_random", "grid", "tpe")
 
@@ -69,6 +70,28 @@ class EvaluationConfig:
 
 
 @dataclass(kw_only=True)
+class BudgetConfig:
+    """Where a sweep stops before its last trial; `num_trials` limits their number."""
+
+    max_hours: float | None = None
+    """Hours that the sweep may run, all its sessions together; null sets no limit."""
+    max_cost: float | None = None
+    """USD that it may cost by `prices`, all its sessions together; null sets no limit."""
+    prices: Prices = field(default_factory=Prices)
+    """What resources cost."""
+
+    def __post_init__(self) -> None:
+        for name, value in (("max_hours", self.max_hours), ("max_cost", self.max_cost)):
+            if value is not None and value <= 0:
+                raise ConfigError(f"budget.{name} must be > 0 or null, got {value}. Raise it.")
+        if self.max_cost is not None and not self.prices.is_set:
+            raise ConfigError(
+                f"budget.prices must be set for budget.max_cost={self.max_cost}, got none: nothing "
+                "would ever cost anything. Set budget.prices.cpu_hour and gpu_hour."
+            )
+
+
+@dataclass(kw_only=True)
 class SweepConfig:
     """A sweep file."""
 
@@ -111,8 +134,8 @@ class SweepConfig:
     """How a trained generator is judged."""
     resources: ResourceConfig = field(default_factory=ResourceConfig)
     """What stages ask of the cluster."""
-    time_budget_s: float | None = None
-    """Wall-clock limit in seconds; unfinished trials resume with the next run."""
+    budget: BudgetConfig = field(default_factory=BudgetConfig)
+    """Hours and money; what is left unfinished continues with a larger one."""
     folder: str = ""
     """Where ledger, Optuna storage, checkpoints and report go; empty means
     `<store>/sweeps/<name>`, which needs a local store."""

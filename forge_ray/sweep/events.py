@@ -15,6 +15,7 @@ from forge_ray.sweep.groups import StoppedGroups
 from forge_ray.sweep.ledger import Ledger
 from forge_ray.sweep.scheduler import Decision, GateScheduler
 from forge_ray.sweep.space import label_point
+from forge_ray.sweep.trial import Stages
 
 logger = logging.getLogger(__name__)
 
@@ -27,12 +28,19 @@ class SweepCallback(Callback):
     """
 
     def __init__(
-        self, *, ledger: Ledger, scheduler: GateScheduler, metric: str, num_trials: int
+        self,
+        *,
+        ledger: Ledger,
+        scheduler: GateScheduler,
+        metric: str,
+        num_trials: int,
+        stages: Stages,
     ) -> None:
         self._ledger = ledger
         self._scheduler = scheduler
         self._metric = metric
         self._num_trials = num_trials
+        self._stages = stages
         self.groups = StoppedGroups()
         self._group_of: dict[str, str] = {}
 
@@ -52,6 +60,7 @@ class SweepCallback(Callback):
         """Records the start."""
         config = trial.config
         point = json.loads(config["point"])
+        held = self._stages.resources(config["config"])
         self._ledger.append(
             "start",
             number=config["number"],
@@ -59,6 +68,8 @@ class SweepCallback(Callback):
             point=point,
             config=config["config"],
             facts=config["facts"],
+            cpus=held.cpus,
+            gpus=held.gpus,
         )
         self._say(trial, f"started   {label_point(point)}")
 
@@ -114,7 +125,7 @@ class SweepCallback(Callback):
         logger.info("trial %2d/%d %s", number + 1, self._num_trials, text)
 
 
-_OPTIONAL = ("seconds", "cpus", "gpus", "artifacts", "cached")
+_OPTIONAL = ("seconds", "places", "artifacts", "cached")
 
 
 def describe_row(stage: str, result: Mapping[str, Any], decision: Decision, *, metric: str) -> str:

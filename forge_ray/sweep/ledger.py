@@ -56,7 +56,9 @@ class TrialRecord:
         artifacts: References by stage.
         cached: Stages answered from the store.
         prior: Seconds by stage before the first start, when all designs were scored.
+        prior_places: Labels of the node by stage, for those seconds.
         attempts: Seconds by stage, one mapping per start.
+        places: Labels of the node by stage, where known, one mapping per start.
         cpus: CPUs by stage, to turn seconds into CPU seconds.
         gpus: GPUs by stage.
         started: Time of the first start, ISO 8601.
@@ -82,7 +84,9 @@ class TrialRecord:
     artifacts: dict[str, str] = field(default_factory=dict)
     cached: list[str] = field(default_factory=list)
     prior: dict[str, float] = field(default_factory=dict)
+    prior_places: dict[str, dict[str, str]] = field(default_factory=dict)
     attempts: list[dict[str, float]] = field(default_factory=list)
+    places: list[dict[str, dict[str, str]]] = field(default_factory=list)
     cpus: dict[str, float] = field(default_factory=dict)
     gpus: dict[str, float] = field(default_factory=dict)
     started: str = ""
@@ -120,6 +124,18 @@ class FinalizeRecord:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ScoredDesign:
+    """A design that was scored ahead of its trial; fields as in `TrialRecord`."""
+
+    key: str
+    proxies: dict[str, Any]
+    seconds: dict[str, float]
+    cpus: dict[str, float]
+    gpus: dict[str, float]
+    places: dict[str, dict[str, str]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
 class SweepRecords:
     """A ledger folded: trials by key in order of first start, finalizations, the latest plan."""
 
@@ -128,8 +144,8 @@ class SweepRecords:
     floors: dict[str, dict[str, Any]]
     """Validation metrics of the floors."""
     sessions: int
-    scores: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Proxies by trial key of designs that were scored before any trial."""
+    scored: dict[str, ScoredDesign] = field(default_factory=dict)
+    """Designs that were scored before any trial, by trial key."""
     spans: list[tuple[str, str]] = field(default_factory=list)
     """Times of the first and the last event of each session."""
     planned: int = 0
@@ -152,9 +168,11 @@ class Ledger:
     """Appends events to `<folder>/ledger.jsonl` and folds them into records."""
 
     folder: Path
+    _followed: Fold | None
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self._followed = None
 
     @property
     def path(self) -> Path:
@@ -163,8 +181,8 @@ class Ledger:
 
     def append(self, event: str, **fields: Any) -> None:
         """Writes one event; it is on disk when this returns."""
-        row = {"event": event, "time": now(), **fields}
-        line = json.dumps(json_ready(row), ensure_ascii=False, allow_nan=False) + "\n"
+        row = json_ready({"event": event, "time": now(), **fields})
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False) + "\n"
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.path.open("ab") as stream:
             # A cut last line (the writer was killed) must not swallow this one.
@@ -173,10 +191,20 @@ class Ledger:
             stream.write(line.encode())
             stream.flush()
             os.fsync(stream.fileno())
+        if self._followed is not None:
+            self._followed.add(row)
 
     def read(self) -> SweepRecords:
         """All records so far; an empty ledger gives none."""
         return fold(self._events())
+
+    def follow(self) -> SweepRecords:
+        """All records, kept up to date by what this object appends: a driver reads once."""
+        if self._followed is None:
+            self._followed = Fold()
+            for event in self._events():
+                self._followed.add(event)
+        return self._followed.records()
 
     def write_trial(self, record: TrialRecord) -> None:
         """Writes one record for people, atomically."""
@@ -214,7 +242,7 @@ class Fold:
         self.trials: dict[str, TrialRecord] = {}
         self._finalized: list[FinalizeRecord] = []
         self._floors: dict[str, dict[str, Any]] = {}
-        self._scored: dict[str, Mapping[str, Any]] = {}
+        self._scored: dict[str, ScoredDesign] = {}
         self._spans: list[tuple[str, str]] = []
         self._planned = 0
         self._dashboard = ""
@@ -232,7 +260,7 @@ class Fold:
         elif kind == "floors":
             self._floors = dict(event["floors"])
         elif kind == "scored":
-            self._scored[event["key"]] = event
+            self._scored[event["key"]] = _only(ScoredDesign, event)
         elif kind == "start":
             _fold_start(self.trials, event, self._scored.get(event["key"]))
         elif kind in _FOLDS and event["key"] in self.trials:
@@ -251,7 +279,7 @@ class Fold:
             finalized=self._finalized,
             floors=self._floors,
             sessions=len(self._spans),
-            scores={key: dict(event["proxies"]) for key, event in self._scored.items()},
+            scored=self._scored,
             spans=list(self._spans),
             planned=max(self._planned, len(self.trials)),
             dashboard=self._dashboard,
@@ -259,16 +287,20 @@ class Fold:
 
 
 def _fold_start(
-    trials: dict[str, TrialRecord], event: Mapping[str, Any], scored: Mapping[str, Any] | None
+    trials: dict[str, TrialRecord], event: Mapping[str, Any], scored: ScoredDesign | None
 ) -> None:
     record = trials.setdefault(event["key"], _only(TrialRecord, event))
     if scored is not None:
-        record.prior = dict(scored["seconds"])
-        record.cpus.update(scored["cpus"])
-        record.gpus.update(scored["gpus"])
+        record.prior, record.prior_places = dict(scored.seconds), dict(scored.places)
+        record.cpus.update(scored.cpus)
+        record.gpus.update(scored.gpus)
     record.state, record.reason, record.ended = "running", "", ""
     record.started = record.started or event["time"]
     record.attempts.append({})
+    record.places.append({})
+    # With the start: a training that never reported held them too.
+    record.cpus.update(event.get("cpus", {}))
+    record.gpus.update(event.get("gpus", {}))
 
 
 def _fold_row(record: TrialRecord, event: Mapping[str, Any]) -> None:
@@ -286,6 +318,7 @@ def _fold_row(record: TrialRecord, event: Mapping[str, Any]) -> None:
         record.history = [*kept, metrics]
     if record.attempts:
         record.attempts[-1].update(event.get("seconds", {}))
+        record.places[-1].update(event.get("places", {}))
     record.cpus.update(event.get("cpus", {}))
     record.gpus.update(event.get("gpus", {}))
     record.artifacts.update(event.get("artifacts", {}))

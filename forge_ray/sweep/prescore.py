@@ -53,7 +53,8 @@ def score_waiting(
             for future in as_completed(running):
                 report = _report(future, running[future])
                 if report is not None:
-                    _record(ledger, running[future], report)
+                    held = stages.resources(running[future].config)
+                    _record(ledger, running[future], report, held)
                     scores[running[future].key] = report.metrics
         except BaseException:
             # Ctrl-C: what has not begun must not hold up the end.
@@ -71,12 +72,13 @@ def _report(future: Future[StageReport], spec: TrialSpec) -> StageReport | None:
         return None
 
 
-def _record(ledger: Ledger, spec: TrialSpec, report: StageReport) -> None:
+def _record(ledger: Ledger, spec: TrialSpec, report: StageReport, held: StageReport) -> None:
     ledger.append(
         "scored",
         key=spec.key,
         proxies=report.metrics,
         seconds=report.seconds,
-        cpus=report.cpus,
-        gpus=report.gpus,
+        cpus=held.cpus,
+        gpus=held.gpus,
+        places=report.places,
     )

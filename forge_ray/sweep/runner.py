@@ -129,7 +129,7 @@ def run_trials(job: SweepJob) -> RunOutcome:
                 source.queue,
                 stages=job.stages,
                 ledger=ledger,
-                known=records.scores,
+                known={key: one.proxies for key, one in records.scored.items()},
                 max_concurrent=config.max_concurrent,
             )
             scheduler.order_by(scores)
@@ -145,9 +145,10 @@ def run_trials(job: SweepJob) -> RunOutcome:
             study_name=study_name(config.name, config.space),
             storage=storage,
             next_place=scheduler.next_place if config.order == "promising" else _in_order,
+            prices=config.budget.prices,
         )
         copy_finished(searcher.study, space, records.finished(), metric=config.metric)
-        _fit(job, searcher, scheduler, source, session=records.sessions)
+        _fit(job, searcher, scheduler, source, ledger, session=records.sessions)
     after = ledger.read()
     # A trial that was waiting to start when the session ended was never told.
     close_unfinished(storage, config.name, after.trials)
@@ -176,15 +177,20 @@ def _fit(
     searcher: PrunedAwareOptunaSearch,
     scheduler: GateScheduler,
     source: TrialSource,
+    ledger: Ledger,
     *,
     session: int,
 ) -> None:
-    config = job.config
+    config, hours = job.config, job.config.budget.max_hours
     os.environ.update(_TUNE_ENV)
     # Failed trials have had their line; Tune's list of them says no more.
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
     callback = SweepCallback(
-        ledger=job.ledger, scheduler=scheduler, metric=config.metric, num_trials=source.total
+        ledger=ledger,
+        scheduler=scheduler,
+        metric=config.metric,
+        num_trials=source.total,
+        stages=job.stages,
     )
     rules = TrialRules(gate=config.gate, metric=config.metric)
     trainable = tune.with_parameters(run_trial, stages=job.stages, rules=rules)
@@ -197,7 +203,7 @@ def _fit(
             scheduler=scheduler,
             num_samples=source.remaining,
             max_concurrent_trials=config.max_concurrent,
-            time_budget_s=config.time_budget_s,
+            time_budget_s=hours * 3600 if hours else None,
             reuse_actors=False,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,

@@ -27,6 +27,7 @@ from ray.tune.search.optuna import OptunaSearch
 from forge_ray.config import canonical_json
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.ledger import Ledger, TrialRecord
+from forge_ray.sweep.prices import Prices, trial_cost
 from forge_ray.sweep.space import Point, Space, optuna_values
 from forge_ray.sweep.study import KEY
 
@@ -209,6 +210,7 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         study_name: str,
         storage: BaseStorage,
         next_place: NextPlace,
+        prices: Prices,
     ) -> None:
         super().__init__(
             space=space.suggest,
@@ -222,6 +224,7 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         self._source = source
         self._ledger = ledger
         self._next_place = next_place
+        self._prices = prices
         self._specs: dict[str, TrialSpec] = {}
 
     @property
@@ -322,6 +325,9 @@ class PrunedAwareOptunaSearch(OptunaSearch):
             if name.startswith("seconds/")
         }
         trial.set_user_attr("seconds", seconds)
+        record = self._ledger.follow().trials.get(trial.user_attrs[KEY])
+        if record is not None:
+            trial.set_user_attr("cost_usd", round(trial_cost(record, self._prices), 6))
         if outcome.state == "complete":
             self._ot_study.tell(trial, outcome.value)
         else:

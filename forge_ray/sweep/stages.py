@@ -7,7 +7,6 @@ the trial that calls it. Torch is imported where it is used: a trial that the ga
 
 from __future__ import annotations
 
-import dataclasses
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -36,7 +35,7 @@ class ForgeStages:
         dataset_key: Key of the dataset.
         run_dir: Where trainings keep their checkpoints; absolute, shared by all nodes.
         score: Settings of the proxies.
-        resources: What tasks ask for.
+        asked: What tasks ask for.
         evaluation: How the trained generator is judged.
     """
 
@@ -44,24 +43,33 @@ class ForgeStages:
     dataset_key: str
     run_dir: str
     score: Mapping[str, Any]
-    resources: ResourceConfig
+    asked: ResourceConfig
     evaluation: EvaluationConfig
 
     def tokenize(self, config: Mapping[str, Any]) -> StageReport:
         """Fits and scores in one task."""
         arguments = (self.store_uri, self.dataset_key, config["sid"], dict(self.score))
-        cpus, gpus = self.resources.sid_cpus, self.resources.sid_gpus
-        report = _spread(fit_and_score, *arguments, cpus, cpus=cpus, gpus=gpus)
-        return dataclasses.replace(report, gpus={"fit": gpus, "score": gpus})
+        cpus, gpus = self.asked.sid_cpus, self.asked.sid_gpus
+        return _spread(fit_and_score, *arguments, cpus, cpus=cpus, gpus=gpus)
 
-    def training_resources(self, config: Mapping[str, Any]) -> StageReport:
-        """What the workers of the Train job ask for."""
+    def resources(self, config: Mapping[str, Any]) -> StageReport:
+        """What the tasks and the workers of the Train job ask for."""
         from forge_ray.gr.config import GrConfig
 
-        typed = from_mapping(GrConfig, config["gr"])
+        typed, asked = from_mapping(GrConfig, config["gr"]), self.asked
         return StageReport(
-            cpus={"train": typed.num_workers * typed.cpus_per_worker},
-            gpus={"train": float(typed.num_workers * typed.use_gpu)},
+            cpus={
+                "fit": asked.sid_cpus,
+                "score": asked.sid_cpus,
+                "train": typed.num_workers * typed.cpus_per_worker,
+                "evaluate": asked.evaluate_cpus,
+            },
+            gpus={
+                "fit": asked.sid_gpus,
+                "score": asked.sid_gpus,
+                "train": float(typed.num_workers * typed.use_gpu),
+                "evaluate": asked.evaluate_gpus,
+            },
         )
 
     def train(
@@ -103,12 +111,11 @@ class ForgeStages:
 
     def evaluate_split(self, split: Split, *, model: str) -> StageReport:
         """Metrics of one split in one task; the test split is always whole."""
-        cpus, gpus = self.resources.evaluate_cpus, self.resources.evaluate_gpus
+        cpus, gpus = self.asked.evaluate_cpus, self.asked.evaluate_gpus
         users = self.evaluation.users if split == "validation" else 0
         arguments = (self.store_uri, model, split, users)
         settings = to_mapping(self.evaluation)
-        report = _spread(evaluate_model, *arguments, settings, cpus, cpus=cpus, gpus=gpus)
-        return dataclasses.replace(report, gpus={"evaluate": gpus})
+        return _spread(evaluate_model, *arguments, settings, cpus, cpus=cpus, gpus=gpus)
 
 
 def fit_and_score(
@@ -139,7 +146,7 @@ def fit_and_score(
             "quantizer": sids.quantizer_artifact.manifest.ref,
         },
         cached=("fit",) if _is_older(sids.quantizer_artifact, started) else (),
-        cpus={"fit": cpus, "score": cpus},
+        places=dict.fromkeys(("fit", "score"), _place()),
     )
 
 
@@ -187,7 +194,7 @@ def evaluate_model(
     return StageReport(
         metrics=found.metrics,
         seconds={"evaluate": time.perf_counter() - began},
-        cpus={"evaluate": cpus},
+        places={"evaluate": _place()},
     )
 
 
@@ -196,6 +203,10 @@ def _spread(task: Callable[..., T], *arguments: Any, cpus: float, gpus: float) -
         num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD", max_retries=2
     )
     return cast(T, ray.get(remote.remote(*arguments)))
+
+
+def _place() -> dict[str, str]:
+    return dict(ray.get_runtime_context().get_node_labels())
 
 
 def _is_older(artifact: Artifact, moment: datetime) -> bool:

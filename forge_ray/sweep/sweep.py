@@ -141,7 +141,7 @@ def make_job(config: SweepConfig, store: ArtifactStore, dataset: Dataset, folder
         dataset_key=dataset.key,
         run_dir=str(folder / "runs"),
         score=config.score,
-        resources=config.resources,
+        asked=config.resources,
         evaluation=config.evaluation,
     )
     return SweepJob(

@@ -31,6 +31,7 @@ class StageReport:
         cached: Steps answered from the store.
         cpus: CPUs held, by step.
         gpus: GPUs held, by step.
+        places: Labels of the Ray node, by step.
         history: All rows of a training, those of earlier attempts included.
     """
 
@@ -40,6 +41,7 @@ class StageReport:
     cached: tuple[str, ...] = ()
     cpus: dict[str, float] = field(default_factory=dict)
     gpus: dict[str, float] = field(default_factory=dict)
+    places: dict[str, dict[str, str]] = field(default_factory=dict)
     history: tuple[dict[str, Any], ...] = ()
 
 
@@ -49,8 +51,8 @@ class Stages(Protocol):
     def tokenize(self, config: Mapping[str, Any]) -> StageReport:
         """Fits SIDs (artifact `sids`) and scores them."""
 
-    def training_resources(self, config: Mapping[str, Any]) -> StageReport:
-        """CPUs and GPUs that training holds: also told of a training that never ends."""
+    def resources(self, config: Mapping[str, Any]) -> StageReport:
+        """CPUs and GPUs that each step will hold; known before any work."""
 
     def train(
         self,
@@ -104,8 +106,7 @@ def run_trial(params: Mapping[str, Any], *, stages: Stages, rules: TrialRules) -
     whole = StageReport(
         artifacts={**trained.artifacts, **final.artifacts},
         cached=(*tokenized.cached, *trained.cached, *final.cached),
-        cpus=final.cpus,
-        gpus=final.gpus,
+        places=final.places,
     )
     row = {rules.metric: final.metrics.get(rules.metric), "row": final.metrics}
     tune.report(_row("final", int(trained.metrics["global_step"]), whole, seconds, **row))
@@ -119,21 +120,19 @@ def _train(
     stages: Stages,
     rules: TrialRules,
 ) -> StageReport:
-    start = time.perf_counter()
+    clock = _TrainClock()
     sids = tokenized.artifacts["sids"]
     name = f"trial-{params['key'][:16]}"
-
-    held = stages.training_resources(params["config"])
     last_step = 0
 
     def report(row: dict[str, Any]) -> None:
         nonlocal last_step
         last_step = int(row["global_step"])
-        seconds["train"] = time.perf_counter() - start
-        group = row.pop("placement_group", None)
+        seconds["train"] = clock.held_s(row.pop("workers_started", None))
+        group, labels = row.pop("placement_group", None), row.pop("node_labels", {})
         step = {rules.metric: row[rules.metric], "row": row, "placement_group": group}
         row = _row("gr", int(row["global_step"]), None, seconds, **step)
-        tune.report({**row, "cpus": held.cpus, "gpus": held.gpus})
+        tune.report({**row, "places": {"train": labels}})
 
     trained = relay(
         lambda callbacks: stages.train(params["config"], sids, name=name, callbacks=callbacks),
@@ -144,8 +143,28 @@ def _train(
     for row in trained.history:
         if row["global_step"] > last_step:
             report(row)
-    seconds["train"] = time.perf_counter() - start
+    # A model of the store held no worker.
+    seconds["train"] = 0.0 if "train" in trained.cached else clock.held_s(None)
     return trained
+
+
+class _TrainClock:
+    """Seconds that training held its resources: waiting for them is not counted."""
+
+    def __init__(self) -> None:
+        self._asked = time.time()
+        self._since: float | None = None
+
+    def held_s(self, workers_started: float | None) -> float:
+        """Seconds so far.
+
+        Args:
+            workers_started: Time at which the workers of a row started, if the row says so. Those
+                of the first row count: a group that replaced a lost one held resources before.
+        """
+        if self._since is None and workers_started is not None:
+            self._since = max(self._asked, workers_started)
+        return max(0.0, time.time() - (self._since or self._asked))
 
 
 def _row(
@@ -159,5 +178,5 @@ def _row(
     row["seconds"] = {name: round(value, 3) for name, value in seconds.items()}
     if report is not None:
         row |= {"artifacts": dict(report.artifacts), "cached": list(report.cached)}
-        row |= {"cpus": dict(report.cpus), "gpus": dict(report.gpus)}
+        row["places"] = {step: dict(labels) for step, labels in report.places.items()}
     return row

@@ -35,12 +35,10 @@ class StubStages:
             "backoff_bits": 12.0 - quality,
             "backoff_gain": 0.0 if is_random else quality + 0.1,
         }
-        return StageReport(
-            metrics=metrics, seconds={"fit": 0.01}, artifacts={"sids": "sids/x"}, cpus={"fit": 1.0}
-        )
+        return StageReport(metrics=metrics, seconds={"fit": 0.01}, artifacts={"sids": "sids/x"})
 
-    def training_resources(self, config: Mapping[str, Any]) -> StageReport:
-        return StageReport(cpus={"train": 2.0}, gpus={"train": 1.0})
+    def resources(self, config: Mapping[str, Any]) -> StageReport:
+        return StageReport(cpus={"fit": 1.0, "train": 2.0}, gpus={"train": 1.0})
 
     def train(
         self, config: Mapping[str, Any], sids: str, *, name: str, callbacks: Sequence[Any]
@@ -51,6 +49,7 @@ class StubStages:
             value = float(config.get("quality", 0.5)) * step / self.max_steps
             for callback in callbacks:
                 row = {"global_step": step, "ItemNDCG@10": value, "loss": 1.0}
+                row |= {"node_labels": {"zone": "here"}, "workers_started": time.time()}
                 callback.after_report(None, [row], None)
         return StageReport(metrics={"global_step": self.max_steps}, artifacts={"model": "model/x"})
 

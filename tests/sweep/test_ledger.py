@@ -46,6 +46,17 @@ def test_events_fold_into_records(tmp_path: Path) -> None:
     assert (tmp_path / "trials" / f"{record.name}.json").exists()
 
 
+def test_a_followed_ledger_knows_what_it_appends(tmp_path: Path) -> None:
+    start(Ledger(tmp_path), "k0", 0)
+    ledger = Ledger(tmp_path)
+    followed = ledger.follow()
+    ledger.append("row", key="k0", stage="gr", metrics={"global_step": np.int64(3)})
+    start(ledger, "k1", 1)
+    ledger.append("finish", key="k1", state="pruned")
+    assert followed.trials == ledger.read().trials
+    assert followed.trials["k1"].state == "pruned"
+
+
 def test_restart_adds_seconds_and_replaces_repeated_steps(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     for first_step in (10, 20):

@@ -13,7 +13,7 @@ from optuna.trial import TrialState
 
 from forge_ray.errors import ConfigError
 from forge_ray.sweep import runner
-from forge_ray.sweep.config import SamplerConfig, SweepConfig
+from forge_ray.sweep.config import BudgetConfig, SamplerConfig, SweepConfig
 from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.ledger import SweepRecords
@@ -74,6 +74,7 @@ def test_sweep_prunes_continues_and_grows(ray_local, tmp_path: Path) -> None:
     # Also of a training that was stopped.
     assert records[2].gpus == {"train": 1.0}
     assert records[2].cpus == {"fit": 1.0, "train": 2.0}
+    assert records[2].places[0]["train"]["zone"] == "here"
     assert stages_of(tmp_path, "train") == [0.9, 0.5]
 
     # The same command again has nothing to do.
@@ -166,7 +167,7 @@ def test_failures_and_nan_are_recorded_and_tried_again(ray_local, tmp_path: Path
 @pytest.mark.ray
 def test_a_spent_time_budget_leaves_trials_for_the_next_run(ray_local, tmp_path: Path) -> None:
     job = SweepJob(
-        config=dataclasses.replace(CONFIG, points=[], time_budget_s=6),
+        config=dataclasses.replace(CONFIG, points=[], budget=BudgetConfig(max_hours=6 / 3600)),
         folder=tmp_path,
         dataset_key="d",
         stages=StubStages(str(tmp_path), step_s=5.0),

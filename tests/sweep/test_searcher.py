@@ -10,6 +10,7 @@ from ray.tune.search.optuna import OptunaSearch
 
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.ledger import Ledger, TrialRecord
+from forge_ray.sweep.prices import Prices
 from forge_ray.sweep.searcher import (
     PrunedAwareOptunaSearch,
     TrialSource,
@@ -44,6 +45,7 @@ def make(folder: Path, *, planned=(), records=None, num_trials=None) -> PrunedAw
         study_name=study_name("s", DEFINITION),
         storage=open_storage("", folder),
         next_place=lambda waiting: 0,
+        prices=Prices(cpu_hour=3600.0),
     )
 
 
@@ -113,6 +115,17 @@ def test_outcomes_reach_optuna_as_they_are(tmp_path: Path) -> None:
     ]
     # The interrupted one has no end: the next run continues it.
     assert finished == ["pruned", "pruned", "complete", "failed", "failed"]
+
+
+def test_optuna_learns_what_a_trial_cost(tmp_path: Path) -> None:
+    search = make(tmp_path, planned=[{"kind": "a", "quality": 0.5}])
+    key = search.suggest("t0")["key"]
+    row = {"key": key, "stage": "final", "metrics": {}, "seconds": {"fit": 2.0, "train": 5.0}}
+    ledger = search._ledger
+    ledger.append("start", key=key, number=0, point={}, config={}, cpus={"fit": 0.5, "train": 2})
+    ledger.append("row", **row)
+    search.on_trial_complete("t0", {"stage": "final", "global_step": 20, METRIC: 0.3})
+    assert search.study.get_trials()[0].user_attrs["cost_usd"] == 11.0
 
 
 def test_late_results_are_ignored(tmp_path: Path) -> None:
