@@ -14,7 +14,9 @@ from forge_ray.sweep.objectives import direction
 from forge_ray.sweep.order import ORDERS
 from forge_ray.sweep.prices import Prices
 
-SAMPLERS = ("quasi_random", "grid", "tpe")
+SAMPLERS = ("quasi_random", "grid", "tpe", "gp", "nsga2")
+DRAWING = ("tpe", "gp", "nsga2")
+"""Samplers of Optuna that learn: they propose a trial when it starts."""
 
 
 @dataclass(kw_only=True)
@@ -22,9 +24,10 @@ class SamplerConfig:
     """How points are drawn from the space."""
 
     kind: str = "quasi_random"
-    """`quasi_random` (Sobol) and `grid` fix the trials before they run; `tpe` (Optuna) learns."""
+    """`quasi_random` (Sobol) and `grid` fix the trials before they run; `tpe`, `gp` (Gaussian
+    process) and `nsga2` of Optuna learn from those that ended."""
     seed: int = 0
-    """Seed of the Sobol scrambling or of TPE."""
+    """Seed of the Sobol scrambling or of Optuna's sampler."""
 
     def __post_init__(self) -> None:
         if self.kind not in SAMPLERS:

@@ -20,7 +20,7 @@ import ray
 from ray import tune
 
 from forge_ray.errors import ConfigError
-from forge_ray.sweep.config import SweepConfig, difference, identity, without_running
+from forge_ray.sweep.config import DRAWING, SweepConfig, difference, identity, without_running
 from forge_ray.sweep.events import SweepCallback
 from forge_ray.sweep.ledger import Ledger, SweepRecords, write_json
 from forge_ray.sweep.plan import extend_plan, quasi_random_points
@@ -101,7 +101,7 @@ def run_trials(job: SweepJob) -> RunOutcome:
     check_identity(job.folder, meaning, name=config.name)
     records = ledger.read()
     plan = make_plan(config, space, job.folder)
-    is_drawing = config.sampler.kind == "tpe"
+    is_drawing = config.sampler.kind in DRAWING
     resolve = _naming_point(job.resolve)
     if is_drawing:
         for point in itertools.islice(quasi_random_points(space, seed=0), _CHECKED_DRAWS):
@@ -138,7 +138,7 @@ def run_trials(job: SweepJob) -> RunOutcome:
             source=source,
             ledger=ledger,
             metric=config.metric,
-            # Another seed each session, or TPE would propose its first points again.
+            # Another seed each session, or it would propose its first points again.
             sampler=make_sampler(
                 config.sampler.kind, seed=config.sampler.seed + 1000 * records.sessions
             ),
@@ -257,7 +257,7 @@ def _candidates(config: SweepConfig, space: Space, previous: Space | None) -> It
     points = quasi_random_points(space, seed=sampler.seed)
     if sampler.kind == "quasi_random":
         return points
-    # TPE draws its points; only what the space gained is planned, so that it gets tried at all.
+    # Optuna draws its points; only what the space gained is planned, so that it gets tried at all.
     considered = itertools.islice(points, config.num_trials)
     return (one for one in considered if previous is not None and not previous.contains(one))
 

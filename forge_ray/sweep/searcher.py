@@ -28,7 +28,7 @@ from forge_ray.config import canonical_json
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.ledger import Ledger, TrialRecord
 from forge_ray.sweep.prices import Prices, trial_cost
-from forge_ray.sweep.space import Point, Space, optuna_values
+from forge_ray.sweep.space import Point, Space
 from forge_ray.sweep.study import KEY
 
 logger = logging.getLogger(__name__)
@@ -287,7 +287,7 @@ class PrunedAwareOptunaSearch(OptunaSearch):
     def _ask_planned(self, trial_id: str) -> TrialSpec:
         spec = self._source.next_planned(self._next_place)
         if self._parameters.contains(spec.point):
-            self._ot_study.enqueue_trial(optuna_values(spec.point))
+            self._ot_study.enqueue_trial(self._parameters.optuna_values(spec.point))
             self._ot_trials[trial_id] = self._ot_study.ask()
             self._parameters.suggest(self._ot_trials[trial_id])
         else:  # a fixed point outside the space: no parameters that a sampler could learn from

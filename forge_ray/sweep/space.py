@@ -9,160 +9,38 @@ search), and as a grid. It knows neither the configurations that points are appl
 from __future__ import annotations
 
 import json
-import math
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any
 
 from forge_ray.errors import ConfigError
-
-Value = Any
-"""A JSON value: scalar, list or mapping."""
+from forge_ray.sweep.parameters import (
+    Choice,
+    FloatRange,
+    IntRange,
+    Parameter,
+    Schedule,
+    Suggester,
+    Value,
+    label,
+    same,
+)
 
 Point = dict[str, Value]
 
-_KINDS = ("choice", "int", "float", "log", "value")
-_OPTIONS = {"int": ("when", "step"), "float": ("when", "num"), "log": ("when", "num")}
+MIN_SIZE = 8
+"""Smallest codebook of a schedule unless it says otherwise: 3 bits a level."""
 
-
-class Suggester(Protocol):
-    """The part of an Optuna trial that a space uses."""
-
-    def suggest_categorical(self, name: str, choices: Sequence[Any]) -> Any:
-        """One of `choices`."""
-
-    def suggest_int(self, name: str, low: int, high: int, *, step: int = 1) -> int:
-        """An integer of the inclusive range."""
-
-    def suggest_float(self, name: str, low: float, high: float, *, log: bool = False) -> float:
-        """A number of the inclusive range."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Parameter(ABC):
-    """One searched configuration value.
-
-    Attributes:
-        name: Dotted name inside the trial's configuration.
-        when: Values that earlier parameters must have for this one to exist.
-    """
-
-    name: str
-    when: Mapping[str, tuple[Value, ...]] = field(default_factory=dict)
-
-    def is_active(self, point: Mapping[str, Value]) -> bool:
-        """Whether the parameters decided so far call for this one."""
-        return all(
-            name in point and any(_same(point[name], value) for value in values)
-            for name, values in self.when.items()
-        )
-
-    @abstractmethod
-    def suggest(self, trial: Suggester) -> Value:
-        """The value an Optuna trial proposes."""
-
-    @abstractmethod
-    def at(self, unit: float) -> Value:
-        """The value at a position of [0, 1): equal shares for choices, linear or log for ranges."""
-
-    @abstractmethod
-    def grid(self) -> list[Value]:
-        """All values of a grid search, in a fixed order.
-
-        Raises:
-            ConfigError: A range of real numbers without `num`.
-        """
-
-    @abstractmethod
-    def contains(self, value: Value) -> bool:
-        """Whether the space can produce this value."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Choice(Parameter):
-    """One of a few values."""
-
-    values: tuple[Value, ...]
-
-    def suggest(self, trial: Suggester) -> Value:
-        """See `Parameter`; lists and mappings go through Optuna as JSON text."""
-        labels = [_label(value) for value in self.values]
-        return self.values[labels.index(trial.suggest_categorical(self.name, labels))]
-
-    def at(self, unit: float) -> Value:
-        """See `Parameter`."""
-        return self.values[min(int(unit * len(self.values)), len(self.values) - 1)]
-
-    def grid(self) -> list[Value]:
-        """See `Parameter`."""
-        return list(self.values)
-
-    def contains(self, value: Value) -> bool:
-        """See `Parameter`."""
-        return any(_same(value, one) for one in self.values)
-
-
-@dataclass(frozen=True, kw_only=True)
-class IntRange(Parameter):
-    """An integer between two inclusive ends."""
-
-    low: int
-    high: int
-    step: int = 1
-
-    def suggest(self, trial: Suggester) -> Value:
-        """See `Parameter`."""
-        return trial.suggest_int(self.name, self.low, self.high, step=self.step)
-
-    def at(self, unit: float) -> Value:
-        """See `Parameter`."""
-        values = self.grid()
-        return values[min(int(unit * len(values)), len(values) - 1)]
-
-    def grid(self) -> list[Value]:
-        """See `Parameter`."""
-        return list(range(self.low, self.high + 1, self.step))
-
-    def contains(self, value: Value) -> bool:
-        """See `Parameter`."""
-        return not isinstance(value, bool) and value in self.grid()
-
-
-@dataclass(frozen=True, kw_only=True)
-class FloatRange(Parameter):
-    """A real number between two inclusive ends, on a linear or logarithmic scale."""
-
-    low: float
-    high: float
-    log: bool = False
-    num: int | None = None
-
-    def suggest(self, trial: Suggester) -> Value:
-        """See `Parameter`."""
-        return trial.suggest_float(self.name, self.low, self.high, log=self.log)
-
-    def at(self, unit: float) -> Value:
-        """See `Parameter`."""
-        if self.log:
-            value = math.exp(math.log(self.low) + unit * math.log(self.high / self.low))
-        else:
-            value = self.low + unit * (self.high - self.low)
-        return min(max(value, self.low), self.high)
-
-    def grid(self) -> list[Value]:
-        """See `Parameter`."""
-        if self.num is None:
-            raise ConfigError(
-                f"space.{self.name}.num must be set for a grid, got none. "
-                "Set the number of grid points, or use another sampler."
-            )
-        return [self.at(index / max(self.num - 1, 1)) for index in range(self.num)]
-
-    def contains(self, value: Value) -> bool:
-        """See `Parameter`."""
-        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        return is_number and self.low <= value <= self.high
+_OPTIONS: Mapping[str, tuple[str, ...]] = {
+    "choice": (),
+    "int": ("step",),
+    "float": ("num",),
+    "log": ("num",),
+    "value": (),
+    "component": (),
+    "schedule": (),
+}
+"""The forms of an entry, and what each takes beside `when`."""
 
 
 @dataclass(frozen=True)
@@ -173,12 +51,20 @@ class Space:
 
     def suggest(self, trial: Suggester) -> Point:
         """A point from an Optuna trial (define-by-run)."""
-        return self._walk(lambda parameter: parameter.suggest(trial))
+        return self._walk(lambda parameter, point: parameter.suggest(trial, point))
+
+    def optuna_values(self, point: Mapping[str, Value]) -> dict[str, Any]:
+        """The Optuna parameters that make `suggest` give a point of this space again."""
+        values: dict[str, Any] = {}
+        for parameter in self.parameters:
+            if parameter.is_active(point):
+                values |= parameter.optuna_values(point[parameter.name], point)
+        return values
 
     def at(self, units: Sequence[float]) -> Point:
         """A point from one coordinate in [0, 1) per parameter; inactive ones are ignored."""
-        by_name = dict(zip((one.name for one in self.parameters), units, strict=True))
-        return self._walk(lambda parameter: parameter.at(by_name[parameter.name]))
+        by_label = dict(zip((one.label for one in self.parameters), units, strict=True))
+        return self._walk(lambda parameter, point: parameter.at(by_label[parameter.label], point))
 
     def grid(self) -> Iterator[Point]:
         """All points; the last parameter varies fastest."""
@@ -190,16 +76,18 @@ class Space:
         for parameter in self.parameters:
             if not parameter.is_active(active):
                 continue
-            if parameter.name not in point or not parameter.contains(point[parameter.name]):
+            if parameter.name not in point:
+                return False
+            if not parameter.contains(point[parameter.name], active):
                 return False
             active[parameter.name] = point[parameter.name]
         return len(active) == len(point)
 
-    def _walk(self, decide: Callable[[Parameter], Value]) -> Point:
+    def _walk(self, decide: Callable[[Parameter, Point], Value]) -> Point:
         point: Point = {}
         for parameter in self.parameters:
             if parameter.is_active(point):
-                point[parameter.name] = decide(parameter)
+                point[parameter.name] = decide(parameter, point)
         return point
 
     def _expand(self, point: Point, index: int) -> Iterator[Point]:
@@ -210,7 +98,7 @@ class Space:
         if not parameter.is_active(point):
             yield from self._expand(point, index + 1)
             return
-        for value in parameter.grid():
+        for value in parameter.grid(point):
             yield from self._expand({**point, parameter.name: value}, index + 1)
 
 
@@ -218,18 +106,121 @@ def parse_space(definition: Mapping[str, Any]) -> Space:
     """Reads the `space` section of a sweep file.
 
     Args:
-        definition: `{name: {choice: [...]} | {int: [low, high], step: 1} | {float: [low, high],
-            num: 5} | {log: [low, high], num: 5} | {value: x}}`, each with an optional
-            `when: {earlier name: value or list of values}`.
+        definition: `{name: entry}` with an entry of one of these forms, each with an optional
+            `when: {earlier name: value or list of values}`:
+            `{choice: [...]}`, `{int: [low, high], step: 1}`, `{float: [low, high], num: 5}`,
+            `{log: [low, high], num: 5}`, `{value: x}`,
+            `{component: {kind: {field: entry}}}`: `name.kind` and the fields of the chosen kind,
+            `{schedule: {levels: [low, high], first: [...], ratio: [...], min_size: 8}}`: a list of
+            sizes, and beside it the parameter `levels`.
 
     Raises:
-        ConfigError: A parameter is not one of these forms, or its condition names a later one.
+        ConfigError: A parameter is not one of these forms, its condition names a later one, or two
+            parameters of one name may exist at once.
     """
     parameters: list[Parameter] = []
     for name, entry in definition.items():
-        seen = [one.name for one in parameters]
-        parameters.append(_parse(name, entry, earlier=seen))
+        _add(parameters, _Place(name=str(name)), entry)
     return Space(tuple(parameters))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Place:
+    """Where an entry stands: its full name and the component kinds around it."""
+
+    name: str
+    kinds: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def where(self) -> str:
+        return f"space.{self.name}" + (f" ({self.variant})" if self.variant else "")
+
+    @property
+    def variant(self) -> str:
+        return "/".join(self.kinds.values())
+
+    @property
+    def parent(self) -> str:
+        return self.name.rpartition(".")[0]
+
+    def inside(self, kind: str, name: str) -> _Place:
+        return _Place(name=f"{self.name}.{name}", kinds={**self.kinds, f"{self.name}.kind": kind})
+
+    def beside(self, name: str) -> _Place:
+        return _Place(name=f"{self.parent}.{name}" if self.parent else name, kinds=self.kinds)
+
+
+def _add(parameters: list[Parameter], place: _Place, entry: Any) -> None:
+    """Appends what an entry stands for: one parameter, or several for the compound forms."""
+    form = _form(place, entry)
+    when = _parse_when(place, entry.get("when", {}), [one.name for one in parameters])
+    if form == "component":
+        _add_component(parameters, place, entry[form], entry.get("when", {}))
+    elif form == "schedule":
+        _add_schedule(parameters, place, entry[form], when)
+    else:
+        _append(parameters, _parse(place, form, entry, when))
+
+
+def _append(parameters: list[Parameter], parameter: Parameter) -> None:
+    for other in parameters:
+        if other.name == parameter.name and not _exclude(other, parameter):
+            raise ConfigError(
+                f"space.{parameter.name} must be given once, got it twice for the same designs. "
+                "Remove one, or give them conditions (when) that exclude each other."
+            )
+    parameters.append(parameter)
+
+
+def _exclude(first: Parameter, second: Parameter) -> bool:
+    return any(
+        not any(same(one, other) for one in first.when[name] for other in second.when[name])
+        for name in {*first.when} & {*second.when}
+    )
+
+
+def _add_component(parameters: list[Parameter], place: _Place, kinds: Any, when: Any) -> None:
+    if not isinstance(kinds, Mapping) or not kinds:
+        raise ConfigError(
+            f"{place.where}.component must map kinds to what is searched in each, got {kinds!r}. "
+            "Write {component: {rq_kmeans: {levels: {int: [2, 4]}}, fsq: {}}}."
+        )
+    kind_place = _Place(name=f"{place.name}.kind", kinds=place.kinds)
+    _add(parameters, kind_place, {"choice": list(kinds), "when": when})
+    for kind, entries in kinds.items():
+        if not isinstance(entries or {}, Mapping):
+            raise ConfigError(
+                f"{place.where}.component.{kind} must map fields to entries, got {entries!r}."
+            )
+        for name, entry in (entries or {}).items():
+            _add(parameters, place.inside(kind, name), entry)
+
+
+def _add_schedule(
+    parameters: list[Parameter], place: _Place, entry: Any, when: Mapping[str, tuple[Value, ...]]
+) -> None:
+    names = ("levels", "first", "ratio", "min_size")
+    if not isinstance(entry, Mapping) or not {"levels", "first"} <= {*entry} <= {*names}:
+        raise ConfigError(
+            f"{place.where}.schedule must have levels and first, may have ratio and min_size, got "
+            f"{entry!r}. Write {{levels: [2, 4], first: [128, 256], ratio: [0.5, 1.0]}}."
+        )
+    levels = place.beside("levels")
+    ends = entry["levels"]
+    low, high = _parse_range(levels.where, "int", ends if _is_list(ends) else [ends, ends])
+    first = _parse_choices(f"{place.where}.schedule.first", entry["first"])
+    ratio = _parse_choices(f"{place.where}.schedule.ratio", entry.get("ratio", [1.0]))
+    min_size = entry.get("min_size", MIN_SIZE)
+    is_whole = all(isinstance(one, int) and one >= 2 for one in (*first, min_size))
+    if low < 1 or not is_whole or not all(_is_number(one) and one > 0 for one in ratio):
+        raise ConfigError(
+            f"{place.where}.schedule must have levels >= 1, whole first and min_size >= 2 and "
+            f"ratio > 0, got {dict(entry)}. Change them."
+        )
+    shared: dict[str, Any] = {"when": when, "variant": place.variant}
+    _append(parameters, IntRange(name=levels.name, low=int(low), high=int(high), **shared))
+    sizes = {"first": tuple(first), "ratio": tuple(ratio), "min_size": min_size}
+    _append(parameters, Schedule(name=place.name, levels=levels.name, **sizes, **shared))
 
 
 def apply_point(base: Mapping[str, Any], point: Mapping[str, Value]) -> dict[str, Any]:
@@ -257,11 +248,6 @@ def apply_point(base: Mapping[str, Any], point: Mapping[str, Value]) -> dict[str
     return merged
 
 
-def optuna_values(point: Mapping[str, Value]) -> dict[str, Any]:
-    """A point as Optuna stores it: lists and mappings as JSON text."""
-    return {name: _label(value) for name, value in point.items()}
-
-
 def label_point(point: Mapping[str, Value]) -> str:
     """A point on one line for people: `rq_vae levels=3 behaviour.alpha=0.5 bucket`.
 
@@ -270,67 +256,58 @@ def label_point(point: Mapping[str, Value]) -> str:
     words = []
     for name, value in point.items():
         parts = name.split(".")
-        label = ".".join(parts[max(2, len(parts) - 2) :]) or parts[-1]
-        words.append(_short(value) if parts[-1] == "kind" else f"{label}={_short(value)}")
+        shown = ".".join(parts[max(2, len(parts) - 2) :]) or parts[-1]
+        words.append(_short(value) if parts[-1] == "kind" else f"{shown}={_short(value)}")
     return " ".join(words)
 
 
 def _short(value: Value) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(_label(value))
+    return f"{value:.3g}" if isinstance(value, float) else str(label(value))
 
 
-def _label(value: Value) -> Any:
-    is_scalar = value is None or isinstance(value, (bool, int, float, str))
-    return value if is_scalar else json.dumps(value)
-
-
-def _same(first: Value, second: Value) -> bool:
-    # `True == 1` in Python, yet they are two choices.
-    return isinstance(first, bool) == isinstance(second, bool) and bool(first == second)
-
-
-def _parse(name: str, entry: Any, *, earlier: Sequence[str]) -> Parameter:
-    where = f"space.{name}"
-    if not isinstance(entry, Mapping) or sum(kind in entry for kind in _KINDS) != 1:
+def _form(place: _Place, entry: Any) -> str:
+    if not isinstance(entry, Mapping) or sum(form in entry for form in _OPTIONS) != 1:
         raise ConfigError(
-            f"{where} must have one of {', '.join(_KINDS)}, got {entry!r}. "
-            f"Write {name}: {{choice: [a, b]}}."
+            f"{place.where} must have one of {', '.join(_OPTIONS)}, got {entry!r}. "
+            f"Write {place.name}: {{choice: [a, b]}}."
         )
-    kind = next(one for one in _KINDS if one in entry)
-    options = _OPTIONS.get(kind, ("when",))
-    unknown = set(entry) - {kind, *options}
+    form = next(one for one in _OPTIONS if one in entry)
+    allowed = (form, "when", *_OPTIONS[form])
+    unknown = set(entry) - set(allowed)
     if unknown:
         raise ConfigError(
-            f"{where} must have only {kind}, {', '.join(options)}, got "
+            f"{place.where} must have only {', '.join(allowed)}, got "
             f"{', '.join(sorted(unknown))}. Remove it."
         )
-    when = _parse_when(where, entry.get("when", {}), earlier)
-    if kind == "value":
-        return Choice(name=name, when=when, values=(entry[kind],))
-    if kind == "choice":
-        return Choice(name=name, when=when, values=_parse_choices(where, entry[kind]))
-    low, high = _parse_range(where, kind, entry[kind])
-    if kind == "int":
-        return IntRange(
-            name=name, when=when, low=int(low), high=int(high), step=int(entry.get("step", 1))
-        )
-    return FloatRange(
-        name=name, when=when, low=low, high=high, log=kind == "log", num=entry.get("num")
-    )
+    return form
+
+
+def _parse(
+    place: _Place, form: str, entry: Mapping[str, Any], when: Mapping[str, tuple[Value, ...]]
+) -> Parameter:
+    shared: dict[str, Any] = {"name": place.name, "when": when, "variant": place.variant}
+    if form == "value":
+        return Choice(values=(entry[form],), **shared)
+    if form == "choice":
+        return Choice(values=_parse_choices(f"{place.where}.choice", entry[form]), **shared)
+    low, high = _parse_range(place.where, form, entry[form])
+    if form == "int":
+        return IntRange(low=int(low), high=int(high), step=int(entry.get("step", 1)), **shared)
+    return FloatRange(low=low, high=high, log=form == "log", num=entry.get("num"), **shared)
 
 
 def _parse_choices(where: str, values: Any) -> tuple[Value, ...]:
-    if not isinstance(values, (list, tuple)) or not values:
-        raise ConfigError(f"{where}.choice must be a list of values, got {values!r}. List them.")
+    if not _is_list(values) or not values:
+        raise ConfigError(f"{where} must be a list of values, got {values!r}. List them.")
     for index, value in enumerate(values):
-        if any(_same(value, other) for other in values[:index]):
-            raise ConfigError(f"{where}.choice must not repeat, got {value!r} twice. Remove one.")
+        if any(same(value, other) for other in values[:index]):
+            raise ConfigError(f"{where} must not repeat, got {value!r} twice. Remove one.")
     return tuple(values)
 
 
 def _parse_range(where: str, kind: str, ends: Any) -> tuple[float, float]:
-    is_pair = isinstance(ends, (list, tuple)) and len(ends) == 2
-    if not is_pair or any(isinstance(end, bool) or not _is_number(end) for end in ends):
+    is_pair = _is_list(ends) and len(ends) == 2
+    if not is_pair or not all(_is_number(end) for end in ends):
         raise ConfigError(f"{where}.{kind} must be [low, high], got {ends!r}. Write two numbers.")
     low, high = ends
     if low > high or (kind == "log" and low <= 0):
@@ -342,19 +319,27 @@ def _parse_range(where: str, kind: str, ends: Any) -> tuple[float, float]:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float))
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
-def _parse_when(where: str, condition: Any, earlier: Sequence[str]) -> dict[str, tuple[Value, ...]]:
+def _is_list(value: Any) -> bool:
+    return isinstance(value, (list, tuple))
+
+
+def _parse_when(
+    place: _Place, condition: Any, earlier: Sequence[str]
+) -> dict[str, tuple[Value, ...]]:
     if not isinstance(condition, Mapping):
-        raise ConfigError(f"{where}.when must map names to values, got {condition!r}.")
-    for name in condition:
-        if name not in earlier:
+        raise ConfigError(f"{place.where}.when must map names to values, got {condition!r}.")
+    when: dict[str, tuple[Value, ...]] = {name: (kind,) for name, kind in place.kinds.items()}
+    for name, value in condition.items():
+        # Inside a component, a field may be named as its siblings name it.
+        near = place.beside(name).name if place.kinds else name
+        full = near if near in earlier else name
+        if full not in earlier:
             raise ConfigError(
-                f"{where}.when must name a parameter above it, got {name!r}. "
-                f"Parameters above: {', '.join(earlier) or 'none'}."
+                f"{place.where}.when must name a parameter above it, got {name!r}. "
+                f"Parameters above: {', '.join(dict.fromkeys(earlier)) or 'none'}."
             )
-    return {
-        name: tuple(value) if isinstance(value, (list, tuple)) else (value,)
-        for name, value in condition.items()
-    }
+        when[full] = tuple(value) if _is_list(value) else (value,)
+    return when

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import optuna
-from optuna.samplers import BaseSampler, RandomSampler, TPESampler
+from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
@@ -21,10 +21,13 @@ from optuna.trial import FrozenTrial, TrialState
 from forge_ray.config import canonical_json
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.ledger import TrialRecord
-from forge_ray.sweep.space import Space, optuna_values
+from forge_ray.sweep.space import Space
 
 KEY = "trial_key"
 """Optuna user attribute that holds the trial key."""
+
+POPULATION = 16
+"""Trials of a generation of `nsga2`: Optuna's 50 would be the whole of most sweeps."""
 
 _STATES = {
     "complete": TrialState.COMPLETE,
@@ -59,7 +62,14 @@ def study_name(sweep: str, definition: Mapping[str, Any]) -> str:
 
 def make_sampler(kind: str, *, seed: int) -> BaseSampler:
     """The Optuna sampler behind a sampler kind; planned kinds enqueue every point themselves."""
-    return TPESampler(seed=seed) if kind == "tpe" else RandomSampler(seed=seed)
+    if kind == "tpe":
+        return TPESampler(seed=seed)
+    if kind == "gp":
+        # Parameters that not every trial has are drawn on their own: no news to anyone.
+        return GPSampler(seed=seed, warn_independent_sampling=False)
+    if kind == "nsga2":
+        return NSGAIISampler(seed=seed, population_size=POPULATION)
+    return RandomSampler(seed=seed)
 
 
 def close_unfinished(storage: BaseStorage, sweep: str, records: Mapping[str, TrialRecord]) -> int:
@@ -111,7 +121,7 @@ def _close(storage: BaseStorage, trial: FrozenTrial, record: TrialRecord | None)
 
 
 def _frozen(space: Space, record: TrialRecord, *, metric: str) -> FrozenTrial:
-    fixed = optuna.trial.FixedTrial(optuna_values(record.point), number=record.number)
+    fixed = optuna.trial.FixedTrial(space.optuna_values(record.point), number=record.number)
     space.suggest(fixed)
     steps = {int(row["global_step"]): float(row[metric]) for row in record.history if metric in row}
     return optuna.trial.create_trial(

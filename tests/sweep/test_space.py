@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from forge_ray.config import canonical_json
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.plan import extend_plan, quasi_random_points
-from forge_ray.sweep.space import apply_point, label_point, optuna_values, parse_space
+from forge_ray.sweep.space import apply_point, label_point, parse_space
+from forge_ray.sweep.study import make_sampler
 
 DEFINITION = {
     "sid.quantizer.kind": {"choice": ["rq_kmeans", "rq_vae"]},
@@ -25,6 +26,37 @@ DEFINITION = {
     "gr.dropout": {"float": [0.0, 0.5], "num": 2},
 }
 SPACE = parse_space(DEFINITION)
+
+
+COMPONENTS = parse_space(
+    {
+        "sid.vectors.behaviour.alpha": {"choice": [0.0, 0.5]},
+        "sid.quantizer": {
+            "component": {
+                "rq_kmeans": {
+                    "sizes": {
+                        "schedule": {"levels": [2, 4], "first": [64, 16], "ratio": [0.5, 1.0]}
+                    },
+                },
+                "rq_vae": {
+                    "levels": {"int": [3, 4]},
+                    "codebook_size": {"choice": [64, 256]},
+                    "alignment": {
+                        "component": {"none": {}, "forge_i2i": {"weight": {"value": 0.1}}}
+                    },
+                    "lr": {"log": [1e-3, 1e-2], "num": 2, "when": {"levels": 3}},
+                    "max_steps": {
+                        "choice": [100, 200],
+                        "when": {"sid.vectors.behaviour.alpha": 0.5},
+                    },
+                },
+                "fsq": None,
+            },
+            "when": {"sid.vectors.behaviour.alpha": [0.0, 0.5]},
+        },
+        "sid.resolver.kind": {"choice": ["bucket", "zcr"], "when": {"sid.quantizer.kind": "fsq"}},
+    }
+)
 
 
 def names(points) -> list[str]:
@@ -51,10 +83,76 @@ def test_unit_cube_gives_points_of_the_space(units) -> None:
 def test_suggest_records_and_replays_points_in_optuna() -> None:
     study = optuna.create_study()
     for point in itertools.islice(quasi_random_points(SPACE, seed=3), 8):
-        study.enqueue_trial(optuna_values(point))
+        study.enqueue_trial(SPACE.optuna_values(point))
         trial = study.ask()
         assert SPACE.suggest(trial) == point
-        assert trial.params == optuna_values(point)
+        assert trial.params == SPACE.optuna_values(point)
+
+
+def test_components_bring_their_own_sub_spaces() -> None:
+    points = list(COMPONENTS.grid())
+    by_kind = {
+        kind: [one for one in points if one["sid.quantizer.kind"] == kind]
+        for kind in ("rq_kmeans", "rq_vae", "fsq")
+    }
+    lists = {2: 4, 3: 4, 4: 4}
+    assert len(by_kind["rq_kmeans"]) == 2 * sum(lists.values())
+    # levels 3 has two rates, levels 4 none; alpha .5 has two lengths.
+    assert len(by_kind["rq_vae"]) == (1 + 2) * 2 * 2 * (2 + 1)
+    assert len(by_kind["fsq"]) == 2 * 2
+    aligned = [one for one in points if one.get("sid.quantizer.alignment.kind") == "forge_i2i"]
+    assert {one["sid.quantizer.alignment.weight"] for one in aligned} == {0.1}
+    assert all(("sid.quantizer.lr" in x) == (x["sid.quantizer.levels"] == 3) for x in aligned)
+    assert {one["sid.quantizer.levels"] for one in by_kind["rq_vae"]} == {3, 4}
+    # One name, two ranges: Optuna sees two parameters.
+    labels = [one.label for one in COMPONENTS.parameters]
+    assert len(set(labels)) == len(labels)
+    assert {"sid.quantizer.levels[rq_kmeans]", "sid.quantizer.levels[rq_vae]"} <= set(labels)
+
+
+def test_a_schedule_makes_sizes_by_level() -> None:
+    schedule = {"levels": [1, 3], "first": [512, 20], "ratio": [0.5, 1.0], "min_size": 8}
+    space = parse_space({"q.sizes": {"schedule": schedule}})
+    points = list(space.grid())
+    assert {"q.levels": 3, "q.sizes": [512, 256, 128]} in points
+    assert {"q.levels": 3, "q.sizes": [20, 10, 8]} in points
+    # One level: both ratios make the same list, which counts once.
+    assert [one["q.sizes"] for one in points if one["q.levels"] == 1] == [[512], [20]]
+    assert not space.contains({"q.levels": 3, "q.sizes": [512, 256]})
+    assert not space.contains({"q.levels": 2, "q.sizes": [512, 255]})
+    assert space.optuna_values({"q.levels": 2, "q.sizes": [20, 10]}) == {
+        "q.levels": 2,
+        "q.sizes.first": 20,
+        "q.sizes.ratio": 0.5,
+    }
+    grows = parse_space({"q.sizes": {"schedule": {"levels": 2, "first": [8], "ratio": [4]}}})
+    assert list(grows.grid()) == [{"q.levels": 2, "q.sizes": [8, 32]}]
+
+
+@pytest.mark.parametrize("space", [SPACE, COMPONENTS], ids=["flat", "components"])
+def test_all_samplers_agree_on_what_a_point_is(space) -> None:
+    study = optuna.create_study(sampler=optuna.samplers.RandomSampler(seed=0))
+    drawn = [space.suggest(study.ask()) for _ in range(40)]
+    planned = list(itertools.islice(quasi_random_points(space, seed=3), 40))
+    for point in (*space.grid(), *drawn, *planned):
+        assert space.contains(point)
+        # Optuna's parameters give the point again, and no parameter is left over.
+        values = space.optuna_values(point)
+        fixed = optuna.trial.FixedTrial(values)
+        assert space.suggest(fixed) == point
+        assert fixed.params == values
+        assert not space.contains({**point, "other": 1})
+        missing = dict(list(point.items())[:-1])
+        assert not space.contains(missing)
+
+
+def test_every_sampler_of_optuna_takes_conditional_components() -> None:
+    for kind in ("tpe", "gp", "nsga2"):
+        study = optuna.create_study(sampler=make_sampler(kind, seed=1), direction="maximize")
+        for number in range(12):
+            trial = study.ask()
+            assert COMPONENTS.contains(COMPONENTS.suggest(trial))
+            study.tell(trial, number / 12)
 
 
 def test_quasi_random_prefix_is_stable_and_distinct() -> None:
@@ -130,6 +228,23 @@ def test_label_is_one_short_line() -> None:
         ({"a": {"float": [0, "x"]}}, r"\[low, high\]"),
         ({"a": {"choice": [1], "size": 2}}, "must have only"),
         ({"a": {"float": [0, 1], "step": 2}}, "must have only float, when, num, got step"),
+        ({"q": {"component": ["a", "b"]}}, "must map kinds"),
+        ({"q": {"component": {"a": [1]}}}, "must map fields to entries"),
+        ({"q": {"component": {"a": {"x": 3}}}}, r"space.q.x \(a\) must have one of"),
+        ({"q.kind": {"choice": ["a"]}, "q": {"component": {"a": {}}}}, "space.q.kind .* once"),
+        (
+            {"q.x": {"int": [1, 2]}, "q": {"component": {"a": {"x": {"int": [1, 2]}}}}},
+            "must be given once",
+        ),
+        ({"q": {"component": {"a": {"x": {"value": 1, "when": {"y": 1}}}}}}, "parameter above it"),
+        ({"s": {"schedule": {"first": [8]}}}, "must have levels and first"),
+        ({"s": {"schedule": {"levels": 2, "first": [1]}}}, "first and min_size >= 2"),
+        ({"s": {"schedule": {"levels": 2, "first": [8], "ratio": [0]}}}, "ratio > 0"),
+        ({"s": {"schedule": {"levels": 2, "first": 8}}}, "schedule.first must be a list"),
+        (
+            {"q.levels": {"int": [2, 3]}, "q.sizes": {"schedule": {"levels": 2, "first": [8]}}},
+            "space.q.levels must be given once",
+        ),
         ({"a": {"choice": [1], "when": {"b": 1}}, "b": {"choice": [1]}}, "parameter above it"),
     ],
 )
