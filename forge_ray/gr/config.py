@@ -182,7 +182,7 @@ _RUNNING = (
     "keep_checkpoints",
 )
 _RUNNING_PARTS = {
-    "engine": ("micro_batch", "activation_checkpointing"),
+    "engine": ("micro_batch", "activation_checkpointing", "compile"),
     "data": ("segments_per_execution", "prefetch_batches", "read_tasks", "read_cpus"),
     "validation": ("batch_users", "aside", "cpus", "gpus"),
 }

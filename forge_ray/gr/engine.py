@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, distributed
 
 from forge_ray.errors import ArtifactError, ConfigError
+from forge_ray.gr.compiling import compile_blocks
 from forge_ray.gr.models.base import Generator, TokenBatch
 
 T = TypeVar("T")
@@ -64,6 +65,9 @@ class EngineConfig:
     activation_checkpointing: bool = False
     """Whether transformer blocks compute their activations again in the backward pass instead of
     keeping them: less memory for one more forward pass. The loss is the same."""
+    compile: bool = False
+    """Whether transformer blocks run as code that torch.compile makes of them, at the cost of some
+    time at the start and of a compiler on every node. The loss is the same to float tolerance."""
 
     def __post_init__(self) -> None:
         """Checks the ranges."""
@@ -80,6 +84,11 @@ class EngineConfig:
         if self.learning_rate <= 0:
             raise ConfigError(
                 f"engine.learning_rate must be > 0, got {self.learning_rate}. Use e.g. 1e-3."
+            )
+        if self.compile and self.activation_checkpointing:
+            raise ConfigError(
+                "engine.compile must be false with engine.activation_checkpointing=true, got true: "
+                "what a compiled block keeps cannot be computed again. Choose one of the two."
             )
 
     def accumulation(self, world_size: int) -> int:
@@ -160,6 +169,12 @@ class Engine:
         self.device = (
             torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
         )
+        if config.compile:
+            blocks = generator.compilable()
+            compile_blocks(blocks, self.device)
+            if config.zero_stage == 3:
+                # The weights of a whole block are fetched around it, not inside its code.
+                deepspeed.utils.set_z3_leaf_modules(generator, list({type(one) for one in blocks}))
         optimizer = torch.optim.AdamW(
             generator.parameters(),
             lr=config.learning_rate,

@@ -360,6 +360,7 @@ def test_config_rules():
     [
         "engine.micro_batch=8",
         "engine.activation_checkpointing=true",
+        "engine.compile=true",
         "validation.batch_users=7",
         "validation.cpus=1",
         "validation.gpus=1",

@@ -338,6 +338,14 @@ class Generator(nn.Module, ABC):
                 # Reentrant checkpoints lose gradients of arguments given by name.
                 stack.gradient_checkpointing_enable({"use_reentrant": False})
 
+    def compilable(self) -> list[nn.Module]:
+        """The parts that repeat and cost most, none inside another; training may compile them."""
+        # Imported here: transformers costs seconds, and configs are read by processes that train
+        # nothing.
+        from transformers.modeling_layers import GradientCheckpointingLayer
+
+        return [one for one in self.modules() if isinstance(one, GradientCheckpointingLayer)]
+
     def competing_logits(self, hidden_MD: Tensor, prefixes: Tensor, level: int) -> Tensor:
         """Scores the codes that compete in the loss of a level.
 

@@ -201,4 +201,7 @@ def register_kernel() -> None:
     """Makes `packed_attention` known to transformers, under `KERNEL`."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(KERNEL, packed_attention)
+    # Which rectangles there are differs from batch to batch: compiled blocks call the kernel as it
+    # is. Wrapped here, as the wrapper's import costs a second.
+    kernel = torch.compiler.disable(packed_attention)  # type: ignore[no-untyped-call]
+    AttentionInterface.register(KERNEL, kernel)

@@ -235,6 +235,10 @@ class RqTransformer(Generator):
         codes = batch.codes[is_item]
         return self.level_loss_sum(self.network(self._sums(states[is_item], codes)), codes)
 
+    def compilable(self) -> list[nn.Module]:
+        """See `Generator.compilable`."""
+        return [*self.reader.blocks, self.network]
+
     def competing_logits(self, hidden_MD: Tensor, prefixes: Tensor, level: int) -> Tensor:
         """See `Generator.competing_logits`."""
         logits = super().competing_logits(hidden_MD, prefixes, level)
