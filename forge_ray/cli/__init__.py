@@ -24,6 +24,7 @@ GROUPS = {
     "sweep": "Run, watch, report and finalize pruned sweeps over SID designs.",
     "artifacts": "List, show and remove stored artifacts.",
 }
+COMMANDS = {"dashboard": "Show sweeps in a browser: studies, report, links."}
 
 
 def build_app(words: Sequence[str]) -> typer.Typer:
@@ -45,6 +46,9 @@ def build_app(words: Sequence[str]) -> typer.Typer:
             group = typer.Typer()
             group.callback(invoke_without_command=True)(_stand_in)
         app.add_typer(group, name=name, help=text)
+    for name, text in COMMANDS.items():
+        module = importlib.import_module(f"forge_ray.cli.{name}") if name == wanted else None
+        app.command(name, help=text)(getattr(module, name) if module else _stand_in)
     return app
 
 

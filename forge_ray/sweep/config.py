@@ -13,6 +13,7 @@ from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.objectives import direction
 from forge_ray.sweep.order import ORDERS
 from forge_ray.sweep.prices import Prices
+from forge_ray.sweep.trackers.config import TrackersConfig
 
 SAMPLERS = ("quasi_random", "grid", "tpe", "gp", "nsga2")
 DRAWING = ("tpe", "gp", "nsga2")
@@ -145,6 +146,8 @@ class SweepConfig:
     storage: str = ""
     """Optuna storage URL (sqlite:///…, postgresql://…) or the path of a `.journal` file; empty
     keeps a SQLite file in the sweep's folder."""
+    trackers: TrackersConfig = field(default_factory=TrackersConfig)
+    """MLflow, TensorBoard, Weights & Biases: where trials are reported to beside the ledger."""
     finalize: bool = False
     """Whether `sweep run` ends with the test split, the first time that it finishes."""
 

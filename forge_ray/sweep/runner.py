@@ -7,18 +7,22 @@ is restored from Tune's own pickles.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import ray
+from optuna.storages import BaseStorage
 from ray import tune
 
+from forge_ray.config import to_yaml
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.config import DRAWING, SweepConfig, difference, identity, without_running
 from forge_ray.sweep.events import SweepCallback
@@ -34,7 +38,11 @@ from forge_ray.sweep.study import (
     make_sampler,
     open_storage,
     study_name,
+    without_password,
 )
+from forge_ray.sweep.trackers.clients import make_trackers
+from forge_ray.sweep.trackers.config import check_libraries
+from forge_ray.sweep.trackers.feed import feeding
 from forge_ray.sweep.trial import Stages, TrialRules, run_trial
 
 logger = logging.getLogger(__name__)
@@ -48,6 +56,8 @@ _TUNE_ENV = {
 }
 _CHECKED_DRAWS = 64
 _IDENTITY, _PLAN = "identity.json", "plan.json"
+SAVED = "sweep.yaml"
+"""The sweep file as the last session ran it, less its password."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,6 +107,7 @@ def run_trials(job: SweepJob) -> RunOutcome:
     """
     config, ledger = job.config, job.ledger
     space = parse_space(config.space)
+    check_libraries(config.trackers)
     meaning = identity(config, dataset_key=job.dataset_key)
     check_identity(job.folder, meaning, name=config.name)
     records = ledger.read()
@@ -122,33 +133,9 @@ def run_trials(job: SweepJob) -> RunOutcome:
     closed = close_unfinished(storage, config.name, records.trials)
     if closed:
         logger.info("closed %d Optuna trials that a dead driver left running", closed)
-    if source.remaining:
-        scheduler = _scheduler(job)
-        if config.order == "promising" and len(source.queue) > 1:
-            scores = score_waiting(
-                source.queue,
-                stages=job.stages,
-                ledger=ledger,
-                known={key: one.proxies for key, one in records.scored.items()},
-                max_concurrent=config.max_concurrent,
-            )
-            scheduler.order_by(scores)
-        searcher = PrunedAwareOptunaSearch(
-            space=space,
-            source=source,
-            ledger=ledger,
-            metric=config.metric,
-            # Another seed each session, or it would propose its first points again.
-            sampler=make_sampler(
-                config.sampler.kind, seed=config.sampler.seed + 1000 * records.sessions
-            ),
-            study_name=study_name(config.name, config.space),
-            storage=storage,
-            next_place=scheduler.next_place if config.order == "promising" else _in_order,
-            prices=config.budget.prices,
-        )
-        copy_finished(searcher.study, space, records.finished(), metric=config.metric)
-        _fit(job, searcher, scheduler, source, ledger, session=records.sessions)
+    with _tracking(job) as tracked:  # which also sends what earlier sessions could not
+        if source.remaining:
+            _search(job, source, ledger, records=records, storage=storage, callbacks=tracked)
     after = ledger.read()
     # A trial that was waiting to start when the session ended was never told.
     close_unfinished(storage, config.name, after.trials)
@@ -156,6 +143,49 @@ def run_trials(job: SweepJob) -> RunOutcome:
         ledger.write_trial(record)
     is_open = any(one.state == "running" and source.wants(one.key) for one in after.trials.values())
     return RunOutcome(records=after, is_complete=not (is_open or source.queue or source.may_draw))
+
+
+def _search(
+    job: SweepJob,
+    source: TrialSource,
+    ledger: Ledger,
+    *,
+    records: SweepRecords,
+    storage: BaseStorage,
+    callbacks: Sequence[tune.Callback],
+) -> None:
+    config, space = job.config, parse_space(job.config.space)
+    scheduler = _scheduler(job)
+    if config.order == "promising" and len(source.queue) > 1:
+        scores = score_waiting(
+            source.queue,
+            stages=job.stages,
+            ledger=ledger,
+            known={key: one.proxies for key, one in records.scored.items()},
+            max_concurrent=config.max_concurrent,
+        )
+        scheduler.order_by(scores)
+    searcher = PrunedAwareOptunaSearch(
+        space=space,
+        source=source,
+        ledger=ledger,
+        metric=config.metric,
+        # Another seed each session, or it would propose its first points again.
+        sampler=make_sampler(
+            config.sampler.kind, seed=config.sampler.seed + 1000 * records.sessions
+        ),
+        study_name=study_name(config.name, config.space),
+        storage=storage,
+        next_place=scheduler.next_place if config.order == "promising" else _in_order,
+        prices=config.budget.prices,
+    )
+    copy_finished(searcher.study, space, records.finished(), metric=config.metric)
+    _fit(job, searcher, scheduler, source, ledger, session=records.sessions, callbacks=callbacks)
+
+
+def _tracking(job: SweepJob) -> AbstractContextManager[list[tune.Callback]]:
+    trackers = make_trackers(job.config.trackers, sweep=job.config.name, folder=job.folder)
+    return feeding(trackers, job.folder)
 
 
 def _in_order(waiting: Sequence[str]) -> int:
@@ -180,6 +210,7 @@ def _fit(
     ledger: Ledger,
     *,
     session: int,
+    callbacks: Sequence[tune.Callback],
 ) -> None:
     config, hours = job.config, job.config.budget.max_hours
     os.environ.update(_TUNE_ENV)
@@ -211,7 +242,8 @@ def _fit(
         run_config=tune.RunConfig(
             name=f"session-{session:03d}",
             storage_path=str(job.folder / "tune"),
-            callbacks=[callback],
+            # The ledger's first: the others read it.
+            callbacks=[callback, *callbacks],
             verbose=0,
         ),
     )
@@ -283,6 +315,8 @@ def check_identity(folder: Path, content: Mapping[str, Any], *, name: str) -> No
 def _write_claim(job: SweepJob, meaning: Mapping[str, Any], plan: list[Point]) -> None:
     if not (job.folder / _IDENTITY).exists():
         write_json(job.folder / _IDENTITY, meaning)
+    shown = dataclasses.replace(job.config, storage=without_password(job.config.storage))
+    (job.folder / SAVED).write_text(to_yaml(shown), encoding="utf-8")
     write_json(job.folder / _PLAN, {"space": job.config.space, "points": plan})
 
 

@@ -29,7 +29,7 @@ from forge_ray.errors import ConfigError
 from forge_ray.sweep.ledger import Ledger, TrialRecord
 from forge_ray.sweep.prices import Prices, trial_cost
 from forge_ray.sweep.space import Point, Space
-from forge_ray.sweep.study import KEY
+from forge_ray.sweep.study import KEY, proxy_attributes
 
 logger = logging.getLogger(__name__)
 
@@ -247,11 +247,9 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         return spec.params()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
-        """Gives Optuna the metric at its optimizer step; other rows carry none."""
-        value = result.get(self.metric)
-        is_open = trial_id in self._ot_trials and trial_id not in self._completed_trials
-        if result.get("stage") == "gr" and is_open and value is not None and math.isfinite(value):
-            self._ot_trials[trial_id].report(float(value), step=int(result["global_step"]))
+        """Gives Optuna proxies as attributes, and the metric at its optimizer step."""
+        if trial_id in self._ot_trials and trial_id not in self._completed_trials:
+            self.on_row(self._ot_trials[trial_id], result)
 
     def on_trial_complete(
         self, trial_id: str, result: dict[str, Any] | None = None, error: bool = False
@@ -267,11 +265,16 @@ class PrunedAwareOptunaSearch(OptunaSearch):
             self._ledger.append("finish", key=self._specs[trial_id].key, **vars(outcome))
         if outcome.state == "pruned" and result is not None:
             # Tune skips `on_trial_result` for the row that stops a trial.
-            self.on_last_row(trial, result)
+            self.on_row(trial, result)
         self._tell(trial, outcome, dict(result or {}))
 
-    def on_last_row(self, trial: Trial, result: Mapping[str, Any]) -> None:
-        """Gives Optuna the intermediate value of the row that stopped a trial."""
+    def on_row(self, trial: Trial, result: Mapping[str, Any]) -> None:
+        """Gives Optuna what one flattened row holds, also of the row that stops a trial."""
+        if result.get("stage") == "proxy":
+            start = len("proxy/")
+            scores = {key[start:]: one for key, one in result.items() if key.startswith("proxy/")}
+            for name, score in proxy_attributes(scores).items():
+                trial.set_user_attr(name, score)
         value = result.get(str(self.metric))
         if result.get("stage") == "gr" and value is not None and math.isfinite(value):
             trial.report(float(value), step=int(result["global_step"]))

@@ -7,6 +7,7 @@ change; the finished trials that the new space contains are copied into the new 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +18,7 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
+from sqlalchemy.engine import make_url
 
 from forge_ray.config import canonical_json
 from forge_ray.errors import ConfigError
@@ -54,6 +56,13 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
     return RDBStorage(url, engine_kwargs=options)
 
 
+def without_password(url: str) -> str:
+    """A storage URL for files that others may read; the driver then asks PGPASSWORD or the like."""
+    if "://" not in url or make_url(url).password is None:
+        return url
+    return make_url(url).set(password=None).render_as_string(hide_password=False)
+
+
 def study_name(sweep: str, definition: Mapping[str, Any]) -> str:
     """Name of the study for one definition of the space."""
     digest = hashlib.sha256(canonical_json(dict(definition)).encode()).hexdigest()
@@ -70,6 +79,15 @@ def make_sampler(kind: str, *, seed: int) -> BaseSampler:
     if kind == "nsga2":
         return NSGAIISampler(seed=seed, population_size=POPULATION)
     return RandomSampler(seed=seed)
+
+
+def proxy_attributes(proxies: Mapping[str, Any]) -> dict[str, float]:
+    """Proxies as Optuna user attributes: `proxy:backoff_bits` and so on, numbers only."""
+    return {
+        f"proxy:{name}": float(value)
+        for name, value in proxies.items()
+        if isinstance(value, (int, float)) and math.isfinite(value)
+    }
 
 
 def close_unfinished(storage: BaseStorage, sweep: str, records: Mapping[str, TrialRecord]) -> int:
@@ -129,6 +147,12 @@ def _frozen(space: Space, record: TrialRecord, *, metric: str) -> FrozenTrial:
         value=record.value if record.state == "complete" else None,
         params=fixed.params,
         distributions=fixed.distributions,
-        user_attrs={KEY: record.key, "reason": record.reason, "cached": True},
+        user_attrs={
+            KEY: record.key,
+            "number": record.number,
+            "reason": record.reason,
+            "cached": True,
+            **proxy_attributes(record.proxies),
+        },
         intermediate_values=steps,
     )

@@ -22,6 +22,7 @@ from forge_ray.sweep.report import write_report
 from forge_ray.sweep.resolve import check_rungs, resolve_point, trial_config
 from forge_ray.sweep.runner import SweepJob, run_trials
 from forge_ray.sweep.stages import ForgeStages
+from forge_ray.sweep.trackers.config import check_libraries
 
 logger = logging.getLogger(__name__)
 
@@ -61,6 +62,7 @@ def run_sweep(config: SweepConfig, store: ArtifactStore) -> SweepResult:
         ConfigError: The file, the sweep's identity or a point breaks a rule; no trial has run.
     """
     check_rungs(config)
+    check_libraries(config.trackers)
     folder = sweep_folder(config, store)
     with SweepLock(folder).held():
         dataset = open_dataset(config, store, folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from pathlib import Path
 
 import optuna
@@ -11,6 +12,7 @@ import pytest
 import ray
 from optuna.trial import TrialState
 
+from forge_ray.config import load_config
 from forge_ray.errors import ConfigError
 from forge_ray.sweep import runner
 from forge_ray.sweep.config import BudgetConfig, SamplerConfig, SweepConfig
@@ -19,6 +21,7 @@ from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.ledger import SweepRecords
 from forge_ray.sweep.runner import SweepJob, check_identity, run_trials
 from forge_ray.sweep.study import open_storage
+from forge_ray.sweep.trackers.config import MlflowConfig, TensorboardConfig, TrackersConfig
 from tests.sweep import stubs
 from tests.sweep.stubs import StubStages, stages_run, stub_resolve
 
@@ -220,3 +223,26 @@ def test_another_identity_is_refused(tmp_path: Path) -> None:
     check_identity(tmp_path, {"a": {"b": 1}}, name="x")
     with pytest.raises(ConfigError, match=r"a\.b: 1 -> 2"):
         check_identity(tmp_path, {"a": {"b": 2}}, name="x")
+
+
+@pytest.mark.ray
+def test_trackers_hear_of_a_sweep_and_a_dead_one_does_not_end_it(
+    ray_local, tmp_path: Path, monkeypatch, caplog
+) -> None:
+    pytest.importorskip("mlflow")
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    trackers = TrackersConfig(
+        tensorboard=TensorboardConfig(), mlflow=MlflowConfig(tracking_uri="http://127.0.0.1:9")
+    )
+    with caplog.at_level(logging.WARNING, logger="forge_ray"):
+        records = run(tmp_path, dataclasses.replace(CONFIG, trackers=trackers))
+    assert len(records.finished()) == 4
+    assert caplog.text.count("trackers.mlflow: cannot write to http://127.0.0.1:9") == 1
+    folders = sorted(one.name for one in (tmp_path / "tensorboard").iterdir())
+    assert folders == sorted(one.name for one in records.trials.values())
+    sent = json.loads(next((tmp_path / "trackers").glob("tensorboard-*.json")).read_text())
+    assert {one["state"] for one in sent.values()} == {"complete", "pruned"}
+    # The sweep file is kept for whoever looks at the folder later.
+    assert load_config(SweepConfig, path=tmp_path / "sweep.yaml").trackers == trackers
+    study = optuna.load_study(study_name=None, storage=open_storage("", tmp_path))
+    assert all("proxy:backoff_bits" in trial.user_attrs for trial in study.trials)

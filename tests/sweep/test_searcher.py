@@ -128,6 +128,21 @@ def test_optuna_learns_what_a_trial_cost(tmp_path: Path) -> None:
     assert search.study.get_trials()[0].user_attrs["cost_usd"] == 11.0
 
 
+def test_proxies_become_attributes_also_of_a_trial_that_the_gate_stops(tmp_path: Path) -> None:
+    points = [{"kind": "a", "quality": 0.25}, {"kind": "b", "quality": 0.5}]
+    search = make(tmp_path, planned=points)
+    scores = {"proxy/backoff_bits": 11.5, "proxy/gini": float("nan"), "proxy/infeasible": "x"}
+    row = {"stage": "proxy", "global_step": 0, **scores}
+    for index in range(2):
+        search.suggest(f"t{index}")
+    search.on_trial_result("t0", row)
+    search.on_trial_complete("t1", {**row, "decision/pruned_by": "gate"})
+    for trial in search.study.get_trials():
+        attributes = {name for name in trial.user_attrs if name.startswith("proxy:")}
+        assert attributes == {"proxy:backoff_bits"}
+        assert trial.user_attrs["proxy:backoff_bits"] == 11.5
+
+
 def test_late_results_are_ignored(tmp_path: Path) -> None:
     search = make(tmp_path, planned=[{"kind": "a", "quality": 0.5}])
     search.suggest("t0")

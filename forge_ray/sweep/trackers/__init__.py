@@ -1,0 +1,1 @@
+"""Trackers that a sweep writes to beside its ledger: MLflow, TensorBoard, Weights & Biases."""
