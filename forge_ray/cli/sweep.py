@@ -47,7 +47,8 @@ def run(
 
     config = load_config(SweepConfig, path=file, overrides=overrides or ())
     with connected(verbose=verbose):
-        result = run_sweep(config, open_store(store))
+        words = ("forge-ray", "sweep", "run", str(file), *(overrides or ()), "--store", store)
+        result = run_sweep(config, open_store(store), command=words)
     _print_result(config, result.records, as_json=as_json, report=result.report)
     failure = _failure(result.records)
     if failure:

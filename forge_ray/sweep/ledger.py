@@ -150,6 +150,10 @@ class SweepRecords:
     """Times of the first and the last event of each session."""
     planned: int = 0
     """Trials of the whole sweep as the latest session saw it, at most."""
+    environment: dict[str, Any] = field(default_factory=dict)
+    """Versions, revision and cluster resources of the latest session."""
+    command: tuple[str, ...] = ()
+    """Words of the command that started the latest session; empty where none is known."""
     dashboard: str = ""
     """Where the Ray of the latest session serves its dashboard; empty where it serves none."""
 
@@ -246,6 +250,8 @@ class Fold:
         self._spans: list[tuple[str, str]] = []
         self._planned = 0
         self._dashboard = ""
+        self._environment: dict[str, Any] = {}
+        self._command: tuple[str, ...] = ()
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Applies one event."""
@@ -255,6 +261,8 @@ class Fold:
             done = sum(one.is_finished for one in self.trials.values())
             self._planned = done + int(event.get("remaining") or 0)
             self._dashboard = str(event.get("dashboard") or "")
+            self._environment = dict(event.get("environment") or {})
+            self._command = tuple(event.get("command") or ())
         elif kind == "finalize":
             self._finalized.append(_only(FinalizeRecord, event))
         elif kind == "floors":
@@ -282,6 +290,8 @@ class Fold:
             scored=self._scored,
             spans=list(self._spans),
             planned=max(self._planned, len(self.trials)),
+            environment=self._environment,
+            command=self._command,
             dashboard=self._dashboard,
         )
 

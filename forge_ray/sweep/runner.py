@@ -25,6 +25,7 @@ from ray import tune
 from forge_ray.config import to_yaml
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.config import DRAWING, SweepConfig, difference, identity, without_running
+from forge_ray.sweep.environment import describe_environment, masked_words
 from forge_ray.sweep.events import SweepCallback
 from forge_ray.sweep.ledger import Ledger, SweepRecords, write_json
 from forge_ray.sweep.plan import extend_plan, quasi_random_points
@@ -71,6 +72,7 @@ class SweepJob:
         stages: The work of a trial.
         resolve: Applies a point; raises ConfigError where the result is no valid configuration.
         max_steps: Optimizer steps of a full training.
+        command: Words of the command that runs it, for the record.
     """
 
     config: SweepConfig
@@ -79,6 +81,7 @@ class SweepJob:
     stages: Stages
     resolve: Callable[[Point], Resolved]
     max_steps: int
+    command: Sequence[str] = ()
 
     @property
     def ledger(self) -> Ledger:
@@ -127,7 +130,12 @@ def run_trials(job: SweepJob) -> RunOutcome:
     _write_claim(job, meaning, plan)
     _announce(job, records, source)
     ledger.append(
-        "session", space=config.space, remaining=source.remaining, dashboard=_ray_dashboard()
+        "session",
+        space=config.space,
+        remaining=source.remaining,
+        dashboard=_ray_dashboard(),
+        environment=describe_environment(),
+        command=masked_words(job.command),
     )
     storage = open_storage(config.storage, job.folder)
     closed = close_unfinished(storage, config.name, records.trials)

@@ -6,7 +6,8 @@ What the commands of `forge-ray sweep` call.
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from forge_ray.artifacts import ArtifactStore
@@ -55,8 +56,15 @@ def sweep_folder(config: SweepConfig, store: ArtifactStore) -> Path:
     return Path(store.uri, "sweeps", config.name)
 
 
-def run_sweep(config: SweepConfig, store: ArtifactStore) -> SweepResult:
+def run_sweep(
+    config: SweepConfig, store: ArtifactStore, *, command: Sequence[str] = ()
+) -> SweepResult:
     """Runs what is left of a sweep, measures the floors and writes the report; Ray must be up.
+
+    Args:
+        config: The sweep file.
+        store: The artifact store.
+        command: Words of the command that runs it; the report shows them.
 
     Raises:
         ConfigError: The file, the sweep's identity or a point breaks a rule; no trial has run.
@@ -66,7 +74,7 @@ def run_sweep(config: SweepConfig, store: ArtifactStore) -> SweepResult:
     folder = sweep_folder(config, store)
     with SweepLock(folder).held():
         dataset = open_dataset(config, store, folder)
-        job = make_job(config, store, dataset, folder)
+        job = replace(make_job(config, store, dataset, folder), command=command)
         outcome = run_trials(job)
         if not outcome.is_complete:
             logger.warning("stopped before its end; the same command continues the sweep")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from forge_ray.sweep.ledger import FinalizeRecord, SweepRecords, TrialRecord
@@ -12,7 +12,11 @@ STAGES = ("fit", "score", "train", "evaluate")
 
 
 def ranking_rows(records: SweepRecords, *, metric: str) -> list[dict[str, Any]]:
-    """Complete trials and floors, best validation metric first; a row's `kind` tells which."""
+    """Complete trials and floors, best validation metric first.
+
+    A row's `kind` tells which; `is_tied` says that a trial lies within one standard error of the
+    best trial, by the larger of the two errors.
+    """
     rows = [
         {"kind": "trial", "trial": one.number + 1, "design": label_point(one.point), **figures}
         for one in records.trials.values()
@@ -24,8 +28,18 @@ def ranking_rows(records: SweepRecords, *, metric: str) -> list[dict[str, Any]]:
         for name, metrics in records.floors.items()
     ]
     rows.sort(key=lambda row: -(row[metric] or 0.0))
+    _mark_ties(rows, metric)
     places = iter(range(1, len(rows) + 1))
     return [{"rank": next(places), **row} for row in rows]
+
+
+def _mark_ties(rows: Sequence[dict[str, Any]], metric: str) -> None:
+    trials = [row for row in rows if row["kind"] == "trial"]
+    for row in rows:
+        errors = [one.get(f"{metric}_se") or 0.0 for one in (row, *trials[:1])]
+        row["is_tied"] = row["kind"] == "trial" and (trials[0][metric] or 0.0) - (
+            row[metric] or 0.0
+        ) <= max(errors)
 
 
 def trial_rows(
@@ -37,7 +51,7 @@ def trial_rows(
             "trial": one.number + 1,
             "design": label_point(one.point),
             "state": state_of(one, is_running=is_running),
-            metric: one.value if one.value is not None else _last(one, metric),
+            metric: last_value(one, metric),
             "step": one.history[-1]["global_step"] if one.history else None,
             "seconds": round(sum(one.seconds.values()), 1),
             "reason": one.reason or (one.gate if one.state == "running" else ""),
@@ -116,5 +130,9 @@ def _proxies(record: TrialRecord) -> dict[str, Any]:
     return {name: record.proxies.get(name) for name in names}
 
 
-def _last(record: TrialRecord, metric: str) -> Any:
-    return record.history[-1].get(metric) if record.history else None
+def last_value(record: TrialRecord, metric: str) -> float | None:
+    """The final metric, or the last one that training reported."""
+    if record.value is not None:
+        return record.value
+    value = record.history[-1].get(metric) if record.history else None
+    return None if value is None else float(value)

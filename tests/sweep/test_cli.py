@@ -59,7 +59,7 @@ def run_that_left(
 ) -> tuple[int, str]:
     result = SweepResult(records=found, report=Path("report.html"), is_complete=True)
     monkeypatch.setattr("forge_ray.cli.sweep.connected", lambda **_: nullcontext())
-    monkeypatch.setattr("forge_ray.sweep.sweep.run_sweep", lambda *_: result)
+    monkeypatch.setattr("forge_ray.sweep.sweep.run_sweep", lambda *_, **__: result)
     called = CliRunner().invoke(app, ["run", *sweep])
     return called.exit_code, called.output
 

@@ -1,17 +1,25 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+from forge_ray.sweep.charts.space import parallel_coordinates
 from forge_ray.sweep.config import SweepConfig
-from forge_ray.sweep.ledger import SweepRecords
+from forge_ray.sweep.environment import masked
+from forge_ray.sweep.gate import GateConfig
+from forge_ray.sweep.importance import importances
+from forge_ray.sweep.ledger import SweepRecords, fold
+from forge_ray.sweep.prices import Prices
 from forge_ray.sweep.report import render_report, write_report
+from forge_ray.sweep.spending import Unit, reuse, timeline, unit_of, waterfall
 from forge_ray.sweep.views import cost_rows, counts, finalize_rows, ranking_rows, trial_rows
 from tests.sweep.records import METRIC, records, trial
 
 EVIL = "</script><img src=x onerror=alert(1)>"
 CONFIG = SweepConfig(name="demo", space={"a": {"choice": [1, 2]}})
+NO_LIMITS = GateConfig(min_uniqueness=None, min_usage=None, min_gain=None)
 TRIALS = (
     trial(0, value=0.05),
     trial(1, value=0.02),
@@ -136,3 +144,141 @@ def test_stale_test_figure_is_marked() -> None:
     better = trial(7, value=0.9)
     page = read(records(TRIALS[0], better, with_test=True))
     assert "has changed since" in " ".join(page.text)
+
+
+def test_waterfall_says_who_ended_where_and_what_it_used() -> None:
+    limit = trial(
+        6,
+        state="pruned",
+        pruned_by="gate",
+        proxies={"infeasible": "few"},
+        attempts=[{}],
+        history=[],
+    )
+    found = replace(records(*TRIALS, limit), planned=9)
+    unit = Unit(name="CPU seconds", prices=Prices())
+    rows = waterfall(found, NO_LIMITS, unit)
+    assert [(row.step, row.ended, row.left) for row in rows] == [
+        ("not started yet", 2, 7),
+        ("too few SIDs", 1, 6),
+        ("proxy gate", 1, 5),
+        ("halving at step 20", 1, 4),
+        ("failed", 1, 3),
+        ("unfinished", 1, 2),
+    ]
+    # A complete trial used 2 * 0.5 + 30 * 1 CPU seconds, the infeasible one nothing.
+    assert (rows[1].used, rows[1].spared) == (0.0, 31.0)
+    assert rows[0].spared is None
+
+
+def test_limits_and_gate_are_told_apart() -> None:
+    found = records(TRIALS[0], TRIALS[2])
+    unit = Unit(name="CPU seconds", prices=Prices())
+    gate = replace(NO_LIMITS, min_uniqueness=0.95)
+    assert [row.step for row in waterfall(found, gate, unit)] == ["hard limits"]
+
+
+def test_use_over_time_leaves_pauses_out() -> None:
+    hour = "2030-01-01T{:02d}:00:00+00:00"
+    first = trial(0, value=0.05, started=hour.format(0), ended=hour.format(1))
+    second = trial(1, value=0.04, started=hour.format(11), ended=hour.format(12))
+    spans = [(hour.format(0), hour.format(2)), (hour.format(10), hour.format(12))]
+    found = replace(records(first, second), spans=spans)
+    used = timeline(found, Unit(name="CPU seconds", prices=Prices()))
+    assert used.hours == [0.0, 0.0, 1.0, 3.0, 4.0]
+    assert used.by_stage["fit"] == [0.0, 1.0, 1.0, 2.0, 2.0]
+    assert used.by_stage["train"][-1] == 60.0
+    prices = Prices(cluster_hour=2.0)
+    money = timeline(found, unit_of([first], prices))
+    assert money.by_stage["cluster"][-1] == 8.0
+
+
+def test_unit_is_money_then_gpus_then_cpus() -> None:
+    gpu = trial(0, gpus={"train": 1.0})
+    assert unit_of([gpu], Prices(cpu_hour=1.0)).name == "USD"
+    assert unit_of([gpu], Prices()).name == "GPU seconds"
+    assert unit_of([trial(1)], Prices()).name == "CPU seconds"
+
+
+def test_reuse_counts_what_sharing_saved() -> None:
+    dear, cheap = {"fit": 20.0}, {"fit": 0.5}
+    shared = [
+        trial(0, artifacts={"quantizer": "a", "sids": "x"}, attempts=[dear]),
+        trial(1, artifacts={"quantizer": "a", "sids": "y"}, attempts=[cheap]),
+        trial(2, artifacts={"quantizer": "b", "sids": "y"}, attempts=[dear]),
+    ]
+    quantizer, table = reuse(shared)
+    assert (quantizer.num_distinct, quantizer.num_shared, quantizer.most) == (2, 1, 2)
+    assert quantizer.saved_s == 19.5
+    assert (table.num_distinct, table.saved_s) == (2, None)
+
+
+def test_importance_finds_the_parameter_that_matters_also_under_a_condition() -> None:
+    trials = []
+    for number in range(24):
+        point = {"kind": "ab"[number % 2], "noise": number // 2 % 2}
+        if number % 2:
+            point["lr"] = float(number)
+        trials.append(trial(number, value=0.01 + 0.02 * (number % 2), point=point))
+    found = {one.name: one for one in importances(trials)}
+    assert found["kind"].share == 1.0
+    assert found["noise"].share < 0.1
+    assert (found["lr"].num_trials, found["lr"].num_groups) == (12, 3)
+
+
+def test_parallel_coordinates_give_a_missing_parameter_its_own_tick() -> None:
+    with_lr = trial(0, value=0.05, point={"kind": "vae", "lr": 0.1})
+    chart = str(
+        parallel_coordinates([with_lr, trial(1, value=0.1, point={"kind": "k"})], metric=METRIC)
+    )
+    assert "(none)" in chart
+    assert parallel_coordinates([with_lr], metric=METRIC) is None
+
+
+def test_trials_within_an_error_of_the_best_are_marked() -> None:
+    rows = ranking_rows(
+        records(trial(0, value=0.05), trial(1, value=0.0495), trial(2, value=0.04)), metric=METRIC
+    )
+    assert {row["trial"]: row["is_tied"] for row in rows if row["trial"]} == {
+        1: True,
+        2: True,
+        3: False,
+    }
+
+
+def test_no_password_reaches_the_page() -> None:
+    url = "postgresql://me:hunter2@db/optuna"
+    assert masked(url) == "postgresql://me:***@db/optuna"
+    assert masked("http://h/p?sslpassword=hunter2&a=1") == "http://h/p?sslpassword=***&a=1"
+    found = replace(
+        records(*TRIALS),
+        command=("forge-ray", "sweep", "run", "a b.yaml", f"storage={url}"),
+        environment={"ray": "9.9", "cluster": {"CPU": 4.0}},
+    )
+    config = SweepConfig(name="demo", space={"a": {"choice": [1, 2]}}, storage=url)
+    html = render_report(found, config, is_running=False)
+    assert "hunter2" not in html
+    text = " ".join(read(found, config).text)
+    assert "forge-ray sweep run 'a b.yaml' 'storage=postgresql://me:***@db/optuna'" in text
+    assert "9.9" in text
+
+
+def test_session_keeps_environment_and_command() -> None:
+    event = {"event": "session", "time": "t", "environment": {"ray": "1"}, "command": ["a", "b"]}
+    found = fold([event])
+    assert (found.environment, found.command) == ({"ray": "1"}, ("a", "b"))
+
+
+def test_many_trials_are_capped_and_the_page_says_so() -> None:
+    many = [trial(number, value=0.01 + number * 1e-5) for number in range(400)]
+    page = read(records(*many))
+    text = " ".join(" ".join(page.text).split())
+    assert "Drawn: 200 of 400" in text
+    assert "The first 300 of 400" in text
+    assert page.tags.count("tr") < 1000
+
+
+def test_every_figure_has_words() -> None:
+    html = render_report(records(*TRIALS), CONFIG, is_running=False)
+    assert html.count('role="img"') == html.count("<figcaption>") >= 6
+    assert not re.findall(r'aria-label=""', html)

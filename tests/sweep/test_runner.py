@@ -60,6 +60,8 @@ def states(records: SweepRecords) -> list[tuple[str, str]]:
 @pytest.mark.ray
 def test_sweep_prunes_continues_and_grows(ray_local, tmp_path: Path) -> None:
     first = run(tmp_path)
+    assert first.environment["ray"]
+    assert first.environment["cluster"]["CPU"] > 0
     assert states(first) == [
         ("pruned", "gate"),  # random codes: no gain
         ("complete", ""),
