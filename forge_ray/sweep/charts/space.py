@@ -25,7 +25,7 @@ from forge_ray.sweep.ledger import TrialRecord
 from forge_ray.sweep.objectives import direction, objective_values, pareto_front
 from forge_ray.sweep.views import last_value
 
-_MAX_AXES, _MAX_TICKS, _TICK_LENGTH = 12, 12, 16
+_MAX_AXES, _MAX_TICKS, _TICK_LENGTH = 12, 7, 16
 _MISSING = "(none)"
 
 
@@ -69,7 +69,7 @@ def parallel_coordinates(records: Sequence[TrialRecord], *, metric: str) -> Mark
         + left_out
         + drawn_of(len(shown), len(ranked))
     )
-    return fragment(figure, says=says, height=480, width=max(320, 132 * axes), margin=(100, 60))
+    return fragment(figure, says=says, height=480, width=max(320, 132 * axes), margin=(100, 88))
 
 
 def _axis(name: str, values: Sequence[Any]) -> dict[str, Any]:

@@ -50,6 +50,7 @@ def waterfall_bars(rows: Sequence[Removal], *, planned: int) -> Markup:
             "pattern": {"shape": "/", "fgcolor": "rgba(0,0,0,.35)", "fillmode": "overlay"},
         },
         text=[f"−{one}" if one else "" for one in ended],
+        insidetextfont={"color": "#1d2327"},
         textposition="auto",
         hovertemplate="%{y}: %{x} end here<extra></extra>",
     )
