@@ -28,11 +28,13 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not services" --timeout 3600
 
-# Needs Debian's chromium; installs it where we are root.
+# Needs Debian's chromium and postgresql; installs them where we are root.
 test-services: setup
-	@command -v chromium >/dev/null || { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
-	  apt-get install -y -qq --no-install-recommends chromium >/dev/null; } || \
-	  { echo "chromium must be installed for these tests. Run apt-get install chromium."; exit 1; }
+	@command -v chromium >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
+	  { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
+	  apt-get install -y -qq --no-install-recommends chromium postgresql >/dev/null; } || \
+	  { echo "chromium and postgresql must be installed for these tests." \
+	  "Run apt-get install chromium postgresql."; exit 1; }
 	$(BIN)/python -m pytest -m services
 
 lint: setup

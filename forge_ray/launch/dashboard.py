@@ -51,7 +51,7 @@ class ShownSweep:
         return StudySource(
             sweep=self.config.name,
             metrics=tuple(self.config.objectives or [self.config.metric]),
-            current=study_name(self.config.name, self.config.space),
+            current=study_name(self.config.name, self.config.space, self.config.aims),
             url=self.config.storage,
             folder=self.folder,
         )

@@ -38,6 +38,24 @@ class SamplerConfig:
 
 
 @dataclass(kw_only=True)
+class ConstraintConfig:
+    """Which designs the search passes over for free; `gate.min_capacity` is one more such rule."""
+
+    max_sid_bits: float | None = None
+    """Largest token budget: log2 of the codebook sizes, summed over the quantizer's levels."""
+    min_sid_bits: float | None = None
+    """Smallest token budget."""
+
+    def __post_init__(self) -> None:
+        low, high = self.min_sid_bits or 0.0, self.max_sid_bits
+        if low < 0 or (high is not None and high < max(low, 1.0)):
+            raise ConfigError(
+                "constraints must have 0 <= min_sid_bits <= max_sid_bits and max_sid_bits >= 1, "
+                f"got {self.min_sid_bits} and {self.max_sid_bits}. Three levels of 256 have 24."
+            )
+
+
+@dataclass(kw_only=True)
 class ResourceConfig:
     """What each stage of a trial asks of the cluster; training asks in `gr`, after the gate."""
 
@@ -109,6 +127,8 @@ class SweepConfig:
     """Searched parameters: see `forge_ray.sweep.space.parse_space`."""
     points: list[dict[str, Any]] = field(default_factory=list)
     """Fixed points, run first; the random control belongs here. They need not lie in the space."""
+    constraints: ConstraintConfig = field(default_factory=ConstraintConfig)
+    """Which points of the space are no trials; fixed points are not asked."""
     sid: dict[str, Any] = field(default_factory=dict)
     """Settings all trials share, as in `forge-ray sid fit`."""
     gr: dict[str, Any] = field(default_factory=dict)
@@ -172,6 +192,11 @@ class SweepConfig:
             raise ConfigError(f"max_concurrent must be >= 1, got {self.max_concurrent}.")
         if not self.space and not self.points:
             raise ConfigError("space must name a parameter, got none. Add one, or add points.")
+
+    @property
+    def aims(self) -> list[str]:
+        """All objectives, the metric first."""
+        return self.objectives or [self.metric]
 
 
 def _check_objectives(metric: str, objectives: Sequence[str]) -> None:

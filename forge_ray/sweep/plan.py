@@ -9,14 +9,86 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 
 from scipy.stats import qmc
 
 from forge_ray.config import canonical_json
+from forge_ray.errors import ConfigError
+from forge_ray.sweep.searcher import Rejection, Resolve
 from forge_ray.sweep.space import Point, Space
 
 _MAX_DRAWS = 1 << 14
+PATIENCE = 512
+"""Rejections in a row after which a sequence of designs is given up."""
+
+
+class Sieve:
+    """Lets the designs through that may become trials, and counts those that may not."""
+
+    rejections: Counter[str]
+    """Designs by the rule that they broke."""
+
+    def __init__(self, resolve: Resolve) -> None:
+        self._resolve = resolve
+        self._last: Rejection | None = None
+        self.rejections = Counter()
+
+    def passes(self, point: Point) -> bool:
+        """Whether a design may become a trial."""
+        rejected = self._resolve(point).rejected
+        if rejected is not None:
+            self._last = rejected
+            self.rejections[rejected.rule] += 1
+        return rejected is None
+
+    def passing(self, points: Iterable[Point], *, patience: int | None) -> Iterator[Point]:
+        """The designs that pass; ends after so many rejections in a row, None never."""
+        in_a_row = 0
+        for point in points:
+            if self.passes(point):
+                in_a_row = 0
+                yield point
+                continue
+            in_a_row += 1
+            if in_a_row == patience:
+                return
+
+    def require_some(self, passed: bool) -> None:
+        """Refuses a space whose every design was rejected.
+
+        Raises:
+            ConfigError: Nothing passed, though there were designs.
+        """
+        if passed or self._last is None:
+            return
+        counts = describe_rejections(self.rejections)
+        raise ConfigError(
+            f"space must hold a design that may run, got none: {counts}, "
+            f"the last because {self._last.reason}. Widen the space, or relax constraints or "
+            "gate.min_capacity."
+        )
+
+
+def check_space(space: Space, resolve: Resolve, *, draws: int) -> None:
+    """Resolves some designs of a space that will be drawn from: mistakes end before any work.
+
+    Raises:
+        ConfigError: A design is no valid configuration, or every one was rejected.
+    """
+    if not space.parameters:
+        return
+    sieve, points = Sieve(resolve), quasi_random_points(space, seed=0)
+    passed = [sieve.passes(point) for point in itertools.islice(points, draws)]
+    rest = sieve.passing(points, patience=PATIENCE)
+    sieve.require_some(any(passed) or next(rest, None) is not None)
+
+
+def describe_rejections(rejections: Counter[str]) -> str:
+    """Counts in words: `12 designs rejected (8 capacity, 4 max_sid_bits)`."""
+    parts = ", ".join(f"{count} {rule}" for rule, count in rejections.most_common())
+    return f"{rejections.total()} designs rejected ({parts})"
 
 
 def quasi_random_points(space: Space, *, seed: int) -> Iterator[Point]:

@@ -16,7 +16,7 @@ from forge_ray.sid.resolvers import ExtraTokenConfig, PopRankConfig
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.gate import infeasible_reason
 from forge_ray.sweep.objectives import cutoff
-from forge_ray.sweep.searcher import Resolved
+from forge_ray.sweep.searcher import Rejection, Resolved
 from forge_ray.sweep.space import Point, apply_point
 
 
@@ -82,12 +82,29 @@ def resolve_point(config: SweepConfig, point: Point, *, dataset: Dataset) -> Res
     sid = {name: value for name, value in mapping["sid"].items() if name != "encode"}
     content = {"sid": sid, "gr": typed.gr.identity()}
     sizes = typed.sid.quantizer.codebook_sizes
+    infeasible = infeasible_reason(sizes, dataset.num_items, config.gate) or ""
+    facts = sid_facts(typed.sid)
     return Resolved(
         key=ArtifactStore.key("trial", content, parents=(dataset.key,)),
         config=mapping,
-        infeasible=infeasible_reason(sizes, dataset.num_items, config.gate) or "",
-        facts=sid_facts(typed.sid),
+        infeasible=infeasible,
+        facts=facts,
+        rejected=_rejection(config, facts["sid_bits"], infeasible),
     )
+
+
+def _rejection(config: SweepConfig, bits: float, infeasible: str) -> Rejection | None:
+    limits = config.constraints
+    # log2 of sizes that are no powers of two rounds.
+    if limits.max_sid_bits is not None and bits > limits.max_sid_bits + 1e-9:
+        reason = f"{bits:.4g} bits > constraints.max_sid_bits {limits.max_sid_bits:g}"
+        return Rejection(rule="max_sid_bits", reason=reason)
+    if limits.min_sid_bits is not None and bits < limits.min_sid_bits - 1e-9:
+        reason = f"{bits:.4g} bits < constraints.min_sid_bits {limits.min_sid_bits:g}"
+        return Rejection(rule="min_sid_bits", reason=reason)
+    if infeasible and config.gate.mode != "off":
+        return Rejection(rule="capacity", reason=infeasible)
+    return None
 
 
 def sid_facts(sid: SidConfig) -> dict[str, float]:

@@ -22,13 +22,20 @@ import ray
 from optuna.storages import BaseStorage
 from ray import tune
 
-from forge_ray.config import to_yaml
+from forge_ray.config import canonical_json, to_yaml
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.config import DRAWING, SweepConfig, difference, identity, without_running
 from forge_ray.sweep.environment import describe_environment, masked_words
 from forge_ray.sweep.events import SweepCallback
 from forge_ray.sweep.ledger import Ledger, SweepRecords, write_json
-from forge_ray.sweep.plan import extend_plan, quasi_random_points
+from forge_ray.sweep.plan import (
+    PATIENCE,
+    Sieve,
+    check_space,
+    describe_rejections,
+    extend_plan,
+    quasi_random_points,
+)
 from forge_ray.sweep.prescore import score_waiting
 from forge_ray.sweep.scheduler import GateScheduler
 from forge_ray.sweep.searcher import PrunedAwareOptunaSearch, Resolved, TrialSource
@@ -114,18 +121,19 @@ def run_trials(job: SweepJob) -> RunOutcome:
     meaning = identity(config, dataset_key=job.dataset_key)
     check_identity(job.folder, meaning, name=config.name)
     records = ledger.read()
-    plan = make_plan(config, space, job.folder)
-    is_drawing = config.sampler.kind in DRAWING
     resolve = _naming_point(job.resolve)
+    is_drawing = config.sampler.kind in DRAWING
     if is_drawing:
-        for point in itertools.islice(quasi_random_points(space, seed=0), _CHECKED_DRAWS):
-            resolve(point)
+        check_space(space, resolve, draws=_CHECKED_DRAWS)
+    sieve = Sieve(resolve)
+    plan = make_plan(config, space, job.folder, sieve)
     source = TrialSource(
         records=records.trials,
         planned=[*config.points, *plan],
         num_trials=config.num_trials if is_drawing else None,
         resolve=resolve,
     )
+    source.rejections += sieve.rejections
     # Every point resolved. Written earlier, a mistake would become the sweep's identity.
     _write_claim(job, meaning, plan)
     _announce(job, records, source)
@@ -144,6 +152,9 @@ def run_trials(job: SweepJob) -> RunOutcome:
     with _tracking(job) as tracked:  # which also sends what earlier sessions could not
         if source.remaining:
             _search(job, source, ledger, records=records, storage=storage, callbacks=tracked)
+    if source.rejections:
+        logger.info("%s; they were no trials", describe_rejections(source.rejections))
+        ledger.append("rejected", designs=dict(source.rejections))
     after = ledger.read()
     # A trial that was waiting to start when the session ended was never told.
     close_unfinished(storage, config.name, after.trials)
@@ -177,17 +188,17 @@ def _search(
         space=space,
         source=source,
         ledger=ledger,
-        metric=config.metric,
+        objectives=config.aims,
         # Another seed each session, or it would propose its first points again.
         sampler=make_sampler(
             config.sampler.kind, seed=config.sampler.seed + 1000 * records.sessions
         ),
-        study_name=study_name(config.name, config.space),
+        study_name=study_name(config.name, config.space, config.aims),
         storage=storage,
         next_place=scheduler.next_place if config.order == "promising" else _in_order,
         prices=config.budget.prices,
     )
-    copy_finished(searcher.study, space, records.finished(), metric=config.metric)
+    copy_finished(searcher.study, space, records.finished(), objectives=config.aims)
     _fit(job, searcher, scheduler, source, ledger, session=records.sessions, callbacks=callbacks)
 
 
@@ -265,19 +276,28 @@ def _trial_name(trial: Any) -> str:
     return f"{trial.config['number']:03d}-{trial.config['key'][:12]}-{trial.trial_id}"
 
 
-def make_plan(config: SweepConfig, space: Space, folder: Path) -> list[Point]:
+def make_plan(config: SweepConfig, space: Space, folder: Path, sieve: Sieve) -> list[Point]:
     """The points of the space to run before anything is drawn, in order; writes nothing.
 
     Fixed points come before them. A plan only grows: see `extend_plan`.
+
+    Raises:
+        ConfigError: A point is no valid configuration, or every one was rejected.
     """
     previous, kept = _previous_plan(folder / _PLAN, space)
     limit = None if config.num_trials is None else max(0, config.num_trials - len(config.points))
-    return extend_plan(
-        planned=kept,
+    is_grid = config.sampler.kind == "grid"
+    plan = extend_plan(
+        planned=[point for point in kept if sieve.passes(point)],
         previous=previous,
-        candidates=_candidates(config, space, previous),
+        candidates=sieve.passing(
+            _candidates(config, space, previous), patience=None if is_grid else PATIENCE
+        ),
         limit=limit,
     )
+    if config.sampler.kind not in DRAWING:
+        sieve.require_some(bool(plan))
+    return plan
 
 
 def _previous_plan(path: Path, space: Space) -> tuple[Space | None, list[Point]]:
@@ -329,9 +349,14 @@ def _write_claim(job: SweepJob, meaning: Mapping[str, Any], plan: list[Point]) -
 
 
 def _naming_point(resolve: Callable[[Point], Resolved]) -> Callable[[Point], Resolved]:
+    known: dict[str, Resolved] = {}  # the plan, the queue and a sampler ask for the same points
+
     def named(point: Point) -> Resolved:
+        name = canonical_json(point)
         try:
-            return resolve(point)
+            if name not in known:
+                known[name] = resolve(point)
+            return known[name]
         except ConfigError as error:
             raise ConfigError(f"point {{{label_point(point)}}}: {error}") from error
 

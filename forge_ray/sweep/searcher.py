@@ -1,17 +1,20 @@
 """Hands trials to Tune and their outcomes to Optuna and the ledger.
 
 `TrialSource` knows which trials are left: those a killed driver left behind, the planned ones, or
-what TPE proposes. `PrunedAwareOptunaSearch` is Ray's `OptunaSearch` with the outcomes told as they
-are: PRUNED with intermediate values, FAIL on errors and NaN. The bare class reports stopped trials
-as complete. Uses its private `_ot_trials`, `_ot_study` and `_completed_trials`; a test pins them.
+what Optuna proposes. `PrunedAwareOptunaSearch` is Ray's `OptunaSearch` with the outcomes told as
+they are: PRUNED with intermediate values, FAIL on errors and NaN. The bare class reports stopped
+trials as complete. Uses its private `_ot_trials`, `_ot_study` and `_completed_trials`; a test pins
+them. A study of several objectives knows neither intermediate values nor PRUNED: trials that gate
+or halving ended are FAIL there, with the reason.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import math
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,13 +30,14 @@ from ray.tune.search.optuna import OptunaSearch
 from forge_ray.config import canonical_json
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.ledger import Ledger, TrialRecord
+from forge_ray.sweep.objectives import direction, objective_values
 from forge_ray.sweep.prices import Prices, trial_cost
 from forge_ray.sweep.space import Point, Space
 from forge_ray.sweep.study import KEY, proxy_attributes
 
 logger = logging.getLogger(__name__)
 
-_MAX_REDRAWS = 64
+_MAX_REPEATS, _MAX_REJECTED = 64, 512
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,13 +66,31 @@ class TrialSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Rejection:
+    """Why a searched design is no trial: known before any work, it costs nothing.
+
+    Attributes:
+        rule: Short name to count by, e.g. `capacity`.
+        reason: In words, numbers included.
+    """
+
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resolved:
-    """A point applied to the sweep's settings; fields as in `TrialSpec`."""
+    """A point applied to the sweep's settings; fields as in `TrialSpec`.
+
+    Attributes:
+        rejected: Why the search passes over it; a fixed point becomes a trial all the same.
+    """
 
     key: str
     config: dict[str, Any]
     infeasible: str = ""
     facts: dict[str, float] = field(default_factory=dict)
+    rejected: Rejection | None = None
 
 
 Resolve = Callable[[Point], Resolved]
@@ -85,13 +107,15 @@ class Outcome:
         state: `interrupted` means neither: it resumes with the next run.
         reason: In words.
         pruned_by: `gate` or `asha`.
-        value: Objective of a complete trial.
+        value: Metric of a complete trial.
+        objectives: All objectives of a complete trial, where the sweep has several.
     """
 
     state: Literal["complete", "pruned", "failed", "interrupted"]
     reason: str = ""
     pruned_by: str = ""
     value: float | None = None
+    objectives: dict[str, float] = field(default_factory=dict)
 
 
 def outcome_of(result: Mapping[str, Any] | None, *, metric: str, error: bool) -> Outcome:
@@ -134,6 +158,7 @@ class TrialSource:
         self._next_number = 1 + max(self._known.values(), default=-1)
         self._num_trials = num_trials
         self._is_dry = False
+        self.rejections: Counter[str] = Counter()
         # A sampler that draws does not propose the same point again: what a killed driver left
         # behind is run before anything new. A plan holds those points anyway.
         left = [one.point for one in records.values() if not one.is_finished]
@@ -171,13 +196,16 @@ class TrialSource:
         """Notes that the sampler has nothing new: the sweep ends with fewer trials."""
         self._is_dry = True
 
-    def admit(self, point: Point) -> TrialSpec | None:
-        """A drawn point as a trial, or None where it is a repeat.
+    def admit(self, point: Point) -> TrialSpec | Rejection | None:
+        """A drawn point as a trial, why it is none, or None where it is a repeat.
 
         Raises:
             ConfigError: The point is not a valid configuration.
         """
         resolved = self._resolve(point)
+        if resolved.rejected is not None:
+            self.rejections[resolved.rejected.rule] += 1
+            return resolved.rejected
         return None if resolved.key in self._known else self._spec(point, resolved)
 
     def next_planned(self, next_place: NextPlace) -> TrialSpec:
@@ -193,7 +221,8 @@ class TrialSource:
             self._next_number += 1
         self._wanted.add(resolved.key)
         number = self._known[resolved.key]
-        return TrialSpec(number=number, point=point, **vars(resolved))
+        known = {name: value for name, value in vars(resolved).items() if name != "rejected"}
+        return TrialSpec(number=number, point=point, **known)
 
 
 class PrunedAwareOptunaSearch(OptunaSearch):
@@ -205,22 +234,25 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         space: Space,
         source: TrialSource,
         ledger: Ledger,
-        metric: str,
+        objectives: Sequence[str],
         sampler: BaseSampler,
         study_name: str,
         storage: BaseStorage,
         next_place: NextPlace,
         prices: Prices,
     ) -> None:
+        modes = ["max" if direction(name) > 0 else "min" for name in objectives]
+        is_one = len(objectives) == 1
         super().__init__(
             space=space.suggest,
-            metric=metric,
-            mode="max",
+            metric=objectives[0] if is_one else list(objectives),
+            mode=modes[0] if is_one else modes,
             sampler=sampler,
             study_name=study_name,
             storage=storage,
         )
         self._parameters = space
+        self._objectives = tuple(objectives)
         self._source = source
         self._ledger = ledger
         self._next_place = next_place
@@ -259,7 +291,9 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         if trial is None or trial_id in self._completed_trials:
             return
         self._completed_trials.add(trial_id)
-        outcome = outcome_of(result, metric=str(self.metric), error=error)
+        outcome = outcome_of(result, metric=self._objectives[0], error=error)
+        if outcome.state == "complete" and len(self._objectives) > 1:
+            outcome = self._with_objectives(outcome, self._specs[trial_id].key)
         # Ledger first: a driver killed in between finds the outcome there and tells Optuna later.
         if outcome.state != "interrupted":
             self._ledger.append("finish", key=self._specs[trial_id].key, **vars(outcome))
@@ -275,8 +309,10 @@ class PrunedAwareOptunaSearch(OptunaSearch):
             scores = {key[start:]: one for key, one in result.items() if key.startswith("proxy/")}
             for name, score in proxy_attributes(scores).items():
                 trial.set_user_attr(name, score)
-        value = result.get(str(self.metric))
-        if result.get("stage") == "gr" and value is not None and math.isfinite(value):
+        # Optuna knows no intermediate values of several objectives.
+        value = result.get(self._objectives[0])
+        is_row = result.get("stage") == "gr" and len(self._objectives) == 1
+        if is_row and value is not None and math.isfinite(value):
             trial.report(float(value), step=int(result["global_step"]))
 
     def save(self, checkpoint_path: str) -> None:
@@ -286,6 +322,16 @@ class PrunedAwareOptunaSearch(OptunaSearch):
     def restore(self, checkpoint_path: str) -> None:
         """Refuses: a sweep continues by running the same command."""
         raise NotImplementedError("run the same `forge-ray sweep run` again; it continues")
+
+    def _with_objectives(self, outcome: Outcome, key: str) -> Outcome:
+        """Adds the other objectives; a trial that lacks one (no user in a slice) has failed."""
+        record = self._ledger.follow().trials[key]
+        ended = dataclasses.replace(record, state="complete")
+        values = objective_values(ended, self._objectives)
+        if values is None:
+            lacking = [n for n in self._objectives if objective_values(ended, [n]) is None]
+            return Outcome(state="failed", reason=f"{', '.join(lacking)} was not measured")
+        return dataclasses.replace(outcome, objectives=values)
 
     def _ask_planned(self, trial_id: str) -> TrialSpec:
         spec = self._source.next_planned(self._next_place)
@@ -298,24 +344,41 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         return spec
 
     def _ask_drawn(self, trial_id: str) -> TrialSpec | None:
-        for _ in range(_MAX_REDRAWS):
-            if not self._source.may_draw:
-                return None
+        repeats = rejected = 0
+        while self._source.may_draw and repeats < _MAX_REPEATS and rejected < _MAX_REJECTED:
             trial = self._ot_study.ask()
             point = self._parameters.suggest(trial)
             try:
-                spec = self._source.admit(point)
+                found = self._source.admit(point)
             except ConfigError as error:
                 logger.warning("skipped %s: %s", point, error)
-                trial.set_user_attr("reason", str(error))
-                spec = None
-            if spec is not None:
+                found = Rejection(rule="invalid", reason=str(error))
+                self._source.rejections[found.rule] += 1
+            if isinstance(found, TrialSpec):
                 self._ot_trials[trial_id] = trial
-                return spec
-            self._ot_study.tell(trial, state=TrialState.FAIL)
-        logger.warning("the sampler repeats itself: %d draws gave no new trial", _MAX_REDRAWS)
-        self._source.end_drawing()
+                return found
+            if found is None:
+                repeats += 1
+                self._ot_study.tell(trial, state=TrialState.FAIL)
+            else:
+                rejected += 1
+                self._tell_rejected(trial, found)
+        if self._source.may_draw:
+            self._source.end_drawing()
+            logger.warning(
+                "the sampler has nothing new: %d draws repeated known designs, %d were rejected",
+                repeats,
+                rejected,
+            )
         return None
+
+    def _tell_rejected(self, trial: Trial, rejection: Rejection) -> None:
+        """A broken constraint, from which TPE learns; Optuna prunes under one objective only."""
+        trial.set_user_attr("reason", rejection.reason)
+        trial.set_user_attr("rejected_by", rejection.rule)
+        trial.set_constraint(rejection.rule, 1.0)
+        is_one = len(self._objectives) == 1
+        self._ot_study.tell(trial, state=TrialState.PRUNED if is_one else TrialState.FAIL)
 
     def _tell(self, trial: Trial, outcome: Outcome, result: Mapping[str, Any]) -> None:
         if outcome.reason:
@@ -331,8 +394,11 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         record = self._ledger.follow().trials.get(trial.user_attrs[KEY])
         if record is not None:
             trial.set_user_attr("cost_usd", round(trial_cost(record, self._prices), 6))
+        is_one = len(self._objectives) == 1
         if outcome.state == "complete":
-            self._ot_study.tell(trial, outcome.value)
+            values = [outcome.value] if is_one else list(outcome.objectives.values())
+            self._ot_study.tell(trial, values)
         else:
-            is_pruned = outcome.state == "pruned"
+            # Under several objectives Optuna prunes nothing: its samplers learn from the rest.
+            is_pruned = outcome.state == "pruned" and is_one
             self._ot_study.tell(trial, state=TrialState.PRUNED if is_pruned else TrialState.FAIL)

@@ -7,9 +7,11 @@ change; the finished trials that the new space contains are copied into the new 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import math
 import re
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +21,18 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
+from sqlalchemy.exc import SQLAlchemyError
 
 from forge_ray.config import canonical_json
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.ledger import TrialRecord
+from forge_ray.sweep.objectives import objective_values
 from forge_ray.sweep.space import Space
 
 KEY = "trial_key"
 """Optuna user attribute that holds the trial key."""
 
+_PAUSE_S = 1.0
 POPULATION = 16
 """Trials of a generation of `nsga2`: Optuna's 50 would be the whole of most sweeps."""
 
@@ -39,7 +44,11 @@ _STATES = {
 
 
 def open_storage(url: str, folder: Path) -> BaseStorage:
-    """The storage that a sweep file names; empty keeps a SQLite file in `folder`."""
+    """The storage that a sweep file names; empty keeps a SQLite file in `folder`.
+
+    Raises:
+        ConfigError: It is no such name, its driver is missing, or the database cannot be reached.
+    """
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     if url.endswith(".journal"):
         return JournalStorage(JournalFileBackend(url))
@@ -48,12 +57,15 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
         url = f"sqlite:///{folder / 'optuna.db'}"
     if "://" not in url:
         raise ConfigError(
-            f"storage must be a database URL or a .journal path, got {url!r}. "
+            f"storage must be a database URL or a .journal path, got {masked(url)!r}. "
             "Write sqlite:///path/optuna.db."
         )
-    # SQLite waits for a reader (a dashboard) instead of failing the sweep.
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    return RDBStorage(url, engine_kwargs=options)
+    if url.startswith(("postgresql://", "postgres://")):
+        url = _with_driver(url)
+    # SQLite waits for a reader (a dashboard) instead of failing the sweep; a server may have been
+    # restarted since a connection was used last.
+    is_file = url.startswith("sqlite")
+    return _connect(url, {"connect_args": {"timeout": 60}} if is_file else {"pool_pre_ping": True})
 
 
 def without_password(url: str) -> str:
@@ -63,9 +75,45 @@ def without_password(url: str) -> str:
     return make_url(url).set(password=None).render_as_string(hide_password=False)
 
 
-def study_name(sweep: str, definition: Mapping[str, Any]) -> str:
-    """Name of the study for one definition of the space."""
-    digest = hashlib.sha256(canonical_json(dict(definition)).encode()).hexdigest()
+def masked(url: str) -> str:
+    """A storage URL for people to read: without its password."""
+    hidden = re.sub(r"^((?:[^:/]+://)?[^:@/]*):.*@", r"\1:***@", url)
+    return re.sub(r"(?<=password=)[^&]*", "***", hidden)
+
+
+def _with_driver(url: str) -> str:
+    # Which driver a bare `postgresql:` means depends on the release of SQLAlchemy.
+    if importlib.util.find_spec("psycopg") is None:
+        raise ConfigError(
+            f"storage {masked(url)} must have its driver psycopg, got none. "
+            "Run pip install 'forge-ray[postgres]'."
+        )
+    return f"postgresql+psycopg://{url.partition('://')[2]}"
+
+
+def _connect(url: str, options: dict[str, Any], tries: int = 4) -> RDBStorage:
+    try:
+        return RDBStorage(url, engine_kwargs=options)
+    except SQLAlchemyError as error:
+        if tries == 1:
+            reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
+            raise ConfigError(
+                f"storage {masked(url)} must be a database that can be used, got: {reason}. "
+                "Start it, or correct the URL."
+            ) from None
+    # Drivers that start together both create the tables, and one of them fails: it tries again.
+    time.sleep(_PAUSE_S)
+    return _connect(url, options, tries - 1)
+
+
+def study_name(sweep: str, definition: Mapping[str, Any], objectives: Sequence[str] = ()) -> str:
+    """Name of the study for one definition of the space, and of the aims where there are several.
+
+    Optuna fixes the number of objectives of a study.
+    """
+    meaning = {"space": dict(definition), "objectives": list(objectives)}
+    content = canonical_json(meaning if len(objectives) > 1 else dict(definition))
+    digest = hashlib.sha256(content.encode()).hexdigest()
     return f"{sweep}-{digest[:8]}"
 
 
@@ -97,54 +145,82 @@ def close_unfinished(storage: BaseStorage, sweep: str, records: Mapping[str, Tri
     any other is a FAIL.
     """
     closed = 0
-    for summary in optuna.get_all_study_summaries(storage):
-        if not re.fullmatch(rf"{re.escape(sweep)}-[0-9a-f]{{8}}", summary.study_name):
+    for name in optuna.get_all_study_names(storage):
+        # Not merely a prefix: a storage may hold the sweeps `a` and `a-b`.
+        if not re.fullmatch(rf"{re.escape(sweep)}-[0-9a-f]{{8}}", name):
             continue
-        study = optuna.load_study(study_name=summary.study_name, storage=storage)
+        study = optuna.load_study(study_name=name, storage=storage)
         for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
             record = records.get(str(trial.user_attrs.get(KEY, "")))
-            _close(storage, trial, record)
+            _close(storage, trial, record, num_objectives=len(study.directions))
             closed += 1
     return closed
 
 
 def copy_finished(
-    study: optuna.Study, space: Space, records: Iterable[TrialRecord], *, metric: str
+    study: optuna.Study, space: Space, records: Iterable[TrialRecord], *, objectives: Sequence[str]
 ) -> int:
-    """Adds finished trials that the space contains and the study lacks; returns how many."""
+    """Adds finished trials that the space contains and the study lacks; returns how many.
+
+    A study of several objectives takes complete trials that have them all.
+    """
     present = {trial.user_attrs.get(KEY) for trial in study.get_trials(states=_ENDED)}
     added = 0
     for record in records:
         if record.key in present or not record.is_finished or not space.contains(record.point):
             continue
-        study.add_trial(_frozen(space, record, metric=metric))
+        values = optuna_objectives(record, objectives)
+        if values is None and (record.state == "complete" or len(objectives) > 1):
+            continue
+        study.add_trial(_frozen(space, record, values, metric=objectives[0]))
         added += 1
     return added
+
+
+def optuna_objectives(record: TrialRecord, objectives: Sequence[str]) -> list[float] | None:
+    """What Optuna is told of a complete trial; None for others and where an objective lacks."""
+    if len(objectives) == 1:
+        is_told = record.state == "complete" and record.value is not None
+        return [float(record.value or 0.0)] if is_told else None
+    values = objective_values(record, objectives)
+    return None if values is None else list(values.values())
 
 
 _ENDED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
-def _close(storage: BaseStorage, trial: FrozenTrial, record: TrialRecord | None) -> None:
+def _close(
+    storage: BaseStorage, trial: FrozenTrial, record: TrialRecord | None, *, num_objectives: int
+) -> None:
     # `Study.tell` refuses WAITING trials, and a trial id is what survives a restart.
-    state = TrialState.FAIL
-    values = None
+    state, values = TrialState.FAIL, None
     if record is not None and record.is_finished and trial.state == TrialState.RUNNING:
-        state = _STATES[record.state]
-        values = [record.value] if record.state == "complete" and record.value is not None else None
+        state, values = _end(record, num_objectives)
         storage.set_trial_user_attr(trial._trial_id, "reason", record.reason)
     if trial.state == TrialState.WAITING:
         storage.set_trial_state_values(trial._trial_id, TrialState.RUNNING)
     storage.set_trial_state_values(trial._trial_id, state, values)
 
 
-def _frozen(space: Space, record: TrialRecord, *, metric: str) -> FrozenTrial:
+def _end(record: TrialRecord, num_objectives: int) -> tuple[TrialState, list[float] | None]:
+    if num_objectives == 1:
+        values = [record.value] if record.state == "complete" and record.value is not None else None
+        return _STATES[record.state], values
+    # Optuna prunes under one objective only.
+    values = list(record.objectives.values())
+    is_whole = record.state == "complete" and len(values) == num_objectives
+    return (TrialState.COMPLETE, values) if is_whole else (TrialState.FAIL, None)
+
+
+def _frozen(
+    space: Space, record: TrialRecord, values: Sequence[float] | None, *, metric: str
+) -> FrozenTrial:
     fixed = optuna.trial.FixedTrial(space.optuna_values(record.point), number=record.number)
     space.suggest(fixed)
     steps = {int(row["global_step"]): float(row[metric]) for row in record.history if metric in row}
     return optuna.trial.create_trial(
         state=_STATES[record.state],
-        value=record.value if record.state == "complete" else None,
+        values=values,
         params=fixed.params,
         distributions=fixed.distributions,
         user_attrs={

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from forge_ray.errors import ConfigError
-from forge_ray.sweep.searcher import Resolved
+from forge_ray.sweep.searcher import Rejection, Resolved
 from forge_ray.sweep.trial import StageReport
 
 
@@ -69,7 +69,9 @@ def stub_resolve(point: Mapping[str, Any]) -> Resolved:
         raise ConfigError("kind must be valid, got invalid. Use another.")
     digest = hashlib.sha256(json.dumps(config, sort_keys=True).encode()).hexdigest()
     reason = "capacity too small; not fitted" if config.get("levels") == 1 else ""
-    return Resolved(key=digest, config=config, infeasible=reason)
+    rejected = Rejection(rule="capacity", reason=reason) if reason else None
+    facts = {"sid_bits": 8.0 * config.get("levels", 3)}
+    return Resolved(key=digest, config=config, infeasible=reason, facts=facts, rejected=rejected)
 
 
 def stages_run(folder: Path) -> list[dict[str, Any]]:

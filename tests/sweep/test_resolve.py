@@ -10,7 +10,7 @@ import pytest
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import from_mapping
 from forge_ray.errors import ConfigError
-from forge_ray.sweep.config import SweepConfig
+from forge_ray.sweep.config import ConstraintConfig, SweepConfig
 from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.resolve import TrialConfig, check_rungs, resolve_point
 from forge_ray.sweep.searcher import Resolved
@@ -58,6 +58,29 @@ def test_facts_of_a_design_are_known_before_any_work() -> None:
     config = dataclasses.replace(CONFIG, objectives=["ItemNDCG@10", "ItemHit@50/tail"])
     with pytest.raises(ConfigError, match=r"Add 50 to evaluation\.ks"):
         resolve({}, config)
+
+
+def test_constraints_reject_what_is_searched() -> None:
+    config = dataclasses.replace(CONFIG, constraints=ConstraintConfig(max_sid_bits=12))
+    assert resolve({}, config).rejected is None
+    rejected = resolve({"sid.quantizer.levels": 3}, config).rejected
+    assert rejected is not None
+    assert (rejected.rule, rejected.reason) == (
+        "max_sid_bits",
+        "18 bits > constraints.max_sid_bits 12",
+    )
+    config = dataclasses.replace(CONFIG, constraints=ConstraintConfig(min_sid_bits=12.5))
+    rejected = resolve({}, config).rejected
+    assert rejected is not None
+    assert rejected.rule == "min_sid_bits"
+    small = resolve({"sid.quantizer.codebook_size": 16})
+    assert small.rejected is not None
+    assert (small.rejected.rule, small.rejected.reason) == ("capacity", small.infeasible)
+    # Without limits such a design is trained.
+    off = dataclasses.replace(CONFIG, gate=dataclasses.replace(CONFIG.gate, mode="off"))
+    assert resolve({"sid.quantizer.codebook_size": 16}, off).rejected is None
+    with pytest.raises(ConfigError, match="min_sid_bits <= max_sid_bits"):
+        ConstraintConfig(min_sid_bits=20, max_sid_bits=10)
 
 
 def test_too_few_sids_are_known_before_any_work() -> None:

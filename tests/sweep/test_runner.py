@@ -19,7 +19,10 @@ from forge_ray.sweep.config import BudgetConfig, SamplerConfig, SweepConfig
 from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.ledger import SweepRecords
-from forge_ray.sweep.runner import SweepJob, check_identity, run_trials
+from forge_ray.sweep.objectives import pareto_front
+from forge_ray.sweep.plan import Sieve
+from forge_ray.sweep.runner import SweepJob, check_identity, make_plan, run_trials
+from forge_ray.sweep.space import parse_space
 from forge_ray.sweep.study import open_storage
 from forge_ray.sweep.trackers.config import MlflowConfig, TensorboardConfig, TrackersConfig
 from tests.sweep import stubs
@@ -191,6 +194,59 @@ def test_a_spent_time_budget_leaves_trials_for_the_next_run(ray_local, tmp_path:
     finished = run_trials(dataclasses.replace(job, config=config, stages=StubStages(str(tmp_path))))
     assert finished.is_complete
     assert len(finished.records.finished()) == 3
+
+
+DEPTHS = {"kind": {"choice": ["a"]}, "levels": {"int": [1, 2]}, "quality": {"float": [0.1, 0.9]}}
+
+
+@pytest.mark.ray
+def test_rejected_designs_use_up_no_trial_and_the_pareto_front_is_known(
+    ray_local, tmp_path: Path, caplog
+) -> None:
+    config = dataclasses.replace(
+        CONFIG,
+        space=DEPTHS,
+        points=[{"kind": "a", "levels": 1}],
+        sampler=SamplerConfig(kind="nsga2"),
+        objectives=["ItemNDCG@10", "ItemHit@10", "sid_bits"],
+        num_trials=4,
+        asha=AshaConfig(enabled=False),
+        gate=GateConfig(mode="quantile", warmup=4),
+    )
+    with caplog.at_level("INFO"):
+        first, *drawn = run(tmp_path, config).trials.values()
+    # A fixed point is a trial, whatever is known of it.
+    assert (first.state, first.reason) == ("pruned", "capacity too small; not fitted")
+    assert [one.state for one in drawn] == ["complete"] * 3
+    for one in drawn:
+        value = one.point["quality"]
+        assert one.objectives == {"ItemNDCG@10": value, "ItemHit@10": 2 * value, "sid_bits": 16.0}
+    best = max(drawn, key=lambda one: one.value or 0.0)
+    assert pareto_front(drawn, config.objectives) == [best]
+    assert "capacity); they were no trials" in caplog.text
+
+
+def rejecting(folder: Path, config: SweepConfig) -> None:
+    with pytest.raises(ConfigError, match=r"got none: \d+ designs rejected \(\d+ capacity\)"):
+        run(folder, config)
+    assert not (folder / "ledger.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["grid", "quasi_random", "tpe"])
+def test_a_space_of_rejected_designs_ends_before_any_work(kind: str, tmp_path: Path) -> None:
+    space = {"levels": {"value": 1}, "quality": {"float": [0, 1], "num": 3}}
+    sampler = SamplerConfig(kind=kind)
+    config = dataclasses.replace(CONFIG, space=space, sampler=sampler, num_trials=5)
+    rejecting(tmp_path, config)
+
+
+def test_planned_designs_are_replaced_where_rejected(tmp_path: Path) -> None:
+    sampler = SamplerConfig(kind="quasi_random")
+    config = dataclasses.replace(CONFIG, space=DEPTHS, points=[], sampler=sampler, num_trials=6)
+    sieve = Sieve(stub_resolve)
+    plan = make_plan(config, parse_space(DEPTHS), tmp_path, sieve)
+    assert [point["levels"] for point in plan] == [2] * 6
+    assert sieve.rejections["capacity"] > 0
 
 
 @pytest.mark.ray

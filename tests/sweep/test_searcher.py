@@ -9,6 +9,7 @@ from ray.tune.search import Searcher
 from ray.tune.search.optuna import OptunaSearch
 
 from forge_ray.errors import ConfigError
+from forge_ray.sweep import searcher
 from forge_ray.sweep.ledger import Ledger, TrialRecord
 from forge_ray.sweep.prices import Prices
 from forge_ray.sweep.searcher import (
@@ -32,15 +33,23 @@ DEFINITION = {"kind": {"choice": ["a", "b"]}, "quality": {"float": [0, 1]}}
 SPACE = parse_space(DEFINITION)
 
 
-def make(folder: Path, *, planned=(), records=None, num_trials=None) -> PrunedAwareOptunaSearch:
+def make(
+    folder: Path,
+    *,
+    planned=(),
+    records=None,
+    num_trials=None,
+    objectives=(METRIC,),
+    space=SPACE,
+) -> PrunedAwareOptunaSearch:
     source = TrialSource(
         records=records or {}, planned=planned, num_trials=num_trials, resolve=stub_resolve
     )
     return PrunedAwareOptunaSearch(
-        space=SPACE,
+        space=space,
         source=source,
         ledger=Ledger(folder),
-        metric=METRIC,
+        objectives=list(objectives),
         sampler=make_sampler("tpe", seed=0),
         study_name=study_name("s", DEFINITION),
         storage=open_storage("", folder),
@@ -141,6 +150,95 @@ def test_proxies_become_attributes_also_of_a_trial_that_the_gate_stops(tmp_path:
         attributes = {name for name in trial.user_attrs if name.startswith("proxy:")}
         assert attributes == {"proxy:backoff_bits"}
         assert trial.user_attrs["proxy:backoff_bits"] == 11.5
+
+
+AIMS = [METRIC, f"{METRIC}/tail", "sid_bits"]
+
+
+def test_several_objectives_reach_optuna_and_the_ledger(tmp_path: Path) -> None:
+    points = [{"kind": "a", "quality": index / 8} for index in range(4)]
+    search = make(tmp_path, planned=points, objectives=AIMS)
+    ledger = Ledger(tmp_path)
+    for index in range(4):
+        params = search.suggest(f"t{index}")
+        names = ("number", "key", "config", "facts")
+        ledger.append("start", point=points[index], **{name: params[name] for name in names})
+        metrics = {METRIC: 0.3, "global_step": 20}
+        if index:
+            metrics[f"{METRIC}/tail"] = 0.1
+        if index < 2:
+            ledger.append("row", key=params["key"], stage="final", metrics=metrics)
+    row = {"stage": "gr", "global_step": 10, METRIC: 0.1}
+    for index in range(4):
+        search.on_trial_result(f"t{index}", row)
+    final = {"stage": "final", "global_step": 20, METRIC: 0.3}
+    search.on_trial_complete("t0", final)
+    search.on_trial_complete("t1", final)
+    search.on_trial_complete("t2", {**row, "decision/pruned_by": "asha", "decision/reason": "low"})
+    search.on_trial_complete("t3", error=True)
+    lacking, complete, pruned, failed = search.study.get_trials()
+    assert lacking.state == TrialState.FAIL
+    assert lacking.user_attrs["reason"] == f"{METRIC}/tail was not measured"
+    assert (complete.state, complete.values) == (TrialState.COMPLETE, [0.3, 0.1, 24.0])
+    directions = [one.name for one in search.study.directions]
+    assert directions == ["MAXIMIZE", "MAXIMIZE", "MINIMIZE"]
+    # Optuna prunes under one objective only.
+    assert (pruned.state, pruned.user_attrs["pruned_by"]) == (TrialState.FAIL, "asha")
+    assert failed.state == TrialState.FAIL
+    records = list(ledger.read().trials.values())
+    assert [one.state for one in records] == ["failed", "complete", "pruned", "failed"]
+    assert records[1].objectives == dict(zip(AIMS, [0.3, 0.1, 24.0], strict=True))
+    # A study of the grown space takes over what has all objectives.
+    study = optuna.create_study(directions=["maximize", "maximize", "minimize"])
+    assert copy_finished(study, SPACE, records, objectives=AIMS) == 1
+    assert study.get_trials()[0].values == [0.3, 0.1, 24.0]
+
+
+def test_a_dead_driver_s_complete_trial_of_several_objectives(tmp_path: Path) -> None:
+    points = [{"kind": "a", "quality": index / 8} for index in range(3)]
+    search = make(tmp_path, planned=points, objectives=AIMS)
+    keys = [search.suggest(f"t{index}")["key"] for index in range(3)]
+    values = dict(zip(AIMS, [0.3, 0.1, 24.0], strict=True))
+    ends = [
+        {"state": "complete", "value": 0.3, "objectives": values},
+        {"state": "pruned"},
+        {"state": "running"},
+    ]
+    records = [record_of(point, **end) for point, end in zip(points, ends, strict=True)]
+    known = dict(zip(keys, records, strict=True))
+    assert close_unfinished(open_storage("", tmp_path), "s", known) == 3
+    trials = search.study.get_trials()
+    assert [one.state.name for one in trials] == ["COMPLETE", "FAIL", "FAIL"]
+    assert trials[0].values == [0.3, 0.1, 24.0]
+
+
+def test_studies_differ_by_their_objectives() -> None:
+    alone = study_name("s", DEFINITION)
+    assert study_name("s", DEFINITION, [METRIC]) == alone
+    assert study_name("s", DEFINITION, AIMS) != alone
+
+
+def test_rejected_draws_cost_no_trial(tmp_path: Path) -> None:
+    space = parse_space({"levels": {"int": [1, 2]}, "quality": {"float": [0, 1]}})
+    search = make(tmp_path, num_trials=8, space=space)
+    points = [search.suggest(f"t{index}") for index in range(8)]
+    assert all(one["config"]["levels"] == 2 for one in points)
+    assert [one["number"] for one in points] == list(range(8))
+    told = [one for one in search.study.get_trials() if one.state != TrialState.RUNNING]
+    assert len(told) == search._source.rejections["capacity"] > 0
+    for trial in told:
+        assert trial.state == TrialState.PRUNED
+        assert trial.constraints == {"capacity": 1.0}
+        assert trial.user_attrs["reason"] == "capacity too small; not fitted"
+    assert search.suggest("t8") == Searcher.FINISHED
+
+
+def test_a_space_without_a_feasible_draw_ends(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(searcher, "_MAX_REJECTED", 5)
+    space = parse_space({"levels": {"value": 1}, "quality": {"float": [0, 1]}})
+    search = make(tmp_path, num_trials=8, space=space, objectives=AIMS)
+    assert search.suggest("t0") == Searcher.FINISHED
+    assert [one.state for one in search.study.get_trials()] == [TrialState.FAIL] * 5
 
 
 def test_late_results_are_ignored(tmp_path: Path) -> None:
@@ -265,8 +363,8 @@ def test_finished_trials_move_to_the_study_of_a_grown_space(tmp_path: Path) -> N
     study = optuna.create_study(
         study_name=study_name("s", grown), storage=open_storage("", tmp_path), direction="maximize"
     )
-    assert copy_finished(study, parse_space(grown), records, metric=METRIC) == 2
-    assert copy_finished(study, parse_space(grown), records, metric=METRIC) == 0
+    assert copy_finished(study, parse_space(grown), records, objectives=[METRIC]) == 2
+    assert copy_finished(study, parse_space(grown), records, objectives=[METRIC]) == 0
     first, second = study.get_trials()
     assert (first.value, first.params) == (0.7, {"kind": "a", "quality": 0.1})
     assert (second.state, second.intermediate_values) == (TrialState.PRUNED, {10: 0.1})
