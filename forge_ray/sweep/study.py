@@ -77,7 +77,7 @@ def without_password(url: str) -> str:
 
 def masked(url: str) -> str:
     """A storage URL for people to read: without its password."""
-    hidden = re.sub(r"^((?:[^:/]+://)?[^:@/]*):.*@", r"\1:***@", url)
+    hidden = re.sub(r"^(\w[\w+]*://[^:@/]*|(?!.*://)[^:@/]*):.*@", r"\1:***@", url)
     return re.sub(r"(?<=password=)[^&]*", "***", hidden)
 
 
