@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 from pathlib import Path
 from typing import Annotated, Any
@@ -21,6 +22,7 @@ from forge_ray.cli.console import (
 )
 from forge_ray.config import load_config
 from forge_ray.launch.connect import connected
+from forge_ray.sweep.budget import budget_state
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.ledger import Ledger, SweepRecords
 from forge_ray.sweep.views import counts, finalize_rows, ranking_rows, trial_rows
@@ -35,21 +37,31 @@ def run(
     file: SweepFile,
     overrides: Overrides = None,
     store: StoreUri = DEFAULT_STORE,
+    is_dry: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print trials, what they share and cost; run nothing."),
+    ] = False,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Run a sweep, or continue it: the same command resumes after any interruption.
 
-    Exit code 0: every trial ran to an end; 1: stopped before (Ctrl-C, a spent time budget), or
-    trials failed and none is complete.
+    Exit code 0: every trial ran to an end; 1: stopped before (Ctrl-C, a spent budget), or trials
+    failed and none is complete.
     """
+    from forge_ray.cli import sweep_budget
     from forge_ray.sweep.sweep import run_sweep
 
     config = load_config(SweepConfig, path=file, overrides=overrides or ())
+    if is_dry:
+        sweep_budget.show_dry_run(config, open_store(store), as_json=as_json)
+        return
     with connected(verbose=verbose):
         words = ("forge-ray", "sweep", "run", str(file), *(overrides or ()), "--store", store)
         result = run_sweep(config, open_store(store), command=words)
     _print_result(config, result.records, as_json=as_json, report=result.report)
+    if not as_json:
+        sweep_budget.show_stop(result.records, config.budget)
     failure = _failure(result.records)
     if failure:
         stderr.print(failure, soft_wrap=True, markup=False, highlight=False)
@@ -135,11 +147,13 @@ def _open(
 def _print_result(
     config: SweepConfig, records: SweepRecords, *, as_json: bool, report: Path
 ) -> None:
+    state = dataclasses.asdict(budget_state(records, config.budget))
     ranking = ranking_rows(records, metric=config.metric)
     test = finalize_rows(records.finalized[-1], metric=config.metric) if records.finalized else []
     if as_json:
         trials = trial_rows(records, metric=config.metric)
         content = {"counts": counts(records), "ranking": ranking, "trials": trials, "test": test}
+        content["budget"] = state
         emit({**content, "report": str(report)}, **_json)
         return
     if ranking:

@@ -131,8 +131,7 @@ def build_log(
         DataError: the input breaks a rule; names file, row or column.
     """
     inputs = find_inputs(config)
-    size = sum(file.size_bytes for file in inputs.interactions)
-    shards = num_shards or min(max(MIN_SHARDS, -(-size // SHARD_BYTES)), MAX_SHARDS)
+    shards = _num_shards(inputs, num_shards)
     return store.build(
         KIND,
         name,
@@ -140,6 +139,20 @@ def build_log(
         produce=lambda writer: _write_log(config, inputs, shards, writer),
         command=command,
     )
+
+
+def find_log(
+    config: SourcesConfig, store: ArtifactStore, *, num_shards: int = 0
+) -> Artifact | None:
+    """The log that `build_log` would return at once, or None where it would build one."""
+    inputs = find_inputs(config)
+    identity = _identity(config, inputs, _num_shards(inputs, num_shards))
+    return store.find(KIND, ArtifactStore.key(KIND, identity))
+
+
+def _num_shards(inputs: Inputs, num_shards: int) -> int:
+    size = sum(file.size_bytes for file in inputs.interactions)
+    return num_shards or min(max(MIN_SHARDS, -(-size // SHARD_BYTES)), MAX_SHARDS)
 
 
 def _identity(config: SourcesConfig, inputs: Inputs, shards: int) -> dict[str, Any]:

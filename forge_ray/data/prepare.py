@@ -9,6 +9,7 @@ from __future__ import annotations
 import shlex
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from pyarrow import fs as pafs
 
@@ -22,7 +23,7 @@ from forge_ray.artifacts import (
 )
 from forge_ray.config import to_mapping, to_overrides, to_yaml
 from forge_ray.data.cut import Stage, write_dataset
-from forge_ray.data.log import build_log
+from forge_ray.data.log import build_log, find_log
 from forge_ray.data.pairs import PairsConfig
 from forge_ray.data.schema import KIND, Dataset
 from forge_ray.data.sources import SourcesConfig, absolute, resolve
@@ -98,6 +99,26 @@ def open_or_prepare(path_or_ref: str | Path, store: ArtifactStore) -> Dataset:
     return prepare(PrepareConfig(source=text), store)[0]
 
 
+def find_prepared(path_or_ref: str | Path, store: ArtifactStore) -> Dataset | None:
+    """What `open_or_prepare` would open, or None where it would prepare; needs no Ray.
+
+    Raises:
+        ArtifactError: the reference is unknown.
+        DataError: the folder's files break a rule that shows without reading them.
+    """
+    text = str(path_or_ref)
+    if not _is_raw_folder(text):
+        return Dataset.open(store, text)
+    resolved = resolve(absolute(PrepareConfig(source=text)))
+    assert isinstance(resolved, PrepareConfig)
+    log = find_log(_sources(resolved), store, num_shards=resolved.num_shards)
+    if log is None:
+        return None
+    identity = _identity(resolved, _stages(resolved.split, log)[0])
+    found = store.find(KIND, ArtifactStore.key(KIND, identity, [log.key], _SCHEMA_VERSION))
+    return None if found is None else Dataset(found)
+
+
 def _is_raw_folder(text: str) -> bool:
     if "://" not in text and not Path(text).is_dir():
         return False
@@ -149,22 +170,29 @@ def _build(
     name: str,
     command: str,
 ) -> Dataset:
+    artifact = store.build(
+        KIND,
+        name,
+        _identity(config, stage),
+        parents=[log.key],
+        produce=lambda writer: _produce(config, log, stage, writer),
+        command=command,
+        schema_version=_SCHEMA_VERSION,
+    )
+    return Dataset(artifact)
+
+
+_SCHEMA_VERSION = 2
+"""2: users shuffled inside shards."""
+
+
+def _identity(config: PrepareConfig, stage: Stage) -> dict[str, Any]:
     split = to_mapping(config.split)
     days = None if stage.days is None else to_mapping(stage.days)
     if days is not None:
         # The days say it all; another number of stages must not rebuild this one.
         split = {"kind": split["kind"], "validation_share": split["validation_share"]}
-    identity = {"split": split, "stage": days, "pairs": to_mapping(config.pairs)}
-    artifact = store.build(
-        KIND,
-        name,
-        identity,
-        parents=[log.key],
-        produce=lambda writer: _produce(config, log, stage, writer),
-        command=command,
-        schema_version=2,  # 2: users shuffled inside shards
-    )
-    return Dataset(artifact)
+    return {"split": split, "stage": days, "pairs": to_mapping(config.pairs)}
 
 
 def _produce(

@@ -80,6 +80,13 @@ def fit_sids(
     return assemble(sids, codes, quantizer)
 
 
+def shared_parts(config: SidConfig) -> dict[str, dict[str, Any]]:
+    """By kind of artifact what decides it, for a given dataset: equal parts are built once."""
+    identity = _identity(config)
+    fitted = {part: identity[part] for part in ("quantizer", "vectors", "seed")}
+    return {QUANTIZER_KIND: fitted, SIDS_KIND: identity}
+
+
 def build_codes(
     config: SidConfig,
     dataset: Dataset,

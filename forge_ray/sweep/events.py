@@ -11,6 +11,7 @@ from typing import Any
 from ray.tune import Callback
 from ray.tune.experiment import Trial
 
+from forge_ray.sweep.budget import BudgetWatch
 from forge_ray.sweep.groups import StoppedGroups
 from forge_ray.sweep.ledger import Ledger
 from forge_ray.sweep.scheduler import Decision, GateScheduler
@@ -35,12 +36,14 @@ class SweepCallback(Callback):
         metric: str,
         num_trials: int,
         stages: Stages,
+        watch: BudgetWatch,
     ) -> None:
         self._ledger = ledger
         self._scheduler = scheduler
         self._metric = metric
         self._num_trials = num_trials
         self._stages = stages
+        self._watch = watch
         self.groups = StoppedGroups()
         self._group_of: dict[str, str] = {}
 
@@ -71,6 +74,7 @@ class SweepCallback(Callback):
             cpus=held.cpus,
             gpus=held.gpus,
         )
+        self._watch.touch(config["key"])
         self._say(trial, f"started   {label_point(point)}")
 
     def on_trial_result(
@@ -104,6 +108,7 @@ class SweepCallback(Callback):
             is_control=decision.is_control,
             **optional,
         )
+        self._watch.touch(key)
         self._say(trial, describe_row(stage, result, decision, metric=self._metric))
 
     def on_trial_error(
@@ -116,6 +121,7 @@ class SweepCallback(Callback):
         self._leave(trial)
 
     def _leave(self, trial: Trial) -> None:
+        self._watch.drop(trial.config["key"])
         group = self._group_of.pop(trial.trial_id, None)
         if group is not None:
             self.groups.add(group)

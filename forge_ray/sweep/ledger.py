@@ -154,6 +154,8 @@ class SweepRecords:
     """Versions, revision and cluster resources of the latest session."""
     command: tuple[str, ...] = ()
     """Words of the command that started the latest session; empty where none is known."""
+    stopped: dict[str, Any] | None = None
+    """How the latest session ended at its budget; see `forge_ray.sweep.budget.BudgetState`."""
     dashboard: str = ""
     """Where the Ray of the latest session serves its dashboard; empty where it serves none."""
 
@@ -252,6 +254,7 @@ class Fold:
         self._dashboard = ""
         self._environment: dict[str, Any] = {}
         self._command: tuple[str, ...] = ()
+        self._stopped: dict[str, Any] | None = None
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Applies one event."""
@@ -263,6 +266,11 @@ class Fold:
             self._dashboard = str(event.get("dashboard") or "")
             self._environment = dict(event.get("environment") or {})
             self._command = tuple(event.get("command") or ())
+            self._stopped = None
+        elif kind == "budget":
+            self._stopped = {name: event[name] for name in ("reason", "next", "left")}
+        elif kind == "alive":
+            self._add_held(event["held"])
         elif kind == "finalize":
             self._finalized.append(_only(FinalizeRecord, event))
         elif kind == "floors":
@@ -280,6 +288,11 @@ class Fold:
         elif self._spans and kind != "finalize":  # which may come days later
             self._spans[-1] = (self._spans[-1][0], at)
 
+    def _add_held(self, held: Mapping[str, Mapping[str, float]]) -> None:
+        # Of a stage under way; its own row will say it better.
+        for key in held.keys() & self.trials.keys():
+            self.trials[key].attempts[-1].update(held[key])
+
     def records(self) -> SweepRecords:
         """All trials so far; they are shared with this object, which keeps changing them."""
         return SweepRecords(
@@ -293,6 +306,7 @@ class Fold:
             environment=self._environment,
             command=self._command,
             dashboard=self._dashboard,
+            stopped=self._stopped,
         )
 
 

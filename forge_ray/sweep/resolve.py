@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import from_mapping, to_mapping
-from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.gr.config import GrConfig
 from forge_ray.sid.config import SidConfig
@@ -63,7 +63,19 @@ def check_rungs(config: SweepConfig) -> None:
 _RUNG_SETTINGS = ("gr.max_steps", "gr.validation.every")
 
 
-def resolve_point(config: SweepConfig, point: Point, *, dataset: Dataset) -> Resolved:
+class Catalogue(Protocol):
+    """What a design needs to know of a dataset; every `Dataset` says it."""
+
+    @property
+    def key(self) -> str:
+        """Its content key."""
+
+    @property
+    def num_items(self) -> int:
+        """Items that need a SID."""
+
+
+def resolve_point(config: SweepConfig, point: Point, *, dataset: Catalogue) -> Resolved:
     """A point as configuration and key; the key ignores where stages run.
 
     Raises:

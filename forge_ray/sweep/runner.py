@@ -24,8 +24,16 @@ from ray import tune
 
 from forge_ray.config import canonical_json, to_yaml
 from forge_ray.errors import ConfigError
+from forge_ray.sweep.budget import BudgetWatch, check_affordable, stop_event
 from forge_ray.sweep.config import DRAWING, SweepConfig, difference, identity, without_running
 from forge_ray.sweep.environment import describe_environment, masked_words
+from forge_ray.sweep.estimate import (
+    Estimator,
+    TrialEstimate,
+    estimate_lines,
+    estimate_waiting,
+    measure_siblings,
+)
 from forge_ray.sweep.events import SweepCallback
 from forge_ray.sweep.ledger import Ledger, SweepRecords, write_json
 from forge_ray.sweep.plan import (
@@ -102,25 +110,49 @@ class RunOutcome:
 
     Attributes:
         records: The ledger, folded.
-        is_complete: Whether every trial ran to an end; False after Ctrl-C or a spent time budget.
+        is_complete: Whether every trial ran to an end; False after Ctrl-C or at the budget.
     """
 
     records: SweepRecords
     is_complete: bool
 
 
-def run_trials(job: SweepJob) -> RunOutcome:
-    """Runs what is left of a sweep; the caller holds its lock.
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What a session would do, before anything is written.
+
+    Attributes:
+        space: The searched parameters.
+        meaning: The sweep's identity.
+        plan: Points of the space in order.
+        records: The ledger, folded.
+        source: Trials that are left.
+        estimator: Knows what they take.
+        estimates: What is ahead of each waiting trial that can work.
+    """
+
+    space: Space
+    meaning: dict[str, Any]
+    plan: list[Point]
+    records: SweepRecords
+    source: TrialSource
+    estimator: Estimator
+    estimates: list[TrialEstimate]
+
+
+def plan_trials(job: SweepJob) -> Planned:
+    """Reads what there is, and resolves and checks what is left; writes nothing.
 
     Raises:
-        ConfigError: The sweep changed under its name, or a point is no valid configuration.
+        ConfigError: The sweep changed under its name, a point is no valid configuration, or the
+            budget does not pay for a trial.
     """
-    config, ledger = job.config, job.ledger
+    config = job.config
     space = parse_space(config.space)
     check_libraries(config.trackers)
     meaning = identity(config, dataset_key=job.dataset_key)
     check_identity(job.folder, meaning, name=config.name)
-    records = ledger.read()
+    records = job.ledger.read()
     resolve = _naming_point(job.resolve)
     is_drawing = config.sampler.kind in DRAWING
     if is_drawing:
@@ -134,9 +166,32 @@ def run_trials(job: SweepJob) -> RunOutcome:
         resolve=resolve,
     )
     source.rejections += sieve.rejections
+    estimator = make_estimator(job, meaning)
+    estimates = estimate_waiting(estimator, records, source.queue)
+    check_affordable(estimates, config.budget)
+    return Planned(
+        space=space,
+        meaning=meaning,
+        plan=plan,
+        records=records,
+        source=source,
+        estimator=estimator,
+        estimates=estimates,
+    )
+
+
+def run_trials(job: SweepJob) -> RunOutcome:
+    """Runs what is left of a sweep; the caller holds its lock.
+
+    Raises:
+        ConfigError: See `plan_trials`; no trial has run.
+    """
+    config, ledger = job.config, job.ledger
+    planned = plan_trials(job)
+    records, source = planned.records, planned.source
     # Every point resolved. Written earlier, a mistake would become the sweep's identity.
-    _write_claim(job, meaning, plan)
-    _announce(job, records, source)
+    _write_claim(job, planned.meaning, planned.plan)
+    _announce(job, planned)
     ledger.append(
         "session",
         space=config.space,
@@ -149,9 +204,11 @@ def run_trials(job: SweepJob) -> RunOutcome:
     closed = close_unfinished(storage, config.name, records.trials)
     if closed:
         logger.info("closed %d Optuna trials that a dead driver left running", closed)
+    watch = BudgetWatch(ledger=ledger, config=config.budget, estimator=planned.estimator)
     with _tracking(job) as tracked:  # which also sends what earlier sessions could not
-        if source.remaining:
-            _search(job, source, ledger, records=records, storage=storage, callbacks=tracked)
+        # Whoever may not start a single trial scores none either.
+        if source.remaining and watch.may_start(planned.estimates):
+            _search(job, planned, watch, ledger, storage=storage, callbacks=tracked)
     if source.rejections:
         logger.info("%s; they were no trials", describe_rejections(source.rejections))
         ledger.append("rejected", designs=dict(source.rejections))
@@ -160,20 +217,35 @@ def run_trials(job: SweepJob) -> RunOutcome:
     close_unfinished(storage, config.name, after.trials)
     for record in after.trials.values():
         ledger.write_trial(record)
-    is_open = any(one.state == "running" and source.wants(one.key) for one in after.trials.values())
-    return RunOutcome(records=after, is_complete=not (is_open or source.queue or source.may_draw))
+    cut = [one for one in after.trials.values() if one.state == "running" and source.wants(one.key)]
+    is_complete = not (cut or source.unstarted(after.trials) or source.may_draw)
+    if watch.reason and not is_complete:
+        ledger.append("budget", **stop_event(watch, planned.estimator, cut, source))
+    return RunOutcome(records=ledger.read(), is_complete=is_complete)
+
+
+def make_estimator(job: SweepJob, meaning: Mapping[str, Any]) -> Estimator:
+    """What estimates a sweep's trials: its ledger, and sweeps beside it on the same dataset."""
+    return Estimator(
+        stages=job.stages,
+        prices=job.config.budget.prices,
+        meaning=meaning,
+        max_steps=job.max_steps,
+        others=measure_siblings(job.folder, dataset_key=job.dataset_key, identity_file=_IDENTITY),
+    )
 
 
 def _search(
     job: SweepJob,
-    source: TrialSource,
+    planned: Planned,
+    watch: BudgetWatch,
     ledger: Ledger,
     *,
-    records: SweepRecords,
     storage: BaseStorage,
     callbacks: Sequence[tune.Callback],
 ) -> None:
-    config, space = job.config, parse_space(job.config.space)
+    config, space, source = job.config, planned.space, planned.source
+    records = planned.records
     scheduler = _scheduler(job)
     if config.order == "promising" and len(source.queue) > 1:
         scores = score_waiting(
@@ -197,9 +269,19 @@ def _search(
         storage=storage,
         next_place=scheduler.next_place if config.order == "promising" else _in_order,
         prices=config.budget.prices,
+        admits=watch.admits,
     )
     copy_finished(searcher.study, space, records.finished(), objectives=config.aims)
-    _fit(job, searcher, scheduler, source, ledger, session=records.sessions, callbacks=callbacks)
+    _fit(
+        job,
+        searcher,
+        scheduler,
+        source,
+        watch,
+        ledger,
+        session=records.sessions,
+        callbacks=callbacks,
+    )
 
 
 def _tracking(job: SweepJob) -> AbstractContextManager[list[tune.Callback]]:
@@ -226,12 +308,13 @@ def _fit(
     searcher: PrunedAwareOptunaSearch,
     scheduler: GateScheduler,
     source: TrialSource,
+    watch: BudgetWatch,
     ledger: Ledger,
     *,
     session: int,
     callbacks: Sequence[tune.Callback],
 ) -> None:
-    config, hours = job.config, job.config.budget.max_hours
+    config = job.config
     os.environ.update(_TUNE_ENV)
     # Failed trials have had their line; Tune's list of them says no more.
     logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
@@ -241,6 +324,7 @@ def _fit(
         metric=config.metric,
         num_trials=source.total,
         stages=job.stages,
+        watch=watch,
     )
     rules = TrialRules(gate=config.gate, metric=config.metric)
     trainable = tune.with_parameters(run_trial, stages=job.stages, rules=rules)
@@ -253,7 +337,6 @@ def _fit(
             scheduler=scheduler,
             num_samples=source.remaining,
             max_concurrent_trials=config.max_concurrent,
-            time_budget_s=hours * 3600 if hours else None,
             reuse_actors=False,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
@@ -263,6 +346,7 @@ def _fit(
             storage_path=str(job.folder / "tune"),
             # The ledger's first: the others read it.
             callbacks=[callback, *callbacks],
+            stop=watch,
             verbose=0,
         ),
     )
@@ -371,8 +455,9 @@ def _ray_dashboard() -> str:
     return f"http://{address}" if address else ""
 
 
-def _announce(job: SweepJob, records: SweepRecords, source: TrialSource) -> None:
-    done, left = len(records.finished()), source.remaining
+def _announce(job: SweepJob, planned: Planned) -> None:
+    source = planned.source
+    done, left = len(planned.records.finished()), source.remaining
     logger.info(
         "sweep %s: %d trials, %d finished, %d to run; everything is in %s",
         job.config.name,
@@ -383,3 +468,5 @@ def _announce(job: SweepJob, records: SweepRecords, source: TrialSource) -> None
     )
     if left:
         logger.info("stop it with Ctrl-C; the same command continues where it ended")
+    for line in estimate_lines(planned.estimates):
+        logger.info("%s", line)

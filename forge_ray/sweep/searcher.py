@@ -15,7 +15,7 @@ import json
 import logging
 import math
 from collections import Counter, deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -164,12 +164,23 @@ class TrialSource:
         left = [one.point for one in records.values() if not one.is_finished]
         self.queue: deque[TrialSpec] = deque()
         self._wanted: set[str] = set()
+        self._handed: dict[str, TrialSpec] = {}
         queued: set[str] = {key for key, one in records.items() if one.is_finished}
         for point in (*planned, *(left if num_trials is not None else ())):
             resolved = resolve(point)
             if resolved.key not in queued:
                 queued.add(resolved.key)
                 self.queue.append(self._spec(point, resolved))
+
+    def put_back(self, spec: TrialSpec) -> None:
+        """Returns a trial that was taken out and may not start yet."""
+        self._handed.pop(spec.key, None)
+        self.queue.appendleft(spec)
+
+    def unstarted(self, started: Collection[str]) -> list[TrialSpec]:
+        """Trials that wait: those handed out that the ledger never saw start come first."""
+        handed = [one for key, one in self._handed.items() if key not in started]
+        return [*handed, *self.queue]
 
     @property
     def remaining(self) -> int:
@@ -206,13 +217,17 @@ class TrialSource:
         if resolved.rejected is not None:
             self.rejections[resolved.rejected.rule] += 1
             return resolved.rejected
-        return None if resolved.key in self._known else self._spec(point, resolved)
+        if resolved.key in self._known:
+            return None
+        spec = self._handed[resolved.key] = self._spec(point, resolved)
+        return spec
 
     def next_planned(self, next_place: NextPlace) -> TrialSpec:
         """Takes one waiting trial out of the queue."""
         place = next_place([one.key for one in self.queue])
         spec = self.queue[place]
         del self.queue[place]
+        self._handed[spec.key] = spec
         return spec
 
     def _spec(self, point: Point, resolved: Resolved) -> TrialSpec:
@@ -240,6 +255,7 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         storage: BaseStorage,
         next_place: NextPlace,
         prices: Prices,
+        admits: Callable[[TrialSpec], bool],
     ) -> None:
         modes = ["max" if direction(name) > 0 else "min" for name in objectives]
         is_one = len(objectives) == 1
@@ -257,6 +273,7 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         self._ledger = ledger
         self._next_place = next_place
         self._prices = prices
+        self._admits = admits
         self._specs: dict[str, TrialSpec] = {}
 
     @property
@@ -266,9 +283,12 @@ class PrunedAwareOptunaSearch(OptunaSearch):
 
     def suggest(self, trial_id: str) -> dict[str, Any] | str | None:
         """The next trial's parameters, or `FINISHED`."""
-        spec = self._ask_planned(trial_id) if self._source.queue else self._ask_drawn(trial_id)
+        is_planned = bool(self._source.queue)
+        spec = self._ask_planned(trial_id) if is_planned else self._ask_drawn(trial_id)
         if spec is None:
-            return str(Searcher.FINISHED)
+            # The end of a running trial may leave something of the budget after all.
+            may_come = self._source.queue and self._completed_trials < set(self._specs)
+            return None if may_come else str(Searcher.FINISHED)
         self._specs[trial_id] = spec
         trial = self._ot_trials[trial_id]
         trial.set_user_attr(KEY, spec.key)
@@ -333,8 +353,11 @@ class PrunedAwareOptunaSearch(OptunaSearch):
             return Outcome(state="failed", reason=f"{', '.join(lacking)} was not measured")
         return dataclasses.replace(outcome, objectives=values)
 
-    def _ask_planned(self, trial_id: str) -> TrialSpec:
+    def _ask_planned(self, trial_id: str) -> TrialSpec | None:
         spec = self._source.next_planned(self._next_place)
+        if not self._admits(spec):
+            self._source.put_back(spec)
+            return None
         if self._parameters.contains(spec.point):
             self._ot_study.enqueue_trial(self._parameters.optuna_values(spec.point))
             self._ot_trials[trial_id] = self._ot_study.ask()
@@ -354,6 +377,12 @@ class PrunedAwareOptunaSearch(OptunaSearch):
                 logger.warning("skipped %s: %s", point, error)
                 found = Rejection(rule="invalid", reason=str(error))
                 self._source.rejections[found.rule] += 1
+            if isinstance(found, TrialSpec) and not self._admits(found):
+                # Drawn already: it waits like a planned one.
+                trial.set_user_attr("reason", "waits for the budget")
+                self._ot_study.tell(trial, state=TrialState.FAIL)
+                self._source.put_back(found)
+                return None
             if isinstance(found, TrialSpec):
                 self._ot_trials[trial_id] = trial
                 return found

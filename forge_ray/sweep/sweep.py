@@ -20,7 +20,7 @@ from forge_ray.evaluate.floors import evaluate_floors
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.ledger import FinalizeRecord, Ledger, SweepLock, SweepRecords, TrialRecord
 from forge_ray.sweep.report import write_report
-from forge_ray.sweep.resolve import check_rungs, resolve_point, trial_config
+from forge_ray.sweep.resolve import Catalogue, check_rungs, resolve_point, trial_config
 from forge_ray.sweep.runner import SweepJob, run_trials
 from forge_ray.sweep.stages import ForgeStages
 from forge_ray.sweep.trackers.config import check_libraries
@@ -37,7 +37,7 @@ class SweepResult:
     records: SweepRecords
     report: Path
     is_complete: bool
-    """False after Ctrl-C or a spent time budget: the same command continues."""
+    """False after Ctrl-C or at the budget: the same command continues."""
 
 
 def sweep_folder(config: SweepConfig, store: ArtifactStore) -> Path:
@@ -139,12 +139,19 @@ def open_dataset(config: SweepConfig, store: ArtifactStore, folder: Path) -> Dat
     """The sweep's dataset; synthetic data is generated where no path is given."""
     if config.data:
         return open_or_prepare(config.data, store)
-    raw = folder / "data"
+    raw = raw_folder(folder)
     generate(from_mapping(SyntheticConfig, config.synthetic), str(raw))
     return open_or_prepare(raw, store)
 
 
-def make_job(config: SweepConfig, store: ArtifactStore, dataset: Dataset, folder: Path) -> SweepJob:
+def raw_folder(folder: Path) -> Path:
+    """Where a sweep without data of its own generates some."""
+    return folder / "data"
+
+
+def make_job(
+    config: SweepConfig, store: ArtifactStore, dataset: Catalogue, folder: Path
+) -> SweepJob:
     """Binds a sweep to its dataset and stages."""
     stages = ForgeStages(
         store_uri=store.uri,

@@ -22,6 +22,9 @@ class StubStages:
     folder: str
     max_steps: int = 30
     step_s: float = 0.0
+    fit_s: float = 0.01
+    """Seconds that tokenizing claims."""
+    cpus: tuple[tuple[str, float], ...] = (("fit", 1.0), ("train", 2.0))
 
     def tokenize(self, config: Mapping[str, Any]) -> StageReport:
         self.note("tokenize", config)
@@ -35,10 +38,12 @@ class StubStages:
             "backoff_bits": 12.0 - quality,
             "backoff_gain": 0.0 if is_random else quality + 0.1,
         }
-        return StageReport(metrics=metrics, seconds={"fit": 0.01}, artifacts={"sids": "sids/x"})
+        return StageReport(
+            metrics=metrics, seconds={"fit": self.fit_s, "score": 0.0}, artifacts={"sids": "sids/x"}
+        )
 
     def resources(self, config: Mapping[str, Any]) -> StageReport:
-        return StageReport(cpus={"fit": 1.0, "train": 2.0}, gpus={"train": 1.0})
+        return StageReport(cpus=dict(self.cpus), gpus={"train": 1.0})
 
     def train(
         self, config: Mapping[str, Any], sids: str, *, name: str, callbacks: Sequence[Any]
@@ -56,7 +61,8 @@ class StubStages:
     def evaluate(self, config: Mapping[str, Any], *, model: str) -> StageReport:
         self.note("evaluate", config)
         value = float("nan") if config["kind"] == "nan" else float(config.get("quality", 0.5))
-        return StageReport(metrics={"ItemNDCG@10": value, "ItemHit@10": 2 * value})
+        metrics = {"ItemNDCG@10": value, "ItemHit@10": 2 * value}
+        return StageReport(metrics=metrics, seconds={"evaluate": 0.0})
 
     def note(self, stage: str, config: Mapping[str, Any]) -> None:
         with Path(self.folder, "stages.log").open("a") as stream:

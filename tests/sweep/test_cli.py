@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from contextlib import nullcontext
 from pathlib import Path
@@ -73,3 +74,15 @@ def test_a_run_without_a_complete_trial_fails(sweep: list[str], monkeypatch) -> 
     assert (code, "the first with" in text) == (0, False)
     code, _ = run_that_left(records(trial(0, state="pruned")), sweep, monkeypatch)
     assert code == 0
+
+
+def test_an_end_at_the_budget_says_what_comes_next(sweep: list[str], monkeypatch) -> None:
+    ahead = [{"trial": 2, "design": "rq_vae levels=3", "seconds": 9.0, "cost_usd": 0.5}]
+    stopped = {"reason": "budget.max_cost: 2 of 2 USD are spent", "next": ahead, "left": 4}
+    found = dataclasses.replace(records(trial(0, value=0.1)), stopped=stopped)
+    _, text = run_that_left(found, sweep, monkeypatch)
+    assert "stopped at the budget. budget.max_cost: 2 of 2 USD are spent" in text
+    assert "next of 4 trials" in text
+    assert "rq_vae levels=3" in text
+    found = dataclasses.replace(found, stopped={**stopped, "next": []})
+    assert "up to 4 trials that the sampler draws" in run_that_left(found, sweep, monkeypatch)[1]

@@ -15,12 +15,14 @@ from optuna.trial import TrialState
 from forge_ray.config import load_config
 from forge_ray.errors import ConfigError
 from forge_ray.sweep import runner
+from forge_ray.sweep.budget import budget_state
 from forge_ray.sweep.config import BudgetConfig, SamplerConfig, SweepConfig
 from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.ledger import SweepRecords
 from forge_ray.sweep.objectives import pareto_front
 from forge_ray.sweep.plan import Sieve
+from forge_ray.sweep.prices import Prices
 from forge_ray.sweep.runner import SweepJob, check_identity, make_plan, run_trials
 from forge_ray.sweep.space import parse_space
 from forge_ray.sweep.study import open_storage
@@ -173,7 +175,7 @@ def test_failures_and_nan_are_recorded_and_tried_again(ray_local, tmp_path: Path
 
 
 @pytest.mark.ray
-def test_a_spent_time_budget_leaves_trials_for_the_next_run(ray_local, tmp_path: Path) -> None:
+def test_hours_that_are_over_interrupt_trials(ray_local, tmp_path: Path) -> None:
     job = SweepJob(
         config=dataclasses.replace(CONFIG, points=[], budget=BudgetConfig(max_hours=6 / 3600)),
         folder=tmp_path,
@@ -185,6 +187,9 @@ def test_a_spent_time_budget_leaves_trials_for_the_next_run(ray_local, tmp_path:
     outcome = run_trials(job)
     assert not outcome.is_complete
     assert not outcome.records.finished()
+    assert outcome.records.stopped is not None
+    assert outcome.records.stopped["reason"].startswith("budget.max_hours: ")
+    assert outcome.records.stopped["left"] == 3
     study = optuna.load_study(
         study_name=optuna.get_all_study_names(open_storage("", tmp_path))[0],
         storage=open_storage("", tmp_path),
@@ -193,6 +198,7 @@ def test_a_spent_time_budget_leaves_trials_for_the_next_run(ray_local, tmp_path:
     config = dataclasses.replace(CONFIG, points=[])
     finished = run_trials(dataclasses.replace(job, config=config, stages=StubStages(str(tmp_path))))
     assert finished.is_complete
+    assert finished.records.stopped is None
     assert len(finished.records.finished()) == 3
 
 
@@ -247,6 +253,44 @@ def test_planned_designs_are_replaced_where_rejected(tmp_path: Path) -> None:
     plan = make_plan(config, parse_space(DEPTHS), tmp_path, sieve)
     assert [point["levels"] for point in plan] == [2] * 6
     assert sieve.rejections["capacity"] > 0
+
+
+@pytest.mark.ray
+def test_a_cost_budget_stops_between_trials_and_a_larger_one_goes_on(
+    ray_local, tmp_path: Path
+) -> None:
+    budget = BudgetConfig(max_cost=2.5, prices=Prices(cpu_hour=36.0))
+    job = SweepJob(
+        config=dataclasses.replace(CONFIG, gate=GateConfig(mode="off"), budget=budget),
+        folder=tmp_path,
+        dataset_key="d",
+        stages=StubStages(str(tmp_path), fit_s=100.0, cpus=(("fit", 1.0),)),
+        resolve=stub_resolve,
+        max_steps=30,
+    )
+    # Each trial costs 1 USD: the third would end above the budget and does not start.
+    outcome = run_trials(job)
+    assert not outcome.is_complete
+    state = budget_state(outcome.records, budget)
+    assert state.spent_usd == pytest.approx(2.0)
+    assert state.stopped is not None
+    assert "next trial is expected to cost 1" in state.stopped["reason"]
+    assert state.stopped["left"] == 2
+    ahead = state.stopped["next"]
+    assert [row["trial"] for row in ahead] == [3, 4]
+    assert ahead[0]["cost_usd"] == pytest.approx(1.0)
+    assert len(stages_of(tmp_path, "tokenize")) == 2
+
+    too_small = dataclasses.replace(job.config, budget=dataclasses.replace(budget, max_cost=0.5))
+    with pytest.raises(ConfigError, match=r"max_cost must pay for a trial, got 0\.5"):
+        run_trials(dataclasses.replace(job, config=too_small))
+
+    larger = dataclasses.replace(job.config, budget=dataclasses.replace(budget, max_cost=10.0))
+    finished = run_trials(dataclasses.replace(job, config=larger))
+    assert finished.is_complete
+    assert len(finished.records.finished()) == 4
+    assert len(stages_of(tmp_path, "tokenize")) == 4
+    assert budget_state(finished.records, larger.budget).spent_usd == pytest.approx(4.0)
 
 
 @pytest.mark.ray

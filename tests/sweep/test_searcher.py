@@ -37,6 +37,7 @@ def make(
     folder: Path,
     *,
     planned=(),
+    admits=lambda spec: True,
     records=None,
     num_trials=None,
     objectives=(METRIC,),
@@ -55,6 +56,7 @@ def make(
         storage=open_storage("", folder),
         next_place=lambda waiting: 0,
         prices=Prices(cpu_hour=3600.0),
+        admits=admits,
     )
 
 
@@ -103,7 +105,7 @@ def test_outcomes_reach_optuna_as_they_are(tmp_path: Path) -> None:
     search.on_trial_complete("t2", {"stage": "final", "global_step": 20, METRIC: 0.3})
     search.on_trial_complete("t3", {"stage": "final", "global_step": 20, METRIC: float("nan")})
     search.on_trial_complete("t4", error=True)
-    search.on_trial_complete("t5", row)  # stopped by a time budget
+    search.on_trial_complete("t5", row)  # stopped at the budget
     trials = search.study.get_trials()
     assert [trial.state for trial in trials] == [
         TrialState.PRUNED,
@@ -239,6 +241,23 @@ def test_a_space_without_a_feasible_draw_ends(tmp_path: Path, monkeypatch) -> No
     search = make(tmp_path, num_trials=8, space=space, objectives=AIMS)
     assert search.suggest("t0") == Searcher.FINISHED
     assert [one.state for one in search.study.get_trials()] == [TrialState.FAIL] * 5
+
+
+def test_a_trial_that_may_not_start_waits_while_others_run(tmp_path: Path) -> None:
+    points = [{"kind": "a", "quality": index / 8} for index in range(3)]
+    allowed = [True, False, False, True, False]
+    search = make(tmp_path, planned=points, admits=lambda spec: allowed.pop(0))
+    assert search.suggest("t0")["config"] == points[0]
+    assert search.suggest("t1") is None
+    assert search.suggest("t1") is None
+    # The running one ended early, so there is something left for the next.
+    search.on_trial_complete("t0", {"stage": "proxy", "decision/pruned_by": "gate"})
+    assert search.suggest("t1")["config"] == points[1]
+    search.on_trial_complete("t1", {"stage": "final", "global_step": 20, METRIC: 0.3})
+    assert search.suggest("t2") == Searcher.FINISHED
+    assert [one.point for one in search._source.queue] == points[2:]
+    # Handed out and never seen to start, it waits as well.
+    assert [one.point for one in search._source.unstarted(())] == points
 
 
 def test_late_results_are_ignored(tmp_path: Path) -> None:
