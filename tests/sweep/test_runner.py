@@ -174,13 +174,21 @@ def test_failures_and_nan_are_recorded_and_tried_again(ray_local, tmp_path: Path
     assert kinds == ["broken", "nan", "a", "broken", "nan"]
 
 
+@pytest.fixture
+def alone(tmp_path: Path) -> Path:
+    """A sweep's folder without neighbours: those of other tests would lend it their times."""
+    folder = tmp_path / "sweeps" / "alone"
+    folder.mkdir(parents=True)
+    return folder
+
+
 @pytest.mark.ray
-def test_hours_that_are_over_interrupt_trials(ray_local, tmp_path: Path) -> None:
+def test_hours_that_are_over_interrupt_trials(ray_local, alone: Path) -> None:
     job = SweepJob(
         config=dataclasses.replace(CONFIG, points=[], budget=BudgetConfig(max_hours=6 / 3600)),
-        folder=tmp_path,
+        folder=alone,
         dataset_key="d",
-        stages=StubStages(str(tmp_path), step_s=5.0),
+        stages=StubStages(str(alone), step_s=5.0),
         resolve=stub_resolve,
         max_steps=30,
     )
@@ -191,12 +199,12 @@ def test_hours_that_are_over_interrupt_trials(ray_local, tmp_path: Path) -> None
     assert outcome.records.stopped["reason"].startswith("budget.max_hours: ")
     assert outcome.records.stopped["left"] == 3
     study = optuna.load_study(
-        study_name=optuna.get_all_study_names(open_storage("", tmp_path))[0],
-        storage=open_storage("", tmp_path),
+        study_name=optuna.get_all_study_names(open_storage("", alone))[0],
+        storage=open_storage("", alone),
     )
     assert TrialState.RUNNING not in [trial.state for trial in study.trials]
     config = dataclasses.replace(CONFIG, points=[])
-    finished = run_trials(dataclasses.replace(job, config=config, stages=StubStages(str(tmp_path))))
+    finished = run_trials(dataclasses.replace(job, config=config, stages=StubStages(str(alone))))
     assert finished.is_complete
     assert finished.records.stopped is None
     assert len(finished.records.finished()) == 3
@@ -257,14 +265,14 @@ def test_planned_designs_are_replaced_where_rejected(tmp_path: Path) -> None:
 
 @pytest.mark.ray
 def test_a_cost_budget_stops_between_trials_and_a_larger_one_goes_on(
-    ray_local, tmp_path: Path
+    ray_local, alone: Path
 ) -> None:
     budget = BudgetConfig(max_cost=2.5, prices=Prices(cpu_hour=36.0))
     job = SweepJob(
         config=dataclasses.replace(CONFIG, gate=GateConfig(mode="off"), budget=budget),
-        folder=tmp_path,
+        folder=alone,
         dataset_key="d",
-        stages=StubStages(str(tmp_path), fit_s=100.0, cpus=(("fit", 1.0),)),
+        stages=StubStages(str(alone), fit_s=100.0, cpus=(("fit", 1.0),)),
         resolve=stub_resolve,
         max_steps=30,
     )
@@ -279,7 +287,7 @@ def test_a_cost_budget_stops_between_trials_and_a_larger_one_goes_on(
     ahead = state.stopped["next"]
     assert [row["trial"] for row in ahead] == [3, 4]
     assert ahead[0]["cost_usd"] == pytest.approx(1.0)
-    assert len(stages_of(tmp_path, "tokenize")) == 2
+    assert len(stages_of(alone, "tokenize")) == 2
 
     too_small = dataclasses.replace(job.config, budget=dataclasses.replace(budget, max_cost=0.5))
     with pytest.raises(ConfigError, match=r"max_cost must pay for a trial, got 0\.5"):
@@ -289,7 +297,7 @@ def test_a_cost_budget_stops_between_trials_and_a_larger_one_goes_on(
     finished = run_trials(dataclasses.replace(job, config=larger))
     assert finished.is_complete
     assert len(finished.records.finished()) == 4
-    assert len(stages_of(tmp_path, "tokenize")) == 4
+    assert len(stages_of(alone, "tokenize")) == 4
     assert budget_state(finished.records, larger.budget).spent_usd == pytest.approx(4.0)
 
 
