@@ -117,25 +117,12 @@ class ChildTable(nn.Module):
         self.read = nn.Linear(config.hidden_size, config.child_size, bias=False)
         self.temperature = config.temperature
 
-    def forward(self, states: Tensor, hashes: Tensor, num_codes: int) -> Tensor:
-        """Scores [..., K] of the codes after prefixes with hashes [...], in states [..., D]."""
-        block = max(1, _VALUES_AT_ONCE // (num_codes * self.vectors.embedding_dim))
-        lead = hashes.shape
-        parts = [
-            self._block(some_states, some_hashes, num_codes)
-            for some_states, some_hashes in zip(
-                torch.split(self.read(states).flatten(0, -2), block),
-                torch.split(hashes.flatten(), block),
-                strict=True,
-            )
-        ]
-        return torch.cat(parts).view(*lead, num_codes) / self.temperature
-
-    def _block(self, states_ME: Tensor, hashes_M: Tensor, num_codes: int) -> Tensor:
+    def forward(self, states_MD: Tensor, hashes_M: Tensor, num_codes: int) -> Tensor:
+        """Scores [M, K] of the codes after prefixes with these hashes, in these states."""
         codes = torch.arange(num_codes, device=hashes_M.device)
         children = extended(hashes_M.unsqueeze(-1), codes) % self.vectors.num_embeddings
-        scores: Tensor = self.vectors(children) @ states_ME.unsqueeze(-1)
-        return scores.squeeze(-1).float()
+        scores: Tensor = self.vectors(children) @ self.read(states_MD).unsqueeze(-1)
+        return scores.squeeze(-1).float() / self.temperature
 
 
 class CodeNetwork(nn.Module):
@@ -237,6 +224,10 @@ class RqTransformer(Generator):
 
     def compilable(self) -> list[nn.Module]:
         """See `Generator.compilable`."""
+        # Child scores move the most memory, and compiled much less. The blocks were measured to
+        # gain nothing.
+        if self.child_scores is not None:
+            return [self.child_scores]
         return [*self.reader.blocks, self.network]
 
     def competing_logits(self, hidden_MD: Tensor, prefixes: Tensor, level: int) -> Tensor:
@@ -278,7 +269,17 @@ class RqTransformer(Generator):
         is_full = logits.shape[-1] > num_codes
         start = self.vocab.level_offsets[level] if is_full else 0
         around = (start, logits.shape[-1] - start - num_codes)
-        return logits + functional.pad(self.child_scores(states, hashes, num_codes), around)
+        block = max(1, _VALUES_AT_ONCE // (num_codes * self.child_scores.vectors.embedding_dim))
+        parts = [
+            self.child_scores(some_states, some_hashes, num_codes)
+            for some_states, some_hashes in zip(
+                torch.split(states.flatten(0, -2), block),
+                torch.split(hashes.flatten(), block),
+                strict=True,
+            )
+        ]
+        scores = torch.cat(parts).view(*hashes.shape, num_codes)
+        return logits + functional.pad(scores, around)
 
     def _read(self, codes: Tensor) -> Tensor:
         """What to expect at the start and after each item: [B, N, L] to [B, N + 1, D]."""
