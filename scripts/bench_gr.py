@@ -7,7 +7,7 @@ Sections are files of scripts/bench; how they run is described in scripts/bench_
 
 from bench_sid import main
 
-SECTIONS = ("gr_training", "gr_decoding")
+SECTIONS = ("gr_training", "gr_decoding", "gr_compile")
 
 if __name__ == "__main__":
     main(__doc__, SECTIONS, "bench_gr.json")
