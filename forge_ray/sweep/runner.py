@@ -22,6 +22,7 @@ from ray import tune
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.config import DRAWING, SweepConfig, difference, identity, without_running
 from forge_ray.sweep.events import SweepCallback
+from forge_ray.sweep.faults import explaining
 from forge_ray.sweep.ledger import Ledger, SweepRecords, write_json
 from forge_ray.sweep.plan import extend_plan, quasi_random_points
 from forge_ray.sweep.prescore import score_waiting
@@ -94,7 +95,13 @@ def run_trials(job: SweepJob) -> RunOutcome:
 
     Raises:
         ConfigError: The sweep changed under its name, or a point is no valid configuration.
+        StorageError: A disk is full, or disk or database stayed away for longer than is waited.
     """
+    with explaining(folder=job.folder, storage=job.config.storage or str(job.folder / "optuna.db")):
+        return _run_session(job)
+
+
+def _run_session(job: SweepJob) -> RunOutcome:
     config, ledger = job.config, job.ledger
     space = parse_space(config.space)
     meaning = identity(config, dataset_key=job.dataset_key)
@@ -191,6 +198,7 @@ def _fit(
         metric=config.metric,
         num_trials=source.total,
         stages=job.stages,
+        failure=lambda: searcher.failure,
     )
     rules = TrialRules(gate=config.gate, metric=config.metric)
     trainable = tune.with_parameters(run_trial, stages=job.stages, rules=rules)
@@ -212,6 +220,7 @@ def _fit(
             name=f"session-{session:03d}",
             storage_path=str(job.folder / "tune"),
             callbacks=[callback],
+            failure_config=tune.FailureConfig(max_failures=config.resources.trial_restarts),
             verbose=0,
         ),
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
@@ -226,6 +227,7 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         self._next_place = next_place
         self._prices = prices
         self._specs: dict[str, TrialSpec] = {}
+        self.failure: Exception | None = None
 
     @property
     def study(self) -> optuna.Study:
@@ -261,6 +263,16 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         if trial is None or trial_id in self._completed_trials:
             return
         self._completed_trials.add(trial_id)
+        try:
+            self._record_end(trial_id, trial, result, error=error)
+        except (OSError, StorageInternalError) as failure:
+            # Tune logs it as the trial's and goes on; the callback ends the session.
+            self.failure = failure
+            raise
+
+    def _record_end(
+        self, trial_id: str, trial: Trial, result: dict[str, Any] | None, *, error: bool
+    ) -> None:
         outcome = outcome_of(result, metric=str(self.metric), error=error)
         # Ledger first: a driver killed in between finds the outcome there and tells Optuna later.
         if outcome.state != "interrupted":

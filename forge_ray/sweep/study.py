@@ -14,13 +14,14 @@ from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 
 from forge_ray.config import canonical_json
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.ledger import TrialRecord
+from forge_ray.sweep.patient_storage import PatientStorage
 from forge_ray.sweep.space import Space
 
 KEY = "trial_key"
@@ -49,9 +50,9 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
             f"storage must be a database URL or a .journal path, got {url!r}. "
             "Write sqlite:///path/optuna.db."
         )
-    # SQLite waits for a reader (a dashboard) instead of failing the sweep.
-    options = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {}
-    return RDBStorage(url, engine_kwargs=options)
+    # SQLite waits for a reader (a dashboard) before it says that it is locked.
+    options = {"connect_args": {"timeout": 10}} if url.startswith("sqlite") else {}
+    return PatientStorage(url, engine_kwargs=options)
 
 
 def study_name(sweep: str, definition: Mapping[str, Any]) -> str:
