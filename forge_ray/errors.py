@@ -23,6 +23,10 @@ class ArtifactError(ForgeError):
     """A stored artifact is missing, truncated, mismatched or in use."""
 
 
+class StorageError(ForgeError):
+    """A disk or a database that holds a run's state cannot be used; the same command continues."""
+
+
 class TrainingError(ForgeError):
     """A training run diverged or lost its workers for good."""
 

@@ -16,6 +16,8 @@ import ray
 import ray.data
 from ray._private import worker as ray_worker
 
+from forge_ray.launch.watch import watching
+
 logger = logging.getLogger(__name__)
 
 # Workers copy these from the driver. Ray Data's pause limit is off because a trainer that
@@ -98,7 +100,8 @@ def connected(
     was_connected = ray.is_initialized()
     connect(address=address, num_cpus=num_cpus, verbose=verbose)
     try:
-        yield
+        with watching():
+            yield
     finally:
         if not was_connected:
             disconnect()

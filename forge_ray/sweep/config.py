@@ -61,6 +61,9 @@ class ResourceConfig:
 
     trial_memory_mb: int = 512
     """Memory of the trial's driver. It asks for no CPU: it waits, its stages work."""
+    trial_restarts: int = 3
+    """How often a trial starts again whose process was lost (killed, out of memory, its node gone).
+    Errors of the trial itself do not count: the next `sweep run` tries those."""
     sid_cpus: float = 0.5
     """CPUs of the tokenizer and scoring task. Keep `max_concurrent` times this below the CPUs of
     the cluster: Ray Data encodes items on what is left."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,13 @@ from ray.tune import Callback
 from ray.tune.experiment import Trial
 
 from forge_ray.sweep.budget import BudgetWatch
+from forge_ray.sweep.faults import full_disk, is_full
 from forge_ray.sweep.groups import StoppedGroups
 from forge_ray.sweep.ledger import Ledger
+from forge_ray.sweep.patience import last_line
 from forge_ray.sweep.scheduler import Decision, GateScheduler
 from forge_ray.sweep.space import label_point
-from forge_ray.sweep.trial import Stages
+from forge_ray.sweep.trial import ERROR, WAITING, Stages
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +39,7 @@ class SweepCallback(Callback):
         num_trials: int,
         stages: Stages,
         watch: BudgetWatch,
+        failure: Callable[[], Exception | None] = lambda: None,
     ) -> None:
         self._ledger = ledger
         self._scheduler = scheduler
@@ -44,11 +47,15 @@ class SweepCallback(Callback):
         self._num_trials = num_trials
         self._stages = stages
         self._watch = watch
+        self._failure = failure
         self.groups = StoppedGroups()
         self._group_of: dict[str, str] = {}
 
     def on_step_begin(self, iteration: int, trials: list[Trial], **info: Any) -> None:
-        """Frees the resources of trainings that were stopped a while ago."""
+        """Frees what was stopped a while ago; ends the session where an outcome was not kept."""
+        failure = self._failure()
+        if failure is not None:
+            raise failure
         self.groups.free_due()
 
     def on_trial_complete(
@@ -88,7 +95,8 @@ class SweepCallback(Callback):
         """Records a row and the decision on it."""
         key = trial.config["key"]
         stage = result.get("stage")
-        if stage is None:
+        if stage in (None, ERROR, WAITING):
+            self._note(trial, stage, result)
             return
         # The scheduler sees this row before the callback does.
         decision = self._scheduler.decisions.pop(key, Decision())
@@ -111,14 +119,31 @@ class SweepCallback(Callback):
         self._watch.touch(key)
         self._say(trial, describe_row(stage, result, decision, metric=self._metric))
 
+    def _note(self, trial: Trial, stage: str | None, result: Mapping[str, Any]) -> None:
+        if stage == ERROR:
+            # Read by Tune when the error arrives: only a lost process is worth another start.
+            trial.max_failures = 0
+        elif stage == WAITING:
+            self._say(trial, f"waiting   {result['text']}")
+
+    def on_trial_recover(
+        self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
+    ) -> None:
+        """Says that a trial whose process was lost starts again; its training's group is freed."""
+        self._say(trial, f"lost      {last_line(_error_text(trial))}; it starts again")
+        self._leave(trial)
+
     def on_trial_error(
         self, iteration: int, trials: list[Trial], trial: Trial, **info: Any
     ) -> None:
         """Records the error's text."""
-        text = _last_line(_error_text(trial))
+        text = last_line(_error_text(trial))
         self._ledger.append("error", key=trial.config["key"], text=text)
         self._say(trial, f"failed    {text}")
         self._leave(trial)
+        if is_full(text):
+            # Every other trial would fail as well. Raised here, it ends the session.
+            raise full_disk("the disk of the store or of the sweep's folder", text)
 
     def _leave(self, trial: Trial) -> None:
         self._watch.drop(trial.config["key"])
@@ -161,8 +186,3 @@ def _error_text(trial: Trial) -> str:
     # Tune copies the file to the experiment's storage later; the local one is there already.
     path = trial.error_file
     return Path(path).read_text(encoding="utf-8") if path and Path(path).exists() else ""
-
-
-def _last_line(text: str) -> str:
-    lines = [line.strip() for line in text.strip().splitlines() if line.strip()]
-    return lines[-1] if lines else "unknown error"

@@ -451,7 +451,12 @@ def write_json(path: Path, content: Any, *, is_plain: bool = False) -> None:
         text = json.dumps(content, ensure_ascii=False, allow_nan=False)
     else:
         text = json.dumps(json_ready(content), indent=2, ensure_ascii=False)
-    partial.write_text(text + "\n")
+    try:
+        partial.write_text(text + "\n")
+    except OSError:
+        # What a full disk took of it would stay for ever, under a name that nobody asks for again.
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
 
 

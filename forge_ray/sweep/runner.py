@@ -35,6 +35,7 @@ from forge_ray.sweep.estimate import (
     measure_siblings,
 )
 from forge_ray.sweep.events import SweepCallback
+from forge_ray.sweep.faults import explaining
 from forge_ray.sweep.ledger import Ledger, SweepRecords, write_json
 from forge_ray.sweep.plan import (
     PATIENCE,
@@ -52,6 +53,7 @@ from forge_ray.sweep.study import (
     close_unfinished,
     copy_finished,
     make_sampler,
+    masked,
     open_storage,
     study_name,
     without_password,
@@ -185,7 +187,14 @@ def run_trials(job: SweepJob) -> RunOutcome:
 
     Raises:
         ConfigError: See `plan_trials`; no trial has run.
+        StorageError: A disk is full, or disk or database stayed away for longer than is waited.
     """
+    storage = masked(job.config.storage) or str(job.folder / "optuna.db")
+    with explaining(folder=job.folder, storage=storage):
+        return _run_session(job)
+
+
+def _run_session(job: SweepJob) -> RunOutcome:
     config, ledger = job.config, job.ledger
     planned = plan_trials(job)
     records, source = planned.records, planned.source
@@ -325,6 +334,7 @@ def _fit(
         num_trials=source.total,
         stages=job.stages,
         watch=watch,
+        failure=lambda: searcher.failure,
     )
     rules = TrialRules(gate=config.gate, metric=config.metric)
     trainable = tune.with_parameters(run_trial, stages=job.stages, rules=rules)
@@ -347,6 +357,7 @@ def _fit(
             # The ledger's first: the others read it.
             callbacks=[callback, *callbacks],
             stop=watch,
+            failure_config=tune.FailureConfig(max_failures=config.resources.trial_restarts),
             verbose=0,
         ),
     )

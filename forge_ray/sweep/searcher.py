@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import optuna
+from optuna.exceptions import StorageInternalError
 from optuna.samplers import BaseSampler
 from optuna.storages import BaseStorage
 from optuna.trial import Trial, TrialState
@@ -275,6 +276,7 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         self._prices = prices
         self._admits = admits
         self._specs: dict[str, TrialSpec] = {}
+        self.failure: Exception | None = None
 
     @property
     def study(self) -> optuna.Study:
@@ -311,6 +313,16 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         if trial is None or trial_id in self._completed_trials:
             return
         self._completed_trials.add(trial_id)
+        try:
+            self._record_end(trial_id, trial, result, error=error)
+        except (OSError, StorageInternalError) as failure:
+            # Tune logs it as the trial's and goes on; the callback ends the session.
+            self.failure = failure
+            raise
+
+    def _record_end(
+        self, trial_id: str, trial: Trial, result: dict[str, Any] | None, *, error: bool
+    ) -> None:
         outcome = outcome_of(result, metric=self._objectives[0], error=error)
         if outcome.state == "complete" and len(self._objectives) > 1:
             outcome = self._with_objectives(outcome, self._specs[trial_id].key)

@@ -17,7 +17,7 @@ from typing import Any
 
 import optuna
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
-from optuna.storages import BaseStorage, JournalStorage, RDBStorage
+from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from sqlalchemy.engine import make_url
@@ -27,6 +27,7 @@ from forge_ray.config import canonical_json
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.ledger import TrialRecord
 from forge_ray.sweep.objectives import objective_values
+from forge_ray.sweep.patient_storage import PatientStorage
 from forge_ray.sweep.space import Space
 
 KEY = "trial_key"
@@ -62,10 +63,10 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
         )
     if url.startswith(("postgresql://", "postgres://")):
         url = _with_driver(url)
-    # SQLite waits for a reader (a dashboard) instead of failing the sweep; a server may have been
-    # restarted since a connection was used last.
+    # SQLite waits for a reader (a dashboard) before it says that it is locked; a server may have
+    # been restarted since a connection was used last.
     is_file = url.startswith("sqlite")
-    return _connect(url, {"connect_args": {"timeout": 60}} if is_file else {"pool_pre_ping": True})
+    return _connect(url, {"connect_args": {"timeout": 10}} if is_file else {"pool_pre_ping": True})
 
 
 def without_password(url: str) -> str:
@@ -91,9 +92,9 @@ def _with_driver(url: str) -> str:
     return f"postgresql+psycopg://{url.partition('://')[2]}"
 
 
-def _connect(url: str, options: dict[str, Any], tries: int = 4) -> RDBStorage:
+def _connect(url: str, options: dict[str, Any], tries: int = 4) -> BaseStorage:
     try:
-        return RDBStorage(url, engine_kwargs=options)
+        return PatientStorage(url, engine_kwargs=options)
     except SQLAlchemyError as error:
         if tries == 1:
             reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]

@@ -18,6 +18,7 @@ from ray import tune
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.bridge import relay
 from forge_ray.sweep.gate import GateConfig, missing_proxies
+from forge_ray.sweep.patience import outlast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,8 +77,15 @@ class TrialRules:
     metric: str
 
 
+ERROR, WAITING = "error", "waiting"
+"""Rows that are no results: the trial's own error follows; a stage waits for its storage."""
+
+
 def run_trial(params: Mapping[str, Any], *, stages: Stages, rules: TrialRules) -> None:
     """The Tune trainable: see the module docstring.
+
+    Tune starts a trial again whose process was lost. An error of the trial itself would only come
+    again; a row says so before it is raised.
 
     Args:
         params: `TrialSpec.params()`.
@@ -87,9 +95,17 @@ def run_trial(params: Mapping[str, Any], *, stages: Stages, rules: TrialRules) -
     Raises:
         ConfigError: The gate needs a proxy that scoring does not give.
     """
+    try:
+        _run_stages(params, stages=stages, rules=rules)
+    except Exception:
+        tune.report({"stage": ERROR, "global_step": 0})
+        raise
+
+
+def _run_stages(params: Mapping[str, Any], *, stages: Stages, rules: TrialRules) -> None:
     config = params["config"]
     reason = "" if rules.gate.mode == "off" else params["infeasible"]
-    tokenized = StageReport(metrics={"infeasible": reason}) if reason else stages.tokenize(config)
+    tokenized = StageReport(metrics={"infeasible": reason}) if reason else _tokenize(stages, config)
     missing = missing_proxies(tokenized.metrics, rules.gate)
     if missing:
         raise ConfigError(
@@ -99,9 +115,11 @@ def run_trial(params: Mapping[str, Any], *, stages: Stages, rules: TrialRules) -
     seconds = dict(tokenized.seconds)
     # Blocks until the gate answered; a pruned trial ends here.
     tune.report(_row("proxy", 0, tokenized, seconds, proxy=tokenized.metrics))
-    trained = _train(params, tokenized, seconds, stages=stages, rules=rules)
+    trained = outlast(
+        lambda: _train(params, tokenized, seconds, stages=stages, rules=rules), say=_say
+    )
     model = trained.artifacts["model"]
-    final = stages.evaluate(config, model=model)
+    final = outlast(lambda: stages.evaluate(config, model=model), say=_say)
     seconds |= final.seconds
     whole = StageReport(
         artifacts={**trained.artifacts, **final.artifacts},
@@ -110,6 +128,14 @@ def run_trial(params: Mapping[str, Any], *, stages: Stages, rules: TrialRules) -
     )
     row = {rules.metric: final.metrics.get(rules.metric), "row": final.metrics}
     tune.report(_row("final", int(trained.metrics["global_step"]), whole, seconds, **row))
+
+
+def _say(text: str) -> None:
+    tune.report({"stage": WAITING, "global_step": 0, "text": text})
+
+
+def _tokenize(stages: Stages, config: Mapping[str, Any]) -> StageReport:
+    return outlast(lambda: stages.tokenize(config), say=_say)
 
 
 def _train(

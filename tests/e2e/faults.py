@@ -1,0 +1,166 @@
+"""A tiny real sweep as its own process: started, watched by its ledger, hurt, continued."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import optuna
+from optuna.trial import TrialState
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.sweep.ledger import Ledger, SweepRecords, TrialRecord
+from forge_ray.sweep.study import open_storage
+from tests.gr.processes import parent_of, wait_until
+
+SWEEP = """
+name: tiny
+synthetic: {num_items: 300, num_users: 400, vector_dim: 16, branching: [4, 4], users_per_shard: 100}
+space:
+  sid.quantizer.codebook_size: {choice: [32, 64]}
+points:
+- {sid.quantizer.kind: random}
+sampler: {kind: grid}
+num_trials: null
+max_concurrent: 1
+sid: {quantizer: {levels: 2}}
+gr:
+  model: {hidden_size: 32, num_layers: 1, num_heads: 2, intermediate_size: 64}
+  engine: {global_batch: 32}
+  max_steps: 60
+  max_history: 10
+  cpus_per_worker: 0.5
+  max_failures: 1
+  validation: {every: 20, users: 50, ks: [5, 10]}
+evaluation: {users: 100}
+gate: {warmup: 10}
+asha: {enabled: false}
+"""
+RUN = "import sys; sys.argv[0] = 'forge-ray'; from forge_ray.cli import main; main()"
+
+
+@dataclass(frozen=True)
+class TinySweep:
+    """A sweep file with its store in a folder."""
+
+    folder: Path
+
+    @classmethod
+    def make(cls, folder: Path, text: str = SWEEP) -> TinySweep:
+        """Writes the sweep file."""
+        folder.mkdir(exist_ok=True)
+        (folder / "sweep.yaml").write_text(text)
+        return cls(folder)
+
+    @property
+    def ledger(self) -> Ledger:
+        """The sweep's memory."""
+        return Ledger(self.folder / "store" / "sweeps" / "tiny")
+
+    def start(self, *overrides: str) -> subprocess.Popen[str]:
+        """The driver, in a session of its own."""
+        words = ["sweep", "run", str(self.folder / "sweep.yaml"), *overrides]
+        return subprocess.Popen(
+            [sys.executable, "-c", RUN, *words, "--store", str(self.folder / "store")],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+
+    def finish(self, driver: subprocess.Popen[str], code: int = 0) -> str:
+        """What the driver said, once it ended with this exit code."""
+        output, _ = driver.communicate(timeout=900)
+        assert driver.returncode == code, output
+        return output
+
+    def wait(
+        self, driver: subprocess.Popen[str], reached: Callable[[SweepRecords], bool], what: str
+    ) -> None:
+        """Returns once the ledger says so; fails where the driver ended before."""
+
+        def found() -> bool:
+            assert driver.poll() is None, f"ended before {what}: {driver.communicate()[0]}"
+            return reached(self.ledger.read())
+
+        wait_until(found, f"never reached: {what}", 900)
+
+    def models(self) -> list[str]:
+        """Keys of the models in the store."""
+        return sorted(one.key for one in ArtifactStore(self.folder / "store").manifests("model"))
+
+    def tokenizers(self) -> dict[str, str]:
+        """Times of creation of the tokenizers by key."""
+        found = ArtifactStore(self.folder / "store").manifests("quantizer")
+        return {one.key: one.created for one in found}
+
+    def optuna_states(self) -> list[TrialState]:
+        """States of all Optuna trials of the sweep."""
+        storage = open_storage("", self.ledger.folder)
+        names = optuna.get_all_study_names(storage)
+        studies = [optuna.load_study(study_name=name, storage=storage) for name in names]
+        return [trial.state for study in studies for trial in study.trials]
+
+
+def trains(records: SweepRecords) -> bool:
+    """Whether a trial is in the middle of its training, a checkpoint behind it."""
+    return any(one.state == "running" and one.history for one in records.trials.values())
+
+
+def results(records: SweepRecords) -> dict[str, tuple[str, dict[str, Any]]]:
+    """State and SID metrics of every trial by key, without what differs by run."""
+    return {
+        key: (one.state, {name: x for name, x in one.proxies.items() if "seconds" not in name})
+        for key, one in records.trials.items()
+    }
+
+
+def rows_told(sweep: TinySweep) -> dict[str, list[int]]:
+    """Steps of all training rows ever reported, by trial key, in the order of the ledger."""
+    told: dict[str, list[int]] = {}
+    for line in sweep.ledger.path.read_text(encoding="utf-8").splitlines():
+        event = json.loads(line)
+        if event["event"] == "row" and event["stage"] == "gr":
+            told.setdefault(event["key"], []).append(int(event["metrics"]["global_step"]))
+    return told
+
+
+def steps(record: TrialRecord) -> list[int]:
+    """Steps of a trial's validations."""
+    return [int(row["global_step"]) for row in record.history]
+
+
+def below(driver: subprocess.Popen[str], name: str) -> list[int]:
+    """Processes that the driver started, at any depth, whose command line holds a name."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*"):
+        pid = int(entry.name)
+        if name in _command(pid) and _is_below(pid, driver.pid):
+            found.append(pid)
+    return found
+
+
+def kill_one(driver: subprocess.Popen[str], name: str) -> None:
+    """SIGKILL for one process of the driver's own."""
+    pids = wait_until(lambda: below(driver, name), f"no process {name} of the driver", 60)
+    os.kill(pids[0], signal.SIGKILL)
+
+
+def _is_below(pid: int, ancestor: int) -> bool:
+    while pid and pid != ancestor:
+        pid = parent_of(pid)
+    return pid == ancestor
+
+
+def _command(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/cmdline").read_text()
+    except OSError:
+        return ""  # it ended meanwhile

@@ -1,0 +1,71 @@
+"""Parts of a real sweep are killed; it ends with the trials of one that nothing happened to."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from optuna.trial import TrialState
+
+from tests.e2e.faults import TinySweep, below, kill_one, results, rows_told, steps, trains
+from tests.gr.processes import wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TinySweep:
+    sweep = TinySweep.make(tmp_path_factory.mktemp("undisturbed"))
+    sweep.finish(sweep.start())
+    return sweep
+
+
+def check_same(sweep: TinySweep, undisturbed: TinySweep) -> None:
+    """The same trials with the same ends; no step is missing or trained twice; no zombie."""
+    after, whole = sweep.ledger.read(), undisturbed.ledger.read()
+    assert results(after) == results(whole)
+    for key, one in after.trials.items():
+        assert steps(one) == steps(whole.trials[key])
+    # A training that began anew would report its first step again.
+    assert rows_told(sweep) == rows_told(undisturbed)
+    assert sweep.models() == undisturbed.models()
+    assert not {TrialState.RUNNING, TrialState.WAITING} & set(sweep.optuna_states())
+
+
+@pytest.mark.parametrize("victim", ["ray::ImplicitFunc", "ray::RayTrainWorker"])
+def test_a_killed_process_of_a_trial_does_not_end_the_sweep(
+    victim: str, tmp_path: Path, undisturbed: TinySweep
+) -> None:
+    sweep = TinySweep.make(tmp_path / "sweep")
+    driver = sweep.start()
+    sweep.wait(driver, trains, "a training")
+    tokenizers = sweep.tokenizers()
+    kill_one(driver, victim)
+    output = sweep.finish(driver)
+    check_same(sweep, undisturbed)
+    attempts = [len(one.attempts) for one in sweep.ledger.read().trials.values()]
+    is_trial = victim == "ray::ImplicitFunc"
+    assert sorted(attempts) == ([1, 1, 2] if is_trial else [1, 1, 1]), output
+    assert ("it starts again" in output) is is_trial
+    assert {key: sweep.tokenizers()[key] for key in tokenizers} == tokenizers
+
+
+@pytest.mark.parametrize("victim", ["gcs_server", "raylet/raylet"])
+def test_a_dead_ray_ends_the_driver_and_the_same_command_continues(
+    victim: str, tmp_path: Path, undisturbed: TinySweep
+) -> None:
+    sweep = TinySweep.make(tmp_path / "sweep")
+    driver = sweep.start()
+    sweep.wait(driver, trains, "a training")
+    before, tokenizers = sweep.ledger.read(), sweep.tokenizers()
+    kill_one(driver, victim)
+    output = sweep.finish(driver, code=2)
+    assert "Ray must live as long as this command" in output
+    assert "the same command continues" in output
+    wait_until(lambda: not below(driver, "ray"), "processes of the dead Ray stayed", 120)
+    sweep.finish(sweep.start())
+    check_same(sweep, undisturbed)
+    after = sweep.ledger.read()
+    for one in before.finished():
+        assert len(after.trials[one.key].attempts) == 1
+    assert {key: sweep.tokenizers()[key] for key in tokenizers} == tokenizers
