@@ -61,7 +61,7 @@ def write_study(config: SweepConfig, folder: Path, trials: list[Any]) -> None:
         study_name=study_name(config.name, config.space),
         direction="maximize",
     )
-    copy_finished(study, parse_space(config.space), trials, metric=METRIC)
+    copy_finished(study, parse_space(config.space), trials, objectives=[METRIC])
 
 
 @contextmanager

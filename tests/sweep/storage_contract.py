@@ -113,6 +113,7 @@ def make(
         study_name=study_name(name, SPACE),
         storage=open_storage(url, folder),
         next_place=lambda waiting: 0,
+        admits=lambda spec: True,
         prices=Prices(),
     )
 
