@@ -32,6 +32,7 @@ GROUPS = {
     "without controls": "#3465a4",
     "one item a SID, without controls": "#d98e04",
 }
+RISK = 0.1
 GOOD, POOR, SOFT = "#1f6f54", "#b3382c", "#5c6670"
 
 mpl.rcParams.update(
@@ -100,16 +101,17 @@ def correlations(contents: dict[str, dict[str, Any]]) -> plt.Figure:
                 )
         axis.axvline(0, color=SOFT, lw=0.8)
         axis.set_xlim(-1.05, 1.05)
-        axis.set_title(f"{SETS[name]}: Spearman with final {content['metric']}")
-        axis.legend(fontsize=8, loc="lower left", frameon=False)
+        axis.set_title(SETS[name])
+        axis.set_xlabel(f"Spearman with final {content['metric']}, 90 % interval")
+    axes[0, 0].legend(fontsize=8, loc="upper left", bbox_to_anchor=(-0.45, -0.08), frameon=False)
     axes[0, 0].set_yticks([-place for place in range(len(COMPARED))], COMPARED)
     return figure
 
 
 def policies(content: dict[str, Any]) -> plt.Figure:
     """Compute until a near-best design, and how often the best one was pruned by the gate."""
-    rows = content["policies"]
-    labels = [f"{row['name']} (risk {row['risk']:g})" for row in rows]
+    rows = [row for row in content["policies"] if row["risk"] == RISK]
+    labels = [row["name"] for row in rows]
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 0.32 * len(rows) + 1.2), sharey=True, layout="constrained"
     )
@@ -122,9 +124,11 @@ def policies(content: dict[str, Any]) -> plt.Figure:
         right.plot(row["risk"], -place, "|", color=SOFT, ms=12)
     left.axvline(1 / 3, color=SOFT, lw=0.8, ls=":")
     left.set_xlim(0, 1.08)
-    left.set_title("share of all training compute until within\none standard error of the best")
-    right.set_xlim(0, 1)
-    right.set_title("share of replays whose gate pruned the best design\n(mark: the stated risk)")
+    left.set_title(
+        "share of all training compute until within\na standard error of the best", fontsize=8
+    )
+    right.set_xlim(0, 0.5)
+    right.set_title("share of replays whose gate\npruned the best (mark: the risk)", fontsize=8)
     left.set_yticks([-place for place in range(len(rows))], labels)
     return figure
 
