@@ -52,7 +52,7 @@ class StatusView:
         """The state as heading and table, as wide as the console."""
         metric = self._config.metric
         rows = state.trials if self._shows_all else interesting(state.trials, metric=metric)
-        parts: list[Any] = [*_heading(self._config.name, metric, state)]
+        parts: list[Any] = [*_heading(self._config.name, metric, state, budget=self._budget(state))]
         if rows:
             parts.append(_table(rows, metric=metric, width=console.width))
         hidden = len(state.trials) - len(rows)
@@ -63,7 +63,19 @@ class StatusView:
     def as_json(self, state: Progress) -> dict[str, Any]:
         """The state for programs: every trial, every field."""
         content = dataclasses.asdict(state)
-        return {"running": content.pop("is_running"), "metric": self._config.metric, **content}
+        facts = {"metric": self._config.metric, "budget": self._budget(state)}
+        return {"running": content.pop("is_running"), **facts, **content}
+
+    def _budget(self, state: Progress) -> dict[str, Any] | None:
+        """What is spent and allowed, None where the sweep file names neither limit nor price."""
+        config = self._config.budget
+        if config.max_cost is None and config.max_hours is None and not config.prices.is_set:
+            return None
+        # Imports Ray, which most looks at a sweep do without.
+        from forge_ray.sweep.budget import budget_state
+
+        found = budget_state(self._tail.records, config, is_running=state.is_running)
+        return dataclasses.asdict(found)
 
 
 def show(view: StatusView, *, as_json: bool) -> Progress:
@@ -109,7 +121,9 @@ def _stream(view: StatusView, state: Progress) -> Progress:
         return state
 
 
-def _heading(name: str, metric: str, state: Progress) -> list[Text]:
+def _heading(
+    name: str, metric: str, state: Progress, *, budget: Mapping[str, Any] | None
+) -> list[Text]:
     found = state.counts
     done = found["trials"] - found["open"]
     told = [f"{value} {what}" for what, value in found.items() if value and what != "trials"]
@@ -125,6 +139,8 @@ def _heading(name: str, metric: str, state: Progress) -> list[Text]:
             f"best {metric} {state.best['value']:.4f}{spread}: trial {state.best['trial']}, "
             f"{state.best['design']}"
         )
+    if budget is not None:
+        lines.append(_spent(budget))
     if state.dashboard:
         lines.append(f"Ray dashboard: {state.dashboard}")
     return [
@@ -132,6 +148,15 @@ def _heading(name: str, metric: str, state: Progress) -> list[Text]:
         for place, line in enumerate(lines)
         if line
     ]
+
+
+def _spent(budget: Mapping[str, Any]) -> str:
+    parts = []
+    for unit, spent, most in (("USD", "spent_usd", "max_cost"), ("h", "spent_hours", "max_hours")):
+        limit = "" if budget[most] is None else f" of {budget[most]:g}"
+        parts.append(f"{budget[spent]:.4g}{limit} {unit}")
+    stopped = budget["stopped"]
+    return f"budget: {', '.join(parts)}" + (f"; stopped: {stopped['reason']}" if stopped else "")
 
 
 _SHORT = {"backoff_bits": "bits", "uniqueness": "uniq", "embedding_hitrate": "hit"}

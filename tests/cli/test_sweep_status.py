@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import json
 import os
@@ -17,8 +18,9 @@ from rich.console import Console
 
 from forge_ray.cli import sweep_status
 from forge_ray.cli.sweep_status import StatusView
-from forge_ray.sweep.config import SweepConfig
+from forge_ray.sweep.config import BudgetConfig, SweepConfig
 from forge_ray.sweep.ledger import Ledger, SweepLock
+from forge_ray.sweep.prices import Prices
 from tests.sweep.records import METRIC
 
 CONFIG = SweepConfig(name="shown", space={"a": {"choice": [1]}})
@@ -65,6 +67,23 @@ def test_a_trial_is_one_line_in_eighty_columns(tmp_path: Path) -> None:
     assert "not running, 3 of 4 trials ended" in lines[0]
     assert any(line.startswith("best ItemNDCG@10 0.0503: trial 4, ") for line in lines)
     assert "reason" in "".join(drawn(tmp_path, width=140))
+
+
+def test_the_budget_is_shown_where_one_is_set(tmp_path: Path) -> None:
+    ledger = write(tmp_path, trials=2)
+    assert not any("budget" in line for line in drawn(tmp_path, width=80))
+    prices = Prices(cpu_hour=3.6)
+    config = dataclasses.replace(CONFIG, budget=BudgetConfig(max_cost=10.0, prices=prices))
+    row = {"global_step": 200000, METRIC: 0.06}
+    held = {"cpus": {"fit": 2.0}, "gpus": {}}
+    ledger.append("row", key=f"{0:064x}", stage="gr", metrics=row, **held)
+    view = StatusView(config, tmp_path, shows_all=False)
+    console = Console(file=io.StringIO(), width=100)
+    console.print(view.draw(view.look(), console))
+    # 4,000 s of two CPUs at a thousandth of a USD a second.
+    assert re.search(r"^budget: 8 of 10 USD, .* h", console.file.getvalue(), re.M)  # type: ignore[attr-defined]
+    found = view.as_json(view.look())["budget"]
+    assert found["spent_usd"] == pytest.approx(8.0)
 
 
 def test_thousands_of_trials_are_cut_unless_all_are_asked_for(tmp_path: Path) -> None:

@@ -126,7 +126,6 @@ def test_promising_designs_are_scored_together_and_train_first(ray_local, tmp_pa
         space={"kind": {"choice": ["a", "broken"]}, "quality": {"choice": [0.2, 0.5, 0.9]}},
         gate=GateConfig(mode="off"),
         asha=AshaConfig(enabled=False),
-        max_concurrent=2,
     )
     found = run(tmp_path, config)
     ran = stages_run(tmp_path)
