@@ -1,4 +1,4 @@
-"""Measures what a sweep costs beside its trials: one decision of the calibrated gate.
+"""Measures what a sweep costs beside its trials: a gate decision, and trials that do nothing.
 
 Usage: python scripts/bench_sweep.py [SECTION …] [--scale 0.1] [--threads 2] [--out FILE]
 
@@ -7,7 +7,7 @@ Sections are files of scripts/bench; how they run is described in scripts/bench_
 
 from bench_sid import main
 
-SECTIONS = ("gate_decision",)
+SECTIONS = ("gate_decision", "overhead")
 
 if __name__ == "__main__":
     main(__doc__, SECTIONS, "bench_sweep.json")
