@@ -189,14 +189,14 @@ def run_trials(job: SweepJob) -> RunOutcome:
         ConfigError: See `plan_trials`; no trial has run.
         StorageError: A disk is full, or disk or database stayed away for longer than is waited.
     """
+    planned = plan_trials(job)
     storage = masked(job.config.storage) or str(job.folder / "optuna.db")
     with explaining(folder=job.folder, storage=storage):
-        return _run_session(job)
+        return _run_session(job, planned)
 
 
-def _run_session(job: SweepJob) -> RunOutcome:
+def _run_session(job: SweepJob, planned: Planned) -> RunOutcome:
     config, ledger = job.config, job.ledger
-    planned = plan_trials(job)
     records, source = planned.records, planned.source
     # Every point resolved. Written earlier, a mistake would become the sweep's identity.
     _write_claim(job, planned.meaning, planned.plan)

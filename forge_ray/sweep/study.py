@@ -66,7 +66,7 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
     # SQLite waits for a reader (a dashboard) before it says that it is locked; a server may have
     # been restarted since a connection was used last.
     is_file = url.startswith("sqlite")
-    return _connect(url, {"connect_args": {"timeout": 10}} if is_file else {"pool_pre_ping": True})
+    return _connect(url, {"connect_args": {"timeout": 60}} if is_file else {"pool_pre_ping": True})
 
 
 def without_password(url: str) -> str:
@@ -92,7 +92,7 @@ def _with_driver(url: str) -> str:
     return f"postgresql+psycopg://{url.partition('://')[2]}"
 
 
-def _connect(url: str, options: dict[str, Any], tries: int = 4) -> BaseStorage:
+def _connect(url: str, options: dict[str, Any], tries: int = 4) -> PatientStorage:
     try:
         return PatientStorage(url, engine_kwargs=options)
     except SQLAlchemyError as error:
