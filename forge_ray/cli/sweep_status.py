@@ -163,11 +163,11 @@ _SHORT = {"backoff_bits": "bits", "uniqueness": "uniq", "embedding_hitrate": "hi
 
 
 def _table(rows: list[dict[str, Any]], *, metric: str, width: int) -> Table:
-    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", expand=width < _WIDE)
+    table = Table(box=None, padding=(0, 1, 0, 0), header_style="bold", expand=True)
     table.add_column("#", justify="right", no_wrap=True)
     table.add_column("state", no_wrap=True)
     table.add_column("stage", no_wrap=True)
-    # The one column that gives way.
+    # Design and reason give way, never the numbers.
     table.add_column("design", no_wrap=True, overflow="ellipsis", ratio=1, min_width=8)
     for name in (*_SHORT.values(), "step", "now", "best", "time"):
         table.add_column(name, justify="right", no_wrap=True)
