@@ -19,6 +19,7 @@ import numpy as np
 from forge_ray.sid.metrics.registry import METRICS, audited
 from forge_ray.sweep.calibration import deleted_residuals, normal_scores
 from forge_ray.sweep.correlation import Interval, RankCorrelation, correlate
+from forge_ray.sweep.gate import is_finite
 from forge_ray.sweep.ledger import TrialRecord
 from forge_ray.sweep.views import STAGES
 
@@ -192,7 +193,7 @@ def _correlate(records: Sequence[TrialRecord], values: dict[str, float | None]) 
         pairs = [
             (metric.sign * float(one.proxies[proxy]), float(value))
             for one in records
-            if (value := values.get(one.key)) is not None and _is_number(one.proxies.get(proxy))
+            if (value := values.get(one.key)) is not None and is_finite(one.proxies.get(proxy))
         ]
         if pairs:
             first, second = np.array(pairs, dtype=np.float64).T
@@ -226,8 +227,8 @@ def _expected_gain(
     Their values are drawn: a rising line of the final value on the proxy's normal score, plus a
     left-out residual of a complete trial.
     """
-    trained = [one for one in complete if _is_number(one.proxies.get(proxy))]
-    unknown = [one for one in pruned if _is_number(one.proxies.get(proxy))]
+    trained = [one for one in complete if is_finite(one.proxies.get(proxy))]
+    unknown = [one for one in pruned if is_finite(one.proxies.get(proxy))]
     values = np.array([one.value for one in trained], dtype=np.float64)
     scores = METRICS[proxy].sign * np.array(
         [float(one.proxies[proxy]) for one in (*trained, *unknown)], dtype=np.float64
@@ -293,7 +294,3 @@ def _value_at(record: TrialRecord, step: int, metric: str) -> float | None:
     rows = [row for row in record.history if row["global_step"] == step]
     value = rows[0].get(metric) if rows else None
     return None if value is None else float(value)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)

@@ -12,13 +12,13 @@ import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
 from forge_ray.errors import DataError
 from forge_ray.sid.metrics.registry import Metric, audited, find_metric
 from forge_ray.sweep.correlation import RankCorrelation, correlate
+from forge_ray.sweep.gate import is_finite
 from forge_ray.sweep.ledger import TrialRecord
 from forge_ray.sweep.replay import Design, Evidence
 from forge_ray.sweep.space import Point, label_point
@@ -177,7 +177,7 @@ def _rank(
     pairs = [
         (metric.sign * float(one.proxies[name]), float(one.value))
         for one in members
-        if one.value is not None and _is_number(one.proxies.get(name))
+        if one.value is not None and is_finite(one.proxies.get(name))
     ]
     if len(pairs) < 2:
         return None
@@ -199,8 +199,3 @@ def _label(record: TrialRecord) -> str:
 
 def _seconds(record: TrialRecord, *stages: str) -> float:
     return sum(record.seconds.get(stage, 0.0) for stage in stages)
-
-
-def _is_number(value: Any) -> bool:
-    is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
-    return is_number and math.isfinite(value)

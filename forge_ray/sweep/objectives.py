@@ -6,12 +6,12 @@ and drives gate and halving; all of them together span the Pareto front.
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from forge_ray.errors import ConfigError
+from forge_ray.sweep.gate import is_finite
 from forge_ray.sweep.ledger import TrialRecord
 
 FACTS = ("sid_bits", "tokens_per_item")
@@ -54,7 +54,7 @@ def cutoff(objective: str) -> int | None:
 def objective_values(record: TrialRecord, objectives: Sequence[str]) -> dict[str, float] | None:
     """The objectives of a complete trial by name, or None where the record lacks one."""
     found = {name: _value(record, name) for name in objectives}
-    values = {name: float(value) for name, value in found.items() if _is_finite(value)}
+    values = {name: float(value) for name, value in found.items() if is_finite(value)}
     return values if record.state == "complete" and len(values) == len(found) else None
 
 
@@ -95,7 +95,3 @@ def _value(record: TrialRecord, objective: str) -> Any:
 
 def _held(record: TrialRecord, units: Mapping[str, float]) -> float:
     return sum(value * units.get(stage, 0.0) for stage, value in record.seconds.items())
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, (int, float)) and math.isfinite(value)
