@@ -20,7 +20,7 @@ from forge_ray.sid.metrics.registry import METRICS, audited
 from forge_ray.sweep.calibration import deleted_residuals, normal_scores
 from forge_ray.sweep.correlation import Interval, RankCorrelation, correlate
 from forge_ray.sweep.gate import is_finite
-from forge_ray.sweep.ledger import TrialRecord
+from forge_ray.sweep.ledger import Resource, TrialRecord
 from forge_ray.sweep.views import STAGES
 
 MIN_TRIALS = 6
@@ -250,7 +250,7 @@ def _compute(records: Sequence[TrialRecord]) -> list[StageCompute]:
     rows = []
     for stage in STAGES:
         for resource in _RESOURCES:
-            spent = {one.key: _resource_seconds(one, stage, resource) for one in records}
+            spent = {one.key: one.held(resource).get(stage, 0.0) for one in records}
             whole = [spent[one.key] for one in records if one.state == "complete"]
             typical = statistics.median(whole) if whole else 0.0
             saved = {
@@ -272,12 +272,7 @@ def _compute(records: Sequence[TrialRecord]) -> list[StageCompute]:
     return rows
 
 
-_RESOURCES: tuple[Literal["CPU", "GPU"], ...] = ("CPU", "GPU")
-
-
-def _resource_seconds(record: TrialRecord, stage: str, resource: Literal["CPU", "GPU"]) -> float:
-    held = record.cpus if resource == "CPU" else record.gpus
-    return record.seconds.get(stage, 0.0) * held.get(stage, 0.0)
+_RESOURCES: tuple[Resource, ...] = ("CPU", "GPU")
 
 
 def _first_common_step(records: Iterable[TrialRecord], metric: str) -> int | None:

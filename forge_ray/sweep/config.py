@@ -15,6 +15,9 @@ from forge_ray.sweep.order import ORDERS
 from forge_ray.sweep.prices import Prices
 from forge_ray.sweep.trackers.config import TrackersConfig
 
+IDENTITY = "identity.json"
+"""The identity that a sweep began with, in its folder."""
+
 SAMPLERS = ("quasi_random", "grid", "tpe", "gp", "nsga2")
 DRAWING = ("tpe", "gp", "nsga2")
 """Samplers of Optuna that learn: they propose a trial when it starts."""
@@ -35,6 +38,20 @@ class SamplerConfig:
             raise ConfigError(
                 f"sampler.kind must be one of {', '.join(SAMPLERS)}, got {self.kind!r}. Pick one."
             )
+
+
+@dataclass(kw_only=True)
+class WarmStartConfig:
+    """Earlier sweeps to start from; see `forge_ray.sweep.warm_start`."""
+
+    sweeps: list[str] = field(default_factory=list)
+    """Names of sweeps beside this one, or paths of their folders."""
+    best: int = 5
+    """How many of the best designs of each run first; those outside the space are left out."""
+
+    def __post_init__(self) -> None:
+        if self.best < 0:
+            raise ConfigError(f"warm_start.best must be >= 0, got {self.best}. 0 runs none first.")
 
 
 @dataclass(kw_only=True)
@@ -130,6 +147,8 @@ class SweepConfig:
     """Searched parameters: see `forge_ray.sweep.space.parse_space`."""
     points: list[dict[str, Any]] = field(default_factory=list)
     """Fixed points, run first; the random control belongs here. They need not lie in the space."""
+    warm_start: WarmStartConfig = field(default_factory=WarmStartConfig)
+    """Earlier sweeps whose best designs run first and whose trials teach the sampler."""
     constraints: ConstraintConfig = field(default_factory=ConstraintConfig)
     """Which points of the space are no trials; fixed points are not asked."""
     sid: dict[str, Any] = field(default_factory=dict)
@@ -186,7 +205,7 @@ class SweepConfig:
                 f"num_trials must be set for sampler {self.sampler.kind}, got null. "
                 "Set it, or use sampler.kind=grid."
             )
-        _check_objectives(self.metric, self.objectives)
+        _check_objectives(self.metric, self.objectives, self.budget.prices)
         if self.order not in ORDERS:
             raise ConfigError(
                 f"order must be one of {', '.join(ORDERS)}, got {self.order!r}. Pick one."
@@ -202,7 +221,7 @@ class SweepConfig:
         return self.objectives or [self.metric]
 
 
-def _check_objectives(metric: str, objectives: Sequence[str]) -> None:
+def _check_objectives(metric: str, objectives: Sequence[str], prices: Prices) -> None:
     if not objectives:
         return
     for name in objectives:
@@ -211,6 +230,11 @@ def _check_objectives(metric: str, objectives: Sequence[str]) -> None:
         raise ConfigError(
             f"objectives must begin with metric ({metric}) and not repeat, got "
             f"{list(objectives)}. Change their order, or metric."
+        )
+    if "cost_usd" in objectives and not prices.is_set:
+        raise ConfigError(
+            "budget.prices must be set for the objective cost_usd, got none: every trial would "
+            "cost 0. Set budget.prices.cpu_hour and gpu_hour."
         )
 
 

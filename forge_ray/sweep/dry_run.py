@@ -41,6 +41,7 @@ class DryRun:
 
     Attributes:
         is_prepared: Whether its data is.
+        warm_start: What earlier sweeps gave, a line each.
         trials: One row per known trial, finished ones first: `trial`, `design`, `state`, `reason`,
             and `seconds` and `cost_usd` ahead of it, None where a stage was never measured.
         rejected: Designs of the space that are no trials, by the rule that they break.
@@ -53,6 +54,7 @@ class DryRun:
     """
 
     is_prepared: bool
+    warm_start: list[str]
     trials: list[dict[str, Any]]
     rejected: dict[str, int]
     drawn: int
@@ -81,6 +83,7 @@ def dry_run(config: SweepConfig, store: ArtifactStore) -> DryRun:
     state = budget_state(planned.records, config.budget)
     return DryRun(
         is_prepared=dataset is not None,
+        warm_start=planned.warm.lines,
         trials=[
             *_finished_rows(planned),
             *(_waiting_row(one, ahead[one.key], planned) for one in waiting),

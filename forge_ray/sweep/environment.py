@@ -6,10 +6,9 @@ Known for the latest session. Nothing here decides anything; reports show it.
 from __future__ import annotations
 
 import platform
-import re
 import shutil
 import subprocess
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,6 @@ import forge_ray
 
 _LIBRARIES = ("ray", "torch", "optuna", "deepspeed")
 _RESOURCES = ("CPU", "GPU", "memory")
-_PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):[^/\s]*(?=@)")
-_SECRET = re.compile(
-    r"(?i)(?<=[?&])([\w-]*(?:password|passwd|pwd|token|secret|key)[\w-]*)=[^&\s'\"]+"
-)
 
 
 def describe_environment() -> dict[str, Any]:
@@ -36,16 +31,6 @@ def describe_environment() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.machine()}",
         "cluster": _cluster() if ray.is_initialized() else {},
     }
-
-
-def masked(text: str) -> str:
-    """Text without the passwords of the URLs in it, `postgresql://user:***@host/db`."""
-    return _SECRET.sub(r"\1=***", _PASSWORD.sub(r"\1:***", text))
-
-
-def masked_words(words: Sequence[str]) -> list[str]:
-    """A command's words, each without the passwords of its URLs."""
-    return [masked(word) for word in words]
 
 
 def _cluster() -> dict[str, float]:

@@ -135,7 +135,7 @@ class GateState:
             them from the start where they were scored before anything trained.
         decisions: Past answers by trial key: a resumed trial gets the same one.
         finals: Final value and its standard error of the trials that were trained to the end.
-        picked: Why a trial was next in line, `plan` or `promise`, by key: see `order`.
+        picked: Why a trial was next in line, `plan`, `promise` or `earlier`, by key: see `order`.
     """
 
     seen: dict[str, dict[str, float]] = field(default_factory=dict)
@@ -177,7 +177,7 @@ def decide(
             decision = _by_calibration(key, given, state=state, config=config)
     if broken is None:
         state.seen[key] = _remembered(proxies, config)
-    if state.picked.get(key) == "promise":
+    if state.picked.get(key, "plan") != "plan":
         decision = dataclasses.replace(decision, is_control=False)
     state.decisions[key] = vars(decision).copy()
     return decision

@@ -26,6 +26,7 @@ from forge_ray.errors import ConfigError
 logger = logging.getLogger(__name__)
 
 State = Literal["running", "complete", "pruned", "failed"]
+Resource = Literal["CPU", "GPU"]
 FINISHED: tuple[State, ...] = ("complete", "pruned")
 """States that are never run again. A failed trial is tried again by the next `sweep run`."""
 
@@ -105,6 +106,11 @@ class TrialRecord:
             for stage, value in attempt.items():
                 total[stage] = total.get(stage, 0.0) + value
         return total
+
+    def held(self, resource: Resource) -> dict[str, float]:
+        """CPU or GPU seconds by stage, over all attempts and before them."""
+        units = self.cpus if resource == "CPU" else self.gpus
+        return {stage: value * units.get(stage, 0.0) for stage, value in self.seconds.items()}
 
     @property
     def name(self) -> str:

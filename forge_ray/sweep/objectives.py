@@ -13,14 +13,16 @@ from typing import Any
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.gate import is_finite
 from forge_ray.sweep.ledger import TrialRecord
+from forge_ray.sweep.prices import Prices, trial_cost
 
 FACTS = ("sid_bits", "tokens_per_item")
 """Known of a design before any work: log2 of its SID space, and codes that spell an item."""
 
-COSTS: Mapping[str, Callable[[TrialRecord], float]] = {
-    "seconds": lambda record: sum(record.seconds.values()),
-    "cpu_seconds": lambda record: _held(record, record.cpus),
-    "gpu_seconds": lambda record: _held(record, record.gpus),
+COSTS: Mapping[str, Callable[[TrialRecord, Prices], float]] = {
+    "seconds": lambda record, _: sum(record.seconds.values()),
+    "cpu_seconds": lambda record, _: sum(record.held("CPU").values()),
+    "gpu_seconds": lambda record, _: sum(record.held("GPU").values()),
+    "cost_usd": lambda record, prices: trial_cost(record, prices),
 }
 """What a trial took over all its attempts; a stage that the store answered costs nothing."""
 
@@ -51,19 +53,24 @@ def cutoff(objective: str) -> int | None:
     return int(match["k"] or match["n"]) if match else None
 
 
-def objective_values(record: TrialRecord, objectives: Sequence[str]) -> dict[str, float] | None:
+def objective_values(
+    record: TrialRecord, objectives: Sequence[str], prices: Prices
+) -> dict[str, float] | None:
     """The objectives of a complete trial by name, or None where the record lacks one."""
-    found = {name: _value(record, name) for name in objectives}
+    found = {name: _value(record, name, prices) for name in objectives}
     values = {name: float(value) for name, value in found.items() if is_finite(value)}
     return values if record.state == "complete" and len(values) == len(found) else None
 
 
-def pareto_front(records: Iterable[TrialRecord], objectives: Sequence[str]) -> list[TrialRecord]:
+def pareto_front(
+    records: Iterable[TrialRecord], objectives: Sequence[str], prices: Prices
+) -> list[TrialRecord]:
     """Complete trials that no other one beats in one objective without losing in another.
 
     Args:
         records: Trials; those that are not complete or lack an objective are left out.
         objectives: Names, see `direction`.
+        prices: What `cost_usd` is counted by.
 
     Returns:
         The front, best first objective first; designs with equal values all belong to it.
@@ -71,7 +78,7 @@ def pareto_front(records: Iterable[TrialRecord], objectives: Sequence[str]) -> l
     signs = [direction(name) for name in objectives]
     rows: list[tuple[tuple[float, ...], TrialRecord]] = []
     for record in records:
-        values = objective_values(record, objectives)
+        values = objective_values(record, objectives, prices)
         if values is not None:
             turned = zip(signs, values.values(), strict=True)
             rows.append((tuple(sign * value for sign, value in turned), record))
@@ -85,13 +92,9 @@ def _dominates(first: Sequence[float], second: Sequence[float]) -> bool:
     return all(one >= other for one, other in pairs) and any(one > other for one, other in pairs)
 
 
-def _value(record: TrialRecord, objective: str) -> Any:
+def _value(record: TrialRecord, objective: str, prices: Prices) -> Any:
     if objective in FACTS:
         return record.facts.get(objective)
     if objective in COSTS:
-        return COSTS[objective](record)
+        return COSTS[objective](record, prices)
     return record.final.get(objective)
-
-
-def _held(record: TrialRecord, units: Mapping[str, float]) -> float:
-    return sum(value * units.get(stage, 0.0) for stage, value in record.seconds.items())

@@ -8,17 +8,22 @@ every planned point and adds those that use the new value.
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 
 from scipy.stats import qmc
 
 from forge_ray.config import canonical_json
 from forge_ray.errors import ConfigError
+from forge_ray.sweep.config import DRAWING, SweepConfig
 from forge_ray.sweep.searcher import Rejection, Resolve
-from forge_ray.sweep.space import Point, Space
+from forge_ray.sweep.space import Point, Space, parse_space
 
+PLAN = "plan.json"
+"""The plan of the sessions so far, in the sweep's folder."""
 _MAX_DRAWS = 1 << 14
 PATIENCE = 512
 """Rejections in a row after which a sequence of designs is given up."""
@@ -145,3 +150,59 @@ def extend_plan(
                 names.add(name)
                 points.append(point)
     return points
+
+
+def make_plan(
+    config: SweepConfig, space: Space, folder: Path, sieve: Sieve, *, first: Sequence[Point] = ()
+) -> list[Point]:
+    """The points of the space to run before anything is drawn, in order; writes nothing.
+
+    Fixed points come before them. A plan only grows: see `extend_plan`.
+
+    Args:
+        config: The sweep file.
+        space: Its space.
+        folder: Where the plan of earlier sessions is.
+        sieve: Which designs may be trials.
+        first: Points of the space to plan before those of grid or sequence.
+
+    Raises:
+        ConfigError: A point is no valid configuration, or every one was rejected.
+    """
+    previous, kept = _previous_plan(folder / PLAN, space)
+    limit = None if config.num_trials is None else max(0, config.num_trials - len(config.points))
+    is_grid = config.sampler.kind == "grid"
+    plan = extend_plan(
+        planned=[point for point in kept if sieve.passes(point)],
+        previous=previous,
+        candidates=sieve.passing(
+            itertools.chain(first, _candidates(config, space, previous)),
+            patience=None if is_grid else PATIENCE,
+        ),
+        limit=limit,
+    )
+    if config.sampler.kind not in DRAWING:
+        sieve.require_some(bool(plan))
+    return plan
+
+
+def _previous_plan(path: Path, space: Space) -> tuple[Space | None, list[Point]]:
+    if not path.exists():
+        return None, []
+    content = json.loads(path.read_text(encoding="utf-8"))
+    kept = [point for point in content["points"] if space.contains(point)]
+    return parse_space(content["space"]), kept
+
+
+def _candidates(config: SweepConfig, space: Space, previous: Space | None) -> Iterator[Point]:
+    sampler = config.sampler
+    if not space.parameters:
+        return iter(())
+    if sampler.kind == "grid":
+        return space.grid()
+    points = quasi_random_points(space, seed=sampler.seed)
+    if sampler.kind == "quasi_random":
+        return points
+    # Optuna draws its points; only what the space gained is planned, so that it gets tried at all.
+    considered = itertools.islice(points, config.num_trials)
+    return (one for one in considered if previous is not None and not previous.contains(one))

@@ -20,10 +20,10 @@ from forge_ray.sweep.charts.space import importance_bars, parallel_coordinates, 
 from forge_ray.sweep.charts.spending import stage_seconds, use_over_time, waterfall_bars
 from forge_ray.sweep.charts.training import learning_curves, proxy_scatter
 from forge_ray.sweep.config import SweepConfig
-from forge_ray.sweep.environment import masked, masked_words
 from forge_ray.sweep.importance import importances
 from forge_ray.sweep.ledger import SweepRecords, TrialRecord, now
 from forge_ray.sweep.objectives import FACTS
+from forge_ray.sweep.secrets import masked, masked_words
 from forge_ray.sweep.space import label_point
 from forge_ray.sweep.spending import reuse, timeline, unit_of, waterfall
 from forge_ray.sweep.views import (
@@ -162,7 +162,10 @@ def _fronts(trials: Sequence[TrialRecord], config: SweepConfig) -> list[Markup]:
     has_gpu = any(value > 0 for one in trials for value in one.gpus.values())
     usual = [*FACTS, "gpu_seconds" if has_gpu else "cpu_seconds"]
     others = config.objectives[1:] or usual
-    found = [pareto_scatter(trials, metric=config.metric, other=other) for other in others]
+    found = [
+        pareto_scatter(trials, metric=config.metric, other=other, prices=config.budget.prices)
+        for other in others
+    ]
     return [one for one in found if one is not None]
 
 

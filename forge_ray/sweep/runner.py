@@ -8,11 +8,10 @@ is restored from Tune's own pickles.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +24,15 @@ from ray import tune
 from forge_ray.config import canonical_json, to_yaml
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.budget import BudgetWatch, check_affordable, stop_event
-from forge_ray.sweep.config import DRAWING, SweepConfig, difference, identity, without_running
-from forge_ray.sweep.environment import describe_environment, masked_words
+from forge_ray.sweep.config import (
+    DRAWING,
+    IDENTITY,
+    SweepConfig,
+    difference,
+    identity,
+    without_running,
+)
+from forge_ray.sweep.environment import describe_environment
 from forge_ray.sweep.estimate import (
     Estimator,
     TrialEstimate,
@@ -37,31 +43,24 @@ from forge_ray.sweep.estimate import (
 from forge_ray.sweep.events import SweepCallback
 from forge_ray.sweep.faults import explaining
 from forge_ray.sweep.ledger import Ledger, SweepRecords, write_json
-from forge_ray.sweep.plan import (
-    PATIENCE,
-    Sieve,
-    check_space,
-    describe_rejections,
-    extend_plan,
-    quasi_random_points,
-)
+from forge_ray.sweep.plan import PLAN, Sieve, check_space, describe_rejections, make_plan
 from forge_ray.sweep.prescore import score_waiting
 from forge_ray.sweep.scheduler import GateScheduler
 from forge_ray.sweep.searcher import PrunedAwareOptunaSearch, Resolved, TrialSource
+from forge_ray.sweep.secrets import masked_url, masked_words, without_password
 from forge_ray.sweep.space import Point, Space, label_point, parse_space
 from forge_ray.sweep.study import (
     close_unfinished,
     copy_finished,
     make_sampler,
-    masked,
     open_storage,
     study_name,
-    without_password,
 )
 from forge_ray.sweep.trackers.clients import make_trackers
 from forge_ray.sweep.trackers.config import check_libraries
 from forge_ray.sweep.trackers.feed import feeding
 from forge_ray.sweep.trial import Stages, TrialRules, run_trial
+from forge_ray.sweep.warm_start import WarmStart, read_earlier
 
 logger = logging.getLogger(__name__)
 
@@ -73,7 +72,6 @@ _TUNE_ENV = {
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
 }
 _CHECKED_DRAWS = 64
-_IDENTITY, _PLAN = "identity.json", "plan.json"
 SAVED = "sweep.yaml"
 """The sweep file as the last session ran it, less its password."""
 
@@ -127,6 +125,7 @@ class Planned:
         space: The searched parameters.
         meaning: The sweep's identity.
         plan: Points of the space in order.
+        warm: What earlier sweeps gave.
         records: The ledger, folded.
         source: Trials that are left.
         estimator: Knows what they take.
@@ -136,6 +135,7 @@ class Planned:
     space: Space
     meaning: dict[str, Any]
     plan: list[Point]
+    warm: WarmStart
     records: SweepRecords
     source: TrialSource
     estimator: Estimator
@@ -160,7 +160,15 @@ def plan_trials(job: SweepJob) -> Planned:
     if is_drawing:
         check_space(space, resolve, draws=_CHECKED_DRAWS)
     sieve = Sieve(resolve)
-    plan = make_plan(config, space, job.folder, sieve)
+    warm = read_earlier(
+        config.warm_start.sweeps,
+        best=config.warm_start.best,
+        folder=job.folder,
+        space=space,
+        meaning=meaning,
+        resolve=resolve,
+    )
+    plan = make_plan(config, space, job.folder, sieve, first=warm.first)
     source = TrialSource(
         records=records.trials,
         planned=[*config.points, *plan],
@@ -175,6 +183,7 @@ def plan_trials(job: SweepJob) -> Planned:
         space=space,
         meaning=meaning,
         plan=plan,
+        warm=warm,
         records=records,
         source=source,
         estimator=estimator,
@@ -190,7 +199,7 @@ def run_trials(job: SweepJob) -> RunOutcome:
         StorageError: A disk is full, or disk or database stayed away for longer than is waited.
     """
     planned = plan_trials(job)
-    storage = masked(job.config.storage) or str(job.folder / "optuna.db")
+    storage = masked_url(job.config.storage) or str(job.folder / "optuna.db")
     with explaining(folder=job.folder, storage=storage):
         return _run_session(job, planned)
 
@@ -240,7 +249,7 @@ def make_estimator(job: SweepJob, meaning: Mapping[str, Any]) -> Estimator:
         prices=job.config.budget.prices,
         meaning=meaning,
         max_steps=job.max_steps,
-        others=measure_siblings(job.folder, dataset_key=job.dataset_key, identity_file=_IDENTITY),
+        others=measure_siblings(job.folder, dataset_key=job.dataset_key, identity_file=IDENTITY),
     )
 
 
@@ -256,6 +265,7 @@ def _search(
     config, space, source = job.config, planned.space, planned.source
     records = planned.records
     scheduler = _scheduler(job)
+    scheduler.begin_with(job.resolve(point).key for point in planned.warm.first)
     if config.order == "promising" and len(source.queue) > 1:
         scores = score_waiting(
             source.queue,
@@ -280,7 +290,13 @@ def _search(
         prices=config.budget.prices,
         admits=watch.admits,
     )
-    copy_finished(searcher.study, space, records.finished(), objectives=config.aims)
+    copy_finished(
+        searcher.study,
+        space,
+        [*records.finished(), *planned.warm.taught],
+        objectives=config.aims,
+        prices=config.budget.prices,
+    )
     _fit(
         job,
         searcher,
@@ -371,59 +387,13 @@ def _trial_name(trial: Any) -> str:
     return f"{trial.config['number']:03d}-{trial.config['key'][:12]}-{trial.trial_id}"
 
 
-def make_plan(config: SweepConfig, space: Space, folder: Path, sieve: Sieve) -> list[Point]:
-    """The points of the space to run before anything is drawn, in order; writes nothing.
-
-    Fixed points come before them. A plan only grows: see `extend_plan`.
-
-    Raises:
-        ConfigError: A point is no valid configuration, or every one was rejected.
-    """
-    previous, kept = _previous_plan(folder / _PLAN, space)
-    limit = None if config.num_trials is None else max(0, config.num_trials - len(config.points))
-    is_grid = config.sampler.kind == "grid"
-    plan = extend_plan(
-        planned=[point for point in kept if sieve.passes(point)],
-        previous=previous,
-        candidates=sieve.passing(
-            _candidates(config, space, previous), patience=None if is_grid else PATIENCE
-        ),
-        limit=limit,
-    )
-    if config.sampler.kind not in DRAWING:
-        sieve.require_some(bool(plan))
-    return plan
-
-
-def _previous_plan(path: Path, space: Space) -> tuple[Space | None, list[Point]]:
-    if not path.exists():
-        return None, []
-    content = json.loads(path.read_text(encoding="utf-8"))
-    kept = [point for point in content["points"] if space.contains(point)]
-    return parse_space(content["space"]), kept
-
-
-def _candidates(config: SweepConfig, space: Space, previous: Space | None) -> Iterator[Point]:
-    sampler = config.sampler
-    if not space.parameters:
-        return iter(())
-    if sampler.kind == "grid":
-        return space.grid()
-    points = quasi_random_points(space, seed=sampler.seed)
-    if sampler.kind == "quasi_random":
-        return points
-    # Optuna draws its points; only what the space gained is planned, so that it gets tried at all.
-    considered = itertools.islice(points, config.num_trials)
-    return (one for one in considered if previous is not None and not previous.contains(one))
-
-
 def check_identity(folder: Path, content: Mapping[str, Any], *, name: str) -> None:
     """Refuses an identity other than the one the sweep began with; a new sweep has none yet.
 
     Raises:
         ConfigError: Something other than space, points, trials or resources changed.
     """
-    path = folder / _IDENTITY
+    path = folder / IDENTITY
     if not path.exists():
         return
     old = without_running(json.loads(path.read_text(encoding="utf-8")))
@@ -436,11 +406,11 @@ def check_identity(folder: Path, content: Mapping[str, Any], *, name: str) -> No
 
 
 def _write_claim(job: SweepJob, meaning: Mapping[str, Any], plan: list[Point]) -> None:
-    if not (job.folder / _IDENTITY).exists():
-        write_json(job.folder / _IDENTITY, meaning)
+    if not (job.folder / IDENTITY).exists():
+        write_json(job.folder / IDENTITY, meaning)
     shown = dataclasses.replace(job.config, storage=without_password(job.config.storage))
     (job.folder / SAVED).write_text(to_yaml(shown), encoding="utf-8")
-    write_json(job.folder / _PLAN, {"space": job.config.space, "points": plan})
+    write_json(job.folder / PLAN, {"space": job.config.space, "points": plan})
 
 
 def _naming_point(resolve: Callable[[Point], Resolved]) -> Callable[[Point], Resolved]:
@@ -479,5 +449,5 @@ def _announce(job: SweepJob, planned: Planned) -> None:
     )
     if left:
         logger.info("stop it with Ctrl-C; the same command continues where it ended")
-    for line in estimate_lines(planned.estimates):
+    for line in (*planned.warm.lines, *estimate_lines(planned.estimates)):
         logger.info("%s", line)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -95,8 +95,13 @@ class GateScheduler(FIFOScheduler):
         self._scores = scores
         note_scores(scores, state=self._gate_state, config=self._gate)
 
+    def begin_with(self, keys: Iterable[str]) -> None:
+        """Notes trials that come first because an earlier sweep found them good."""
+        for key in keys:
+            self._gate_state.picked.setdefault(key, "earlier")
+
     def next_place(self, waiting: Sequence[str]) -> int:
-        """Which of the waiting trials is next, by key; those of a killed driver come first."""
+        """Which waiting trial is next: what was under way or began with, else the order's pick."""
         picked = self._gate_state.picked
         for place, key in enumerate(waiting):
             if key in picked:

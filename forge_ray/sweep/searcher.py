@@ -359,9 +359,13 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         """Adds the other objectives; a trial that lacks one (no user in a slice) has failed."""
         record = self._ledger.follow().trials[key]
         ended = dataclasses.replace(record, state="complete")
-        values = objective_values(ended, self._objectives)
+        values = objective_values(ended, self._objectives, self._prices)
         if values is None:
-            lacking = [n for n in self._objectives if objective_values(ended, [n]) is None]
+            lacking = [
+                name
+                for name in self._objectives
+                if objective_values(ended, [name], self._prices) is None
+            ]
             return Outcome(state="failed", reason=f"{', '.join(lacking)} was not measured")
         return dataclasses.replace(outcome, objectives=values)
 

@@ -41,8 +41,7 @@ class Unit:
         """What a trial has used, by stage."""
         if self.name == "USD":
             return stage_costs(record, self.prices)
-        held = record.gpus if self.name == "GPU seconds" else record.cpus
-        return {stage: value * held.get(stage, 0.0) for stage, value in record.seconds.items()}
+        return record.held("GPU" if self.name == "GPU seconds" else "CPU")
 
     def of(self, record: TrialRecord) -> float:
         """What a trial has used."""

@@ -20,7 +20,6 @@ from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
-from sqlalchemy.engine import make_url
 from sqlalchemy.exc import SQLAlchemyError
 
 from forge_ray.config import canonical_json
@@ -28,6 +27,8 @@ from forge_ray.errors import ConfigError
 from forge_ray.sweep.ledger import TrialRecord
 from forge_ray.sweep.objectives import objective_values
 from forge_ray.sweep.patient_storage import PatientStorage
+from forge_ray.sweep.prices import Prices, trial_cost
+from forge_ray.sweep.secrets import masked_url
 from forge_ray.sweep.space import Space
 
 KEY = "trial_key"
@@ -58,7 +59,7 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
         url = f"sqlite:///{folder / 'optuna.db'}"
     if "://" not in url:
         raise ConfigError(
-            f"storage must be a database URL or a .journal path, got {masked(url)!r}. "
+            f"storage must be a database URL or a .journal path, got {masked_url(url)!r}. "
             "Write sqlite:///path/optuna.db."
         )
     if url.startswith(("postgresql://", "postgres://")):
@@ -69,24 +70,11 @@ def open_storage(url: str, folder: Path) -> BaseStorage:
     return _connect(url, {"connect_args": {"timeout": 60}} if is_file else {"pool_pre_ping": True})
 
 
-def without_password(url: str) -> str:
-    """A storage URL for files that others may read; the driver then asks PGPASSWORD or the like."""
-    if "://" not in url or make_url(url).password is None:
-        return url
-    return make_url(url).set(password=None).render_as_string(hide_password=False)
-
-
-def masked(url: str) -> str:
-    """A storage URL for people to read: without its password."""
-    hidden = re.sub(r"^(\w[\w+]*://[^:@/]*|(?!.*://)[^:@/]*):.*@", r"\1:***@", url)
-    return re.sub(r"(?<=password=)[^&]*", "***", hidden)
-
-
 def _with_driver(url: str) -> str:
     # Which driver a bare `postgresql:` means depends on the release of SQLAlchemy.
     if importlib.util.find_spec("psycopg") is None:
         raise ConfigError(
-            f"storage {masked(url)} must have its driver psycopg, got none. "
+            f"storage {masked_url(url)} must have its driver psycopg, got none. "
             "Run pip install 'forge-ray[postgres]'."
         )
     return f"postgresql+psycopg://{url.partition('://')[2]}"
@@ -99,7 +87,7 @@ def _connect(url: str, options: dict[str, Any], tries: int = 4) -> PatientStorag
         if tries == 1:
             reason = str(getattr(error, "orig", error)).strip().partition("\n")[0]
             raise ConfigError(
-                f"storage {masked(url)} must be a database that can be used, got: {reason}. "
+                f"storage {masked_url(url)} must be a database that can be used, got: {reason}. "
                 "Start it, or correct the URL."
             ) from None
     # Drivers that start together both create the tables, and one of them fails: it tries again.
@@ -159,7 +147,12 @@ def close_unfinished(storage: BaseStorage, sweep: str, records: Mapping[str, Tri
 
 
 def copy_finished(
-    study: optuna.Study, space: Space, records: Iterable[TrialRecord], *, objectives: Sequence[str]
+    study: optuna.Study,
+    space: Space,
+    records: Iterable[TrialRecord],
+    *,
+    objectives: Sequence[str],
+    prices: Prices,
 ) -> int:
     """Adds finished trials that the space contains and the study lacks; returns how many.
 
@@ -170,20 +163,24 @@ def copy_finished(
     for record in records:
         if record.key in present or not record.is_finished or not space.contains(record.point):
             continue
-        values = optuna_objectives(record, objectives)
+        values = optuna_objectives(record, objectives, prices)
         if values is None and (record.state == "complete" or len(objectives) > 1):
             continue
-        study.add_trial(_frozen(space, record, values, metric=objectives[0]))
+        present.add(record.key)
+        cost = round(trial_cost(record, prices), 6)
+        study.add_trial(_frozen(space, record, values, metric=objectives[0], cost_usd=cost))
         added += 1
     return added
 
 
-def optuna_objectives(record: TrialRecord, objectives: Sequence[str]) -> list[float] | None:
+def optuna_objectives(
+    record: TrialRecord, objectives: Sequence[str], prices: Prices
+) -> list[float] | None:
     """What Optuna is told of a complete trial; None for others and where an objective lacks."""
     if len(objectives) == 1:
         is_told = record.state == "complete" and record.value is not None
         return [float(record.value or 0.0)] if is_told else None
-    values = objective_values(record, objectives)
+    values = objective_values(record, objectives, prices)
     return None if values is None else list(values.values())
 
 
@@ -214,7 +211,12 @@ def _end(record: TrialRecord, num_objectives: int) -> tuple[TrialState, list[flo
 
 
 def _frozen(
-    space: Space, record: TrialRecord, values: Sequence[float] | None, *, metric: str
+    space: Space,
+    record: TrialRecord,
+    values: Sequence[float] | None,
+    *,
+    metric: str,
+    cost_usd: float,
 ) -> FrozenTrial:
     fixed = optuna.trial.FixedTrial(space.optuna_values(record.point), number=record.number)
     space.suggest(fixed)
@@ -229,6 +231,7 @@ def _frozen(
             "number": record.number,
             "reason": record.reason,
             "cached": True,
+            "cost_usd": cost_usd,
             **proxy_attributes(record.proxies),
         },
         intermediate_values=steps,

@@ -84,14 +84,8 @@ def cost_rows(records: SweepRecords) -> list[dict[str, Any]]:
     rows = []
     for stage in STAGES:
         seconds = [one.seconds.get(stage, 0.0) for one in records.trials.values()]
-        cpu = [
-            one.seconds.get(stage, 0.0) * one.cpus.get(stage, 0.0)
-            for one in records.trials.values()
-        ]
-        gpu = [
-            one.seconds.get(stage, 0.0) * one.gpus.get(stage, 0.0)
-            for one in records.trials.values()
-        ]
+        cpu = [one.held("CPU").get(stage, 0.0) for one in records.trials.values()]
+        gpu = [one.held("GPU").get(stage, 0.0) for one in records.trials.values()]
         rows.append(
             {
                 "stage": stage,

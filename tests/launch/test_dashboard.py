@@ -24,6 +24,7 @@ from forge_ray.launch.dashboard import (
 )
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.ledger import Ledger, SweepLock
+from forge_ray.sweep.prices import Prices
 from forge_ray.sweep.space import parse_space
 from forge_ray.sweep.study import copy_finished, open_storage, study_name
 from forge_ray.sweep.trackers.config import MlflowConfig, TrackersConfig, WandbConfig
@@ -61,7 +62,7 @@ def write_study(config: SweepConfig, folder: Path, trials: list[Any]) -> None:
         study_name=study_name(config.name, config.space),
         direction="maximize",
     )
-    copy_finished(study, parse_space(config.space), trials, objectives=[METRIC])
+    copy_finished(study, parse_space(config.space), trials, objectives=[METRIC], prices=Prices())
 
 
 @contextmanager

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.objectives import cutoff, direction, objective_values, pareto_front
+from forge_ray.sweep.prices import Prices
 from tests.sweep.records import METRIC, trial
 
 AIMS = [METRIC, f"{METRIC}/tail", "sid_bits", "cpu_seconds"]
@@ -28,15 +29,25 @@ def test_metrics_grow_and_costs_shrink() -> None:
 
 def test_values_come_from_the_record_of_a_complete_trial() -> None:
     record = made(0, value=0.3, bits=24.0, attempts=[{"fit": 2.0, "train": 1.0}, {"train": 30.0}])
-    assert objective_values(record, AIMS) == {
+    assert objective_values(record, AIMS, Prices()) == {
         METRIC: 0.3,
         f"{METRIC}/tail": 0.1,
         "sid_bits": 24.0,
         "cpu_seconds": 2.0 * 0.5 + 31.0,
     }
-    assert objective_values(made(1, value=0.3, bits=1.0, state="pruned"), AIMS) is None
-    assert objective_values(made(1, value=0.3, bits=1.0, final={METRIC: 0.3}), AIMS) is None
-    assert objective_values(made(1, value=0.3, bits=float("nan")), AIMS) is None
+    assert objective_values(made(1, value=0.3, bits=1.0, state="pruned"), AIMS, Prices()) is None
+    assert (
+        objective_values(made(1, value=0.3, bits=1.0, final={METRIC: 0.3}), AIMS, Prices()) is None
+    )
+    assert objective_values(made(1, value=0.3, bits=float("nan")), AIMS, Prices()) is None
+
+
+def test_a_trial_costs_what_the_prices_say() -> None:
+    record = made(0, value=0.3, bits=24.0, attempts=[{"train": 1800.0}])
+    prices = Prices(cpu_hour=2.0)
+    assert objective_values(record, ["cost_usd"], prices) == {"cost_usd": 1.0}
+    with pytest.raises(ConfigError, match=r"budget\.prices must be set for the objective cost_usd"):
+        SweepConfig(name="s", space={"a": {"value": 1}}, objectives=["ItemNDCG@10", "cost_usd"])
 
 
 def test_the_front_holds_what_nothing_dominates() -> None:
@@ -48,16 +59,16 @@ def test_the_front_holds_what_nothing_dominates() -> None:
         made(4, value=0.2, bits=20.0),  # beaten by 2 in bits alone
         made(5, value=0.9, bits=1.0, state="pruned"),
     ]
-    front = pareto_front(records, [METRIC, "sid_bits"])
+    front = pareto_front(records, [METRIC, "sid_bits"], Prices())
     assert [one.number for one in front] == [1, 2, 3]
-    assert [one.number for one in pareto_front(records, [METRIC])] == [1]
-    assert pareto_front([], [METRIC]) == []
+    assert [one.number for one in pareto_front(records, [METRIC], Prices())] == [1]
+    assert pareto_front([], [METRIC], Prices()) == []
 
 
 @given(st.lists(st.tuples(st.integers(1, 5), st.integers(1, 5)), min_size=1, max_size=12))
 def test_every_trial_is_on_the_front_or_dominated_by_it(pairs) -> None:
     records = [made(i, value=float(v), bits=float(b)) for i, (v, b) in enumerate(pairs)]
-    front = pareto_front(records, [METRIC, "sid_bits"])
+    front = pareto_front(records, [METRIC, "sid_bits"], Prices())
     assert front
     for record in records:
         value, bits = record.final[METRIC], record.facts["sid_bits"]

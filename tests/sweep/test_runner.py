@@ -21,9 +21,9 @@ from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.ledger import SweepRecords
 from forge_ray.sweep.objectives import pareto_front
-from forge_ray.sweep.plan import Sieve
+from forge_ray.sweep.plan import Sieve, make_plan
 from forge_ray.sweep.prices import Prices
-from forge_ray.sweep.runner import SweepJob, check_identity, make_plan, run_trials
+from forge_ray.sweep.runner import SweepJob, check_identity, run_trials
 from forge_ray.sweep.space import parse_space
 from forge_ray.sweep.study import open_storage
 from forge_ray.sweep.trackers.config import MlflowConfig, TensorboardConfig, TrackersConfig
@@ -235,7 +235,7 @@ def test_rejected_designs_use_up_no_trial_and_the_pareto_front_is_known(
         value = one.point["quality"]
         assert one.objectives == {"ItemNDCG@10": value, "ItemHit@10": 2 * value, "sid_bits": 16.0}
     best = max(drawn, key=lambda one: one.value or 0.0)
-    assert pareto_front(drawn, config.objectives) == [best]
+    assert pareto_front(drawn, config.objectives, config.budget.prices) == [best]
     assert "capacity); they were no trials" in caplog.text
 
 

@@ -192,7 +192,7 @@ def test_several_objectives_reach_optuna_and_the_ledger(tmp_path: Path) -> None:
     assert records[1].objectives == dict(zip(AIMS, [0.3, 0.1, 24.0], strict=True))
     # A study of the grown space takes over what has all objectives.
     study = optuna.create_study(directions=["maximize", "maximize", "minimize"])
-    assert copy_finished(study, SPACE, records, objectives=AIMS) == 1
+    assert copy_finished(study, SPACE, records, objectives=AIMS, prices=Prices()) == 1
     assert study.get_trials()[0].values == [0.3, 0.1, 24.0]
 
 
@@ -382,8 +382,12 @@ def test_finished_trials_move_to_the_study_of_a_grown_space(tmp_path: Path) -> N
     study = optuna.create_study(
         study_name=study_name("s", grown), storage=open_storage("", tmp_path), direction="maximize"
     )
-    assert copy_finished(study, parse_space(grown), records, objectives=[METRIC]) == 2
-    assert copy_finished(study, parse_space(grown), records, objectives=[METRIC]) == 0
+    prices = Prices(cpu_hour=3600.0)
+    for added in (2, 0):
+        copied = copy_finished(
+            study, parse_space(grown), records, objectives=[METRIC], prices=prices
+        )
+        assert copied == added
     first, second = study.get_trials()
     assert (first.value, first.params) == (0.7, {"kind": "a", "quality": 0.1})
     assert (second.state, second.intermediate_values) == (TrialState.PRUNED, {10: 0.1})

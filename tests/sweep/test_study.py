@@ -7,7 +7,8 @@ import pytest
 
 from forge_ray.errors import ConfigError
 from forge_ray.sweep import study
-from forge_ray.sweep.study import masked, open_storage
+from forge_ray.sweep.secrets import masked_url
+from forge_ray.sweep.study import open_storage
 from tests.sweep.storage_contract import StorageContract
 
 
@@ -52,4 +53,4 @@ def test_a_database_that_is_not_there_is_named_without_its_password(
     ],
 )
 def test_passwords_are_masked(url: str, shown: str) -> None:
-    assert masked(url) == shown
+    assert masked_url(url) == shown

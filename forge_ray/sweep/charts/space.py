@@ -23,6 +23,7 @@ from forge_ray.sweep.charts.figure import (
 from forge_ray.sweep.importance import CAUTION_BELOW, Importance
 from forge_ray.sweep.ledger import TrialRecord
 from forge_ray.sweep.objectives import direction, objective_values, pareto_front
+from forge_ray.sweep.prices import Prices
 from forge_ray.sweep.views import last_value
 
 _MAX_AXES, _MAX_TICKS, _TICK_LENGTH = 12, 7, 16
@@ -149,17 +150,19 @@ def importance_bars(found: Sequence[Importance], *, num_trials: int, metric: str
     return fragment(figure, says=says, x="share of variance", height=90 + 34 * len(shown))
 
 
-def pareto_scatter(records: Sequence[TrialRecord], *, metric: str, other: str) -> Markup | None:
+def pareto_scatter(
+    records: Sequence[TrialRecord], *, metric: str, other: str, prices: Prices
+) -> Markup | None:
     """The metric against another objective; None where fewer than two trials have both."""
     objectives = [metric, other]
     rows = [
         (one, values)
         for one in records
-        if (values := objective_values(one, objectives)) is not None
+        if (values := objective_values(one, objectives, prices)) is not None
     ]
     if len(rows) < 2:
         return None
-    front = pareto_front([one for one, _ in rows], objectives)
+    front = pareto_front([one for one, _ in rows], objectives, prices)
     on_front = {one.key for one in front}
     inside = [row for row in rows if row[0].key not in on_front]
     best = sorted((row for row in rows if row[0].key in on_front), key=lambda row: row[1][other])
