@@ -142,6 +142,11 @@ class _Interval:
     started: float = field(default_factory=time.perf_counter)
 
 
+def reported(row: dict[str, Any]) -> dict[str, Any]:
+    """What the trainer is told of a row of the history: all but the metrics of slices."""
+    return {name: value for name, value in row.items() if "/" not in name}
+
+
 class TrainLoop:
     """The training loop of one rank."""
 
@@ -368,7 +373,7 @@ class TrainLoop:
         if self._is_first:
             self._job.folder.write_json(list(history), HISTORY_FILE)
             self._drop_surpassed()
-        self._hooks.report({name: value for name, value in row.items() if "/" not in name})
+        self._hooks.report(reported(row))
 
     def _drop_surpassed(self) -> None:
         """Deletes best weights that no kept checkpoint could still call its best."""

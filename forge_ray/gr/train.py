@@ -19,7 +19,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,12 +44,13 @@ from forge_ray.gr.checkpoint import (
 )
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.health import best_row
-from forge_ray.gr.loop import LoopHooks, TrainJob, TrainLoop, Validation
+from forge_ray.gr.loop import LoopHooks, TrainJob, TrainLoop, Validation, reported
 from forge_ray.gr.run_folder import (
     BEST,
     CHECKPOINTS,
     OUTCOME_FILE,
     STOP_FILE,
+    FoundCheckpoint,
     RunFolder,
     checkpoint_name,
 )
@@ -107,8 +108,9 @@ def train_generator(
         store: where the model is published.
         run_dir: absolute path or URI that all nodes share; see `gr/run_folder.py`.
         name: of the run and the model; the same name resumes.
-        callbacks: Ray Train callbacks, told of every report. They are not called when the model
-            was already there; its `history` holds the rows.
+        callbacks: Ray Train callbacks, told of every report; of those before a checkpoint that the
+            run resumes from once more, without a context. They are not called when the model was
+            already there; its `history` holds the rows.
         command: shell command that repeats the run, for the manifest.
 
     Raises:
@@ -204,9 +206,10 @@ def _fit(
 
     config = job.config
     # The workers look for themselves; here it is said where a user sees it.
-    warnings = job.folder.newest_checkpoint(job.identity).warnings
-    for warning in warnings:
+    found = job.folder.newest_checkpoint(job.identity)
+    for warning in found.warnings:
         logger.warning(warning)
+    tell_again(found, callbacks)
     trainer = TorchTrainer(
         train_worker,
         # The codes lie in the object store once; every worker of a node reads them in place.
@@ -227,9 +230,18 @@ def _fit(
             "resumes it from the last checkpoint."
         )
     for warning in outcome["warnings"]:
-        if warning not in warnings:
+        if warning not in found.warnings:
             logger.warning(warning)
     return outcome
+
+
+def tell_again(found: FoundCheckpoint, callbacks: Sequence[ray.train.UserCallback]) -> None:
+    """Repeats the rows before a checkpoint: who was told may have died before it took them up."""
+    history = found.manifest.progress.history if found.manifest else ()
+    for row in history:
+        for callback in callbacks:
+            # Outside of a run there is no context; the workers have not started.
+            callback.after_report(cast(Any, None), [reported(row)], None)
 
 
 def _attempt_s(config: GrConfig) -> int:

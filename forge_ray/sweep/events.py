@@ -14,7 +14,7 @@ from ray.tune.experiment import Trial
 from forge_ray.sweep.budget import BudgetWatch
 from forge_ray.sweep.faults import full_disk, is_full
 from forge_ray.sweep.groups import StoppedGroups
-from forge_ray.sweep.ledger import Ledger
+from forge_ray.sweep.ledger import Ledger, json_ready
 from forge_ray.sweep.patience import last_line
 from forge_ray.sweep.scheduler import Decision, GateScheduler
 from forge_ray.sweep.space import label_point
@@ -105,6 +105,8 @@ class SweepCallback(Callback):
             self._group_of[trial.trial_id] = result["placement_group"]
         row = result.get("proxy") if stage == "proxy" else result.get("row")
         metrics = {**(row or {}), "global_step": result["global_step"]}
+        if stage == "gr" and not decision.pruned_by and self._is_known(key, metrics):
+            return  # a training that resumed tells its past again
         optional = {name: result[name] for name in _OPTIONAL if name in result}
         self._ledger.append(
             "row",
@@ -118,6 +120,9 @@ class SweepCallback(Callback):
         )
         self._watch.touch(key)
         self._say(trial, describe_row(stage, result, decision, metric=self._metric))
+
+    def _is_known(self, key: str, metrics: Mapping[str, Any]) -> bool:
+        return json_ready(metrics) in self._ledger.follow().trials[key].history
 
     def _note(self, trial: Trial, stage: str | None, result: Mapping[str, Any]) -> None:
         if stage == ERROR:

@@ -276,6 +276,7 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         self._prices = prices
         self._admits = admits
         self._specs: dict[str, TrialSpec] = {}
+        self._reported: set[tuple[int, int]] = set()
         self.failure: Exception | None = None
 
     @property
@@ -345,7 +346,13 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         value = result.get(self._objectives[0])
         is_row = result.get("stage") == "gr" and len(self._objectives) == 1
         if is_row and value is not None and math.isfinite(value):
-            trial.report(float(value), step=int(result["global_step"]))
+            self._report(trial, float(value), step=int(result["global_step"]))
+
+    def _report(self, trial: Trial, value: float, *, step: int) -> None:
+        # A training that resumed tells its past again, which Optuna would warn of.
+        if (trial.number, step) not in self._reported:
+            self._reported.add((trial.number, step))
+            trial.report(value, step=step)
 
     def save(self, checkpoint_path: str) -> None:
         """Writes nothing of value: ledger and Optuna storage are the state, not pickles."""

@@ -53,8 +53,11 @@ def test_a_lost_trial_starts_again_in_the_same_run_and_a_failed_one_does_not(
     lost, broken, away = records.trials.values()
     assert (lost.state, broken.state, away.state) == ("complete", "failed", "complete")
     assert [len(one.attempts) for one in (lost, broken, away)] == [2, 1, 1]
-    # Rows of the second attempt replace those of the first.
+    # The second attempt tells the first row again; the ledger knows it.
     assert [row["global_step"] for row in lost.history] == [10, 20, 30]
+    lines = Ledger(tmp_path).path.read_text().splitlines()
+    rows = [line for line in lines if lost.key in line and '"stage": "gr"' in line]
+    assert len(rows) == 3
     kinds = [one["config"]["kind"] for one in stages_run(tmp_path) if one["stage"] == "train"]
     assert kinds == ["lost", "lost", "unreachable", "unreachable"]
     said = "\n".join(caplog.messages)
