@@ -127,6 +127,7 @@ def _spent(
         "removed": removed,
         "total_used": used.total,
         "budget": config.budget,
+        "stopped": records.stopped,
         "hours": used.hours[-1],
         "waterfall": waterfall_bars(removed, planned=planned) if planned else "",
         "use": use_over_time(used, unit, config.budget) if used.total else "",

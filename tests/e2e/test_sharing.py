@@ -18,7 +18,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 SHARED = """
 space:
-  gr.engine.lr: {choice: [0.001, 0.002]}
+  gr.engine.learning_rate: {choice: [0.001, 0.002]}
 points: []
 max_concurrent: 2
 order: planned

@@ -282,3 +282,12 @@ def test_every_figure_has_words() -> None:
     html = render_report(records(*TRIALS), CONFIG, is_running=False)
     assert html.count('role="img"') == html.count("<figcaption>") >= 6
     assert not re.findall(r'aria-label=""', html)
+
+
+def test_an_end_at_the_budget_says_what_comes_next() -> None:
+    assert "Stopped at the budget" not in " ".join(read(records(*TRIALS)).text)
+    ahead = [{"trial": 7, "design": "levels=4", "seconds": 61.2, "cost_usd": None}]
+    stopped = {"reason": "1.9 of 2 USD are spent", "next": ahead, "left": 3}
+    page = " ".join(read(replace(records(*TRIALS), stopped=stopped)).text)
+    assert "Stopped at the budget: 1.9 of 2 USD are spent. 3 trials" in page
+    assert re.search(r"7\s+levels=4\s+61\s+–", page)
