@@ -46,6 +46,18 @@ asha: {enabled: false}
 RUN = "import sys; sys.argv[0] = 'forge-ray'; from forge_ray.cli import main; main()"
 
 
+_DRIVERS: list[subprocess.Popen[str]] = []
+
+
+def end_drivers() -> None:
+    """Kills the drivers that a failed test left; each takes the Ray that it started with it."""
+    for driver in _DRIVERS:
+        if driver.poll() is None:
+            os.killpg(driver.pid, signal.SIGKILL)
+            driver.wait()
+    _DRIVERS.clear()
+
+
 @dataclass(frozen=True)
 class TinySweep:
     """A sweep file with its store in a folder."""
@@ -67,13 +79,15 @@ class TinySweep:
     def start(self, *overrides: str) -> subprocess.Popen[str]:
         """The driver, in a session of its own."""
         words = ["sweep", "run", str(self.folder / "sweep.yaml"), *overrides]
-        return subprocess.Popen(
+        driver = subprocess.Popen(
             [sys.executable, "-c", RUN, *words, "--store", str(self.folder / "store")],
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
             start_new_session=True,
         )
+        _DRIVERS.append(driver)
+        return driver
 
     def finish(self, driver: subprocess.Popen[str], code: int = 0) -> str:
         """What the driver said, once it ended with this exit code."""

@@ -20,6 +20,8 @@ SHARED = """
 space:
   gr.engine.learning_rate: {choice: [0.001, 0.002]}
 points: []
+sid: {quantizer: {levels: 2, codebook_size: 32}}
+gate: {mode: "off"}
 max_concurrent: 2
 order: planned
 """
