@@ -76,24 +76,35 @@ class TinySweep:
         """The sweep's memory."""
         return Ledger(self.folder / "store" / "sweeps" / "tiny")
 
-    def start(self, *overrides: str) -> subprocess.Popen[str]:
-        """The driver, in a session of its own."""
+    def start(self, *overrides: str, store: str = "") -> subprocess.Popen[str]:
+        """The driver, in a session of its own; what it says goes to a file."""
         words = ["sweep", "run", str(self.folder / "sweep.yaml"), *overrides]
-        driver = subprocess.Popen(
-            [sys.executable, "-c", RUN, *words, "--store", str(self.folder / "store")],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            start_new_session=True,
-        )
+        uri = store or str(self.folder / "store")
+        with self.said_by(len(_DRIVERS)).open("w") as said:
+            driver = subprocess.Popen(
+                [sys.executable, "-c", RUN, *words, "--store", uri],
+                stdout=said,
+                stderr=subprocess.STDOUT,
+                text=True,
+                start_new_session=True,
+            )
         _DRIVERS.append(driver)
         return driver
 
     def finish(self, driver: subprocess.Popen[str], code: int = 0) -> str:
         """What the driver said, once it ended with this exit code."""
-        output, _ = driver.communicate(timeout=900)
+        driver.wait(timeout=900)
+        output = self.said(driver)
         assert driver.returncode == code, output
         return output
+
+    def said(self, driver: subprocess.Popen[str]) -> str:
+        """What a driver has said so far."""
+        return self.said_by(_DRIVERS.index(driver)).read_text(encoding="utf-8")
+
+    def said_by(self, place: int) -> Path:
+        """Where the driver that was started as that many-th of a test writes."""
+        return self.folder / f"driver-{place}.log"
 
     def wait(
         self, driver: subprocess.Popen[str], reached: Callable[[SweepRecords], bool], what: str
@@ -101,7 +112,7 @@ class TinySweep:
         """Returns once the ledger says so; fails where the driver ended before."""
 
         def found() -> bool:
-            assert driver.poll() is None, f"ended before {what}: {driver.communicate()[0]}"
+            assert driver.poll() is None, f"ended before {what}: {self.said(driver)}"
             return reached(self.ledger.read())
 
         wait_until(found, f"never reached: {what}", 900)
