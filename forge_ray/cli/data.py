@@ -1,11 +1,11 @@
-"""`forge-ray data`: import, synthesize, prepare, describe, validate."""
+"""`forge-ray data`: import, synthesize, prepare, describe, validate, export."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -21,7 +21,9 @@ from forge_ray.cli.console import (
     stderr,
     working,
 )
+from forge_ray.cli.data_export import export
 from forge_ray.config import load_config
+from forge_ray.data.al_gr.importing import AlGrImportConfig, import_al_gr
 from forge_ray.data.convert import ImportConfig, import_data
 from forge_ray.data.describe import describe
 from forge_ray.data.prepare import PrepareConfig, prepare
@@ -35,6 +37,8 @@ app = typer.Typer(
     no_args_is_help=True, help="From raw logs to datasets: import, synthesize, prepare, inspect."
 )
 
+app.command()(export)
+
 T = TypeVar("T")
 
 SourceAndOverrides = Annotated[
@@ -47,18 +51,36 @@ SourceAndOverrides = Annotated[
 def import_command(
     arguments: SourceAndOverrides = None,
     config: ConfigFile = None,
+    format_: Annotated[
+        Literal["tables", "al-gr"],
+        typer.Option("--format", help="tables: a log, items and vectors; al-gr: FORGE's files."),
+    ] = "tables",
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
     """Convert CSV, JSONL, Parquet and .npz files to Parquet shards with conventional names.
 
     Example: forge-ray data import raw/ output=data/mine interactions.user_id=userid
+
+    With --format al-gr, any mix of FORGE's published files; it goes on where it was interrupted:
+    forge-ray data import AL-GR-Tiny/ --format al-gr version=final output=data/tiny
     """
+    if format_ == "al-gr":
+        _import_al_gr(_load(AlGrImportConfig, arguments, config), as_json, verbose=verbose)
+        return
     loaded = _load(ImportConfig, arguments, config)
     with connected(verbose=verbose), working("importing"):
         report = import_data(loaded)
     emit(asdict(report), title=f"Imported to {report.directory}", as_json=as_json)
     _say(f"Next: forge-ray data prepare {report.directory}")
+
+
+def _import_al_gr(config: AlGrImportConfig, as_json: bool, *, verbose: bool) -> None:
+    with connected(verbose=verbose), working("importing"):
+        report = import_al_gr(config)
+    emit(asdict(report), title=f"Imported to {report.directory}", as_json=as_json)
+    if report.skipped:
+        _say(f"Rows left out: their file, row, id, cause and text are in {config.output}/rejects/")
 
 
 @app.command("synthesize")

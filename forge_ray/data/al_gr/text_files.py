@@ -1,0 +1,212 @@
+"""Delimited text read as a stream of typed batches with their row numbers, and written as lines.
+
+A batch is some megabytes of the file, whatever the file's size; batches fall on the same rows at
+every reading, so a reader may pass over those that were taken before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.csv as pacsv
+from numpy.typing import NDArray
+
+from forge_ray.data.al_gr.layouts import Layout
+from forge_ray.data.al_gr.rows import Reading, Rows, decode, settle
+
+BLOCK_BYTES = 8 * 2**20
+_LINE = "line"
+REJECTS_SCHEMA = pa.schema(
+    {
+        "file": pa.string(),
+        "row": pa.int64(),
+        "id": pa.string(),
+        "cause": pa.string(),
+        "text": pa.string(),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Some consecutive rows of one file.
+
+    Attributes:
+        layout: the file's, settled.
+        part: folder of the import that these rows go to.
+        table: typed rows.
+        rejects: rows left out, columns of `REJECTS_SCHEMA`.
+    """
+
+    layout: Layout
+    part: str
+    table: pa.Table
+    rejects: pa.Table
+
+
+@dataclass(slots=True)
+class _Lines:
+    """Which lines of the file the reader's rows are: it drops lines of another width.
+
+    Attributes:
+        dropped: lines the reader dropped and no batch has reported yet: number and text.
+        next: number of the next line, counted from 1, the header not counted.
+    """
+
+    has_header: bool
+    dropped: list[tuple[int, str]] = field(default_factory=list)
+    next: int = 1
+
+    def drop(self, row: Any) -> str:
+        """Called by Arrow for each line of another width."""
+        self.dropped.append((row.number - self.has_header, row.text))
+        return "skip"
+
+    def take(self, rows: int, *, last: bool = False) -> tuple[NDArray[np.int64], list[Any]]:
+        """Numbers of the next rows, and the lines dropped between them."""
+        self.dropped.sort()
+        numbers = np.arange(self.next, self.next + rows + len(self.dropped))
+        kept = numbers[~np.isin(numbers, [number for number, _ in self.dropped])][:rows]
+        end = int(kept[-1]) if rows else self.next - 1
+        gone = [one for one in self.dropped if last or one[0] < end]
+        self.dropped = self.dropped[len(gone) :]
+        self.next = max(end, gone[-1][0] if gone else 0) + 1
+        return kept, gone
+
+
+def read_text(
+    source: Any, layout: Layout, reading: Reading, *, name: str, skip: int = 0, part: str
+) -> Iterator[Batch]:
+    """Stream a file's rows.
+
+    Args:
+        source: the open file.
+        layout: of the file; settled on the first rows unless it is already.
+        reading: what the file does not say.
+        name: the file's, for rejects.
+        skip: batches to pass over, as taken before.
+        part: where the rows go.
+    """
+    lines = _Lines(has_header=bool(layout.columns))
+    for number, batch in enumerate(_open(source, layout, lines)):
+        # A layout depends on the first rows alone, so a resumed reading needs them again.
+        texts, not_utf8 = _texts(batch)
+        if number == 0:
+            layout = settle(layout, texts, reading)
+        numbers, gone = lines.take(batch.num_rows)
+        if number >= skip:
+            rows = decode(layout, texts, reading)
+            rows.causes[not_utf8] = "not_utf8"
+            rejects = _rejects(name, numbers, rows, texts, gone, layout)
+            kept = rows.table.filter(pa.array(rows.causes == ""))
+            yield Batch(layout, part, kept, rejects)
+    _, gone = lines.take(0, last=True)
+    if gone:
+        yield Batch(layout, part, pa.table({}), _rejects(name, [], None, [], gone, layout))
+
+
+def _open(source: Any, layout: Layout, lines: _Lines) -> Iterator[pa.RecordBatch]:
+    names = list(layout.columns) or [_LINE]
+    parse = pacsv.ParseOptions(
+        delimiter=layout.delimiter,
+        quote_char='"' if layout.columns else False,
+        newlines_in_values=bool(layout.columns),
+        ignore_empty_lines=False,
+        invalid_row_handler=lines.drop,
+    )
+    # One thread: only then does Arrow number the lines that it drops.
+    read = pacsv.ReadOptions(
+        block_size=BLOCK_BYTES,
+        use_threads=False,
+        column_names=names,
+        skip_rows=1 if layout.columns else 0,
+    )
+    # Bytes: a line that is no UTF-8 would end the reading.
+    convert = pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary()))
+    yield from pacsv.open_csv(
+        source, read_options=read, parse_options=parse, convert_options=convert
+    )
+
+
+def _texts(batch: pa.RecordBatch) -> tuple[list[pa.Array], NDArray[np.bool_]]:
+    """The columns as text, and the rows that are none, with their stray bytes escaped."""
+    bad = np.zeros(batch.num_rows, dtype=bool)
+    texts = [_text(column) for column in batch.columns]
+    for text, column in zip(texts, batch.columns, strict=True):
+        bad |= pc.not_equal(text.cast(pa.binary()), column).to_numpy(zero_copy_only=False)
+    return texts, bad
+
+
+def _text(column: pa.Array) -> pa.Array:
+    try:
+        return column.cast(pa.string())
+    except pa.ArrowInvalid:
+        spelled = [one.as_py().decode(errors="backslashreplace") for one in column]
+        return pa.array(spelled, pa.string())
+
+
+def _rejects(
+    name: str,
+    numbers: Any,
+    rows: Rows | None,
+    texts: Sequence[pa.Array],
+    gone: Sequence[tuple[int, str]],
+    layout: Layout,
+) -> pa.Table:
+    """The rows left out, in file order: their numbers, ids, causes and texts."""
+    ours: list[dict[str, Any]] = [
+        {"row": row, "id": "", "cause": "wrong_columns", "text": text} for row, text in gone
+    ]
+    if rows is not None:
+        places = np.flatnonzero(rows.causes != "")
+        whole = spell_lines([text.take(pa.array(places)) for text in texts], layout)
+        for place, text in zip(places.tolist(), whole.to_pylist(), strict=True):
+            ours.append(
+                {
+                    "row": int(numbers[place]),
+                    "id": rows.ids[place].as_py(),
+                    "cause": rows.causes[place],
+                    "text": text,
+                }
+            )
+    found = [{"file": name, **one} for one in sorted(ours, key=lambda one: one["row"])]
+    return pa.Table.from_pylist(found, schema=REJECTS_SCHEMA)
+
+
+def header_line(layout: Layout) -> bytes:
+    """The first line of a file, with its byte order mark; empty where the layout has none."""
+    start = b"\xef\xbb\xbf" if layout.bom else b""
+    if not layout.columns:
+        return start
+    fields = [pa.array([name]) for name in layout.columns]
+    return start + spell_lines(fields, layout)[0].as_py().encode() + layout.eol.encode()
+
+
+def spell_lines(fields: Sequence[pa.Array], layout: Layout) -> pa.Array:
+    """Join text columns to lines without their ends, in quotes where the layout or a field asks."""
+    if not layout.columns:
+        return fields[0]
+    return pc.binary_join_element_wise(*(_quote(one, layout) for one in fields), layout.delimiter)
+
+
+def _quote(texts: pa.Array, layout: Layout) -> pa.Array:
+    if not layout.quoted:
+        needs = pc.match_substring_regex(texts, f'[{layout.delimiter}"\r\n]')
+        if not pc.any(needs).as_py():
+            return texts
+    else:
+        needs = pa.scalar(True)
+    doubled = pc.replace_substring(texts, '"', '""')
+    return pc.if_else(needs, pc.binary_join_element_wise('"', doubled, '"', ""), texts)
+
+
+def joined(lines: pa.Array, layout: Layout) -> bytes:
+    """All lines with their ends, as bytes."""
+    ended = pc.binary_join_element_wise(lines, layout.eol, "")
+    whole = pa.ListArray.from_arrays(pa.array([0, len(ended)], pa.int32()), ended)
+    return pc.binary_join(whole, "")[0].as_py().encode()

@@ -1,0 +1,121 @@
+"""Whatever a field holds, a row that is kept is spelled back exactly, and others have a cause."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+
+import numpy as np
+import pyarrow as pa
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from forge_ray.data.al_gr.base64_vectors import decode_vectors, encode_vectors
+from forge_ray.data.al_gr.layouts import Layout
+from forge_ray.data.al_gr.prompts import join_prompts, split_prompts
+from forge_ray.data.al_gr.rows import Reading, encode
+from forge_ray.data.al_gr.sid_text import SidFormat, join_ids, split_ids
+from forge_ray.data.al_gr.text_files import header_line, joined, read_text, spell_lines
+
+FORMAT = SidFormat((4, 5, 6))
+# Letters that the layouts give a meaning, and some prose.
+TEXT = st.text('C0123456789;,"\t |$=+/ab当', max_size=25)
+CODES = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 4), st.integers(0, 5)), max_size=4)
+READING = Reading(FORMAT)
+
+
+def spelled(codes: list[tuple[int, int, int]]) -> str:
+    return "".join(f"C{a}C{b + 4}C{c + 9}" for a, b, c in codes)
+
+
+@given(st.lists(st.one_of(TEXT, CODES.map(spelled)), max_size=8))
+def test_a_text_is_sids_only_if_spelling_gives_it_back(texts: list[str]) -> None:
+    parsed = FORMAT.parse(pa.array(texts, pa.string()))
+    again = FORMAT.spell(parsed.codes).to_pylist()
+    for text, valid, back in zip(texts, parsed.is_valid, again, strict=True):
+        assert back == (text if valid else "")
+    tokens = {f"C{a}C{b}C{c}" for a in range(4) for b in range(4, 9) for c in range(9, 15)}
+    for text, valid in zip(texts, parsed.is_valid, strict=True):
+        assert valid == _is_made_of(text, tokens)
+
+
+def _is_made_of(text: str, tokens: set[str]) -> bool:
+    if not text:
+        return True
+    return any(text.startswith(one) and _is_made_of(text[len(one) :], tokens) for one in tokens)
+
+
+@given(st.lists(st.tuples(TEXT, CODES, TEXT), min_size=1, max_size=8))
+def test_prompts_come_back(rows: list[tuple[str, list[tuple[int, int, int]], str]]) -> None:
+    users = pa.array([before + spelled(codes) + after for before, codes, after in rows])
+    found = split_prompts(users, FORMAT)
+    again = join_prompts(found, FORMAT).to_pylist()
+    for user, valid, back in zip(users.to_pylist(), found.is_valid, again, strict=True):
+        assert back == user or not valid
+
+
+@given(st.lists(st.text("ab;", max_size=9), max_size=8))
+def test_lists_of_ids_come_back(texts: list[str]) -> None:
+    found = split_ids(pa.array(texts, pa.string()), ";")
+    assert join_ids(found, ";").to_pylist() == texts
+    assert found.to_pylist() == [text.split(";") if text else [] for text in texts]
+
+
+@given(st.integers(1, 9), st.integers(0, 5), st.integers(0, 2**32 - 1))
+def test_vectors_come_back_bit_for_bit(dim: int, rows: int, seed: int) -> None:
+    bits = np.random.default_rng(seed).integers(0, 2**32, (rows, dim), dtype=np.uint32)
+    texts = encode_vectors(bits.view(np.float32))
+    found = decode_vectors(texts, dim)
+    assert found.is_base64.all()
+    assert found.vectors.view(np.uint32).tolist() == bits.tolist()
+
+
+@given(st.text("AQgw+/=*", min_size=8, max_size=8))
+def test_base64_is_taken_only_if_it_comes_back(text: str) -> None:
+    found = decode_vectors(pa.array([text]), 1)
+    if found.is_base64[0]:
+        assert encode_vectors(found.vectors).to_pylist() == [text]
+
+
+ROWS = st.tuples(TEXT, TEXT.map(lambda text: text + "x"))
+KINDS = st.sampled_from(
+    [
+        ("sequences", ("user_history", "target_item")),
+        ("gr", ("system", "user", "answer")),
+        ("queries", ()),
+    ]
+)
+
+
+@settings(max_examples=60)
+@given(
+    KINDS,
+    st.lists(st.lists(TEXT, min_size=4, max_size=4), min_size=1, max_size=6),
+    st.sampled_from([",", "\t"]),
+    st.sampled_from(["\n", "\r\n"]),
+    st.booleans(),
+)
+def test_lines_that_are_kept_come_back_and_the_rest_is_listed(
+    kind: tuple[str, tuple[str, ...]], rows: list[list[str]], delimiter: str, eol: str, quoted: bool
+) -> None:
+    name, columns = kind
+    layout = Layout(
+        kind=name, columns=columns, delimiter=delimiter if columns else "\x01", eol=eol,
+        quoted=quoted and bool(columns),
+    )  # fmt: skip
+    fields = [pa.array(column) for column in zip(*(r[: len(columns)] for r in rows), strict=True)]
+    lines = spell_lines(fields, layout) if columns else pa.array(["||$$||".join(r) for r in rows])
+    raw = header_line(layout) + joined(lines, layout)
+    (batch,) = read_text(io.BytesIO(raw), layout, READING, name="f", part="p")
+    kept = spell_lines(encode(batch.layout, batch.table, READING), layout).to_pylist()
+    gone = {row["row"]: row["text"] for row in batch.rejects.to_pylist()}
+    rest = iter(kept)
+    every = [gone[n] if n in gone else next(rest) for n in range(1, len(rows) + 1)]
+    assert every == lines.to_pylist()
+    assert next(rest, None) is None
+
+
+def test_stride_spells_what_fixed_size_scorers_read() -> None:
+    strided = replace(FORMAT, stride=8192)
+    parsed = FORMAT.parse(pa.array(["C3C8C14"]))
+    assert strided.spell(parsed.codes).to_pylist() == ["C3C8196C16389"]
