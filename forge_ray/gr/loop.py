@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -69,6 +69,7 @@ class TrainJob:
         identity: what a checkpoint must agree with.
         folder: of the run.
         started: `time.time()` at which the run was asked for; measures the start-up.
+        group: what the counters of several runs have in common.
     """
 
     config: GrConfig
@@ -77,6 +78,7 @@ class TrainJob:
     identity: RunIdentity
     folder: RunFolder
     started: float
+    group: str = ""
 
 
 class Validation(Protocol):
@@ -102,12 +104,14 @@ class LoopHooks:
         poll: asked by rank 0 at check-ups, must be quick; "stop" asks the run to save and end,
             "look" makes all workers call `is_preempted`.
         is_preempted: whether a worker's node is about to go; a collective.
+        count: of rank 0: told what to add to the counters of `forge_ray.gr.meters`.
     """
 
     report: Callable[[dict[str, Any]], None]
     validation: Validation | None
     poll: Callable[[], str]
     is_preempted: Callable[[], bool]
+    count: Callable[[Mapping[str, float]], None]
 
 
 @dataclass(frozen=True)
@@ -183,6 +187,7 @@ class TrainLoop:
         self._unshared: list[Tensor] = []  # this worker's, since the last check-up
         self._watch = LossWatch(config.stop)
         self._interval = _Interval()
+        self._uncounted = _Interval()
         self._warnings: tuple[str, ...] = ()
         self._startup_s: float | None = None
 
@@ -243,7 +248,7 @@ class TrainLoop:
 
     def _train(self) -> Ending:
         """Steps until the last validation point, or until something else ends the run."""
-        self._interval = _Interval()
+        self._interval, self._uncounted = _Interval(), _Interval()
         stream = prefetched(
             self._stream.batches(self._progress.cursor), self._config.data.prefetch_batches
         )
@@ -279,7 +284,7 @@ class TrainLoop:
         """One optimiser step on the next global batch."""
         began = time.perf_counter()
         batch = next(batches)
-        self._interval.wait_s += time.perf_counter() - began
+        waited = time.perf_counter() - began
         targets = self._engine.module.num_targets(torch.from_numpy(batch.global_lengths))
         step = self._progress.step + 1
         loss = self._engine.step(
@@ -299,7 +304,9 @@ class TrainLoop:
             tokens=self._progress.tokens + targets,
         )
         self._unshared.append(loss)
-        self._interval.tokens += targets
+        for one in (self._interval, self._uncounted):
+            one.tokens += targets
+            one.wait_s += waited
         if self._startup_s is None:
             self._startup_s = time.time() - self._job.started
 
@@ -307,6 +314,7 @@ class TrainLoop:
         """Shares losses and requests; every worker calls it at the same steps."""
         flags = [0.0, 0.0, 0.0]
         if self._is_first:
+            self._count()
             asked = self._hooks.poll()
             flags = [float(self._is_validated()), float(asked == "stop"), float(asked == "look")]
         mine = torch.stack(self._unshared).double().tolist()
@@ -315,6 +323,16 @@ class TrainLoop:
         trouble = self._watch.follow(losses, len(self._losses) + 1)
         self._losses.extend(losses)
         return _Signs(trouble, validated > 0, stopping > 0, look > 0)
+
+    def _count(self) -> None:
+        one, self._uncounted = self._uncounted, _Interval()
+        self._hooks.count(
+            {
+                "forge_train_tokens": one.tokens,
+                "forge_train_seconds": self._uncounted.started - one.started,
+                "forge_train_input_wait_seconds": one.wait_s,
+            }
+        )
 
     def _is_validated(self) -> bool:
         validation = self._hooks.validation
@@ -412,6 +430,7 @@ class TrainLoop:
         Returns:
             Why it was not written, or an empty string.
         """
+        began = time.perf_counter()
         weights = self._engine.full_state()
         # The loss is that of the weights before the last update, which may have ruined them. All
         # workers see the same weights.
@@ -431,6 +450,8 @@ class TrainLoop:
             # While the loss may be leaving, the checkpoints from before it did must not go.
             keep = 0 if self._watch.is_bad else self._config.keep_checkpoints
             folder.commit(name, self._manifest(name), keep=keep)
+            seconds = time.perf_counter() - began
+            self._hooks.count({"forge_checkpoints": 1, "forge_checkpoint_seconds": seconds})
         return ""
 
     def _manifest(self, name: str) -> CheckpointManifest:

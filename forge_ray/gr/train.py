@@ -45,6 +45,7 @@ from forge_ray.gr.checkpoint import (
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.health import best_row
 from forge_ray.gr.loop import LoopHooks, TrainJob, TrainLoop, Validation, reported
+from forge_ray.gr.meters import TrainMeters
 from forge_ray.gr.run_folder import (
     BEST,
     CHECKPOINTS,
@@ -98,6 +99,7 @@ def train_generator(
     name: str,
     callbacks: Sequence[ray.train.UserCallback] = (),
     command: str = "",
+    group: str = "",
 ) -> TrainResult:
     """Trains a generator, or returns the model if this content was trained before.
 
@@ -112,6 +114,7 @@ def train_generator(
             run resumes from once more, without a context. They are not called when the model was
             already there; its `history` holds the rows.
         command: shell command that repeats the run, for the manifest.
+        group: what the counters of several runs have in common, their sweep's name.
 
     Raises:
         ConfigError: The name belongs to a run with another configuration.
@@ -134,6 +137,7 @@ def train_generator(
             identity=identity,
             folder=folder,
             started=time.time(),
+            group=group,
         )
         outcome = _fit(job, table, run_dir=run_dir, name=name, callbacks=callbacks)
         _check_outcome(outcome, job, name=name, command=command)
@@ -382,7 +386,12 @@ def _hooks(job: TrainJob, codes: Any) -> LoopHooks:
         validation=_validation(job, codes) if is_first else None,
         poll=_Poll(job.folder),
         is_preempted=_Preemption(),
+        count=TrainMeters(job.group) if is_first else _count_nothing,
     )
+
+
+def _count_nothing(amounts: Mapping[str, float]) -> None:
+    """Of the other ranks: the first one's counters speak for the run."""
 
 
 def _validation(job: TrainJob, codes: Any) -> Validation:

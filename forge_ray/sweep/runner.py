@@ -43,6 +43,7 @@ from forge_ray.sweep.estimate import (
 from forge_ray.sweep.events import SweepCallback
 from forge_ray.sweep.faults import explaining
 from forge_ray.sweep.ledger import Ledger, SweepRecords, write_json
+from forge_ray.sweep.metrics import exporting
 from forge_ray.sweep.plan import PLAN, Sieve, check_space, describe_rejections, make_plan
 from forge_ray.sweep.prescore import score_waiting
 from forge_ray.sweep.scheduler import GateScheduler
@@ -223,7 +224,10 @@ def _run_session(job: SweepJob, planned: Planned) -> RunOutcome:
     if closed:
         logger.info("closed %d Optuna trials that a dead driver left running", closed)
     watch = BudgetWatch(ledger=ledger, config=config.budget, estimator=planned.estimator)
-    with _tracking(job) as tracked:  # which also sends what earlier sessions could not
+    with (
+        exporting(config, job.folder),
+        _tracking(job) as tracked,  # which also sends what earlier sessions could not
+    ):
         # Whoever may not start a single trial scores none either.
         if source.remaining and watch.may_start(planned.estimates):
             _search(job, planned, watch, ledger, storage=storage, callbacks=tracked)

@@ -83,7 +83,7 @@ def waterfall(records: SweepRecords, gate: GateConfig, unit: Unit) -> list[Remov
     typical = statistics.median(complete) if complete else None
     ended: dict[str, list[TrialRecord]] = defaultdict(list)
     for one in trials:
-        ended[_ending(one, gate)].append(one)
+        ended[ending_of(one, gate)].append(one)
     left = max(records.planned, len(trials))
     rungs = sorted({name for name in ended if name.startswith(_RUNG)}, key=_step)
     rows = [_removal("not started yet", [], left - len(trials), left, unit, None)]
@@ -97,7 +97,8 @@ _EARLY = ("too few SIDs", "hard limits", "proxy gate")
 _RUNG = "halving at step "
 
 
-def _ending(record: TrialRecord, gate: GateConfig) -> str:
+def ending_of(record: TrialRecord, gate: GateConfig) -> str:
+    """Where a trial ended, in the words of the waterfall; `running` trials are `unfinished`."""
     if record.pruned_by == "gate":
         if record.proxies.get("infeasible"):
             return _EARLY[0]

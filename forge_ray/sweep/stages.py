@@ -37,6 +37,7 @@ class ForgeStages:
         score: Settings of the proxies.
         asked: What tasks ask for.
         evaluation: How the trained generator is judged.
+        sweep: Name that the trainings' counters carry.
     """
 
     store_uri: str
@@ -45,6 +46,7 @@ class ForgeStages:
     score: Mapping[str, Any]
     asked: ResourceConfig
     evaluation: EvaluationConfig
+    sweep: str
 
     def tokenize(self, config: Mapping[str, Any]) -> StageReport:
         """Fits and scores in one task."""
@@ -97,6 +99,7 @@ class ForgeStages:
             run_dir=self.run_dir,
             name=name,
             callbacks=callbacks,
+            group=self.sweep,
         )
         return StageReport(
             metrics={**result.metrics, "global_step": result.history[-1]["global_step"]},

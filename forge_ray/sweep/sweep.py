@@ -160,6 +160,7 @@ def make_job(
         score=config.score,
         asked=config.resources,
         evaluation=config.evaluation,
+        sweep=config.name,
     )
     return SweepJob(
         config=config,

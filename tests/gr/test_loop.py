@@ -18,6 +18,7 @@ from forge_ray.data.schema import Dataset
 from forge_ray.gr.checkpoint import WEIGHTS_FILE, RunIdentity
 from forge_ray.gr.engine import Engine
 from forge_ray.gr.loop import Ending, LoopHooks, TrainJob, TrainLoop
+from forge_ray.gr.meters import TRAIN_COUNTERS
 from forge_ray.gr.run_folder import BEST, CHECKPOINTS, OUTCOME_FILE, RunFolder, checkpoint_name
 from forge_ray.gr.validation import CheckpointValidator, InlineValidation
 from tests.gr.chains import chain_dataset, grid_table
@@ -48,6 +49,7 @@ class Outside:
     is_preempted: bool = False
     is_late: bool = False
     told: list[tuple[int, int]] = field(default_factory=list)  # step of the row, step it came at
+    counted: list[dict[str, float]] = field(default_factory=list)
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +92,7 @@ def run(job: TrainJob, outside: Outside | None = None) -> tuple[Ending, TrainLoo
         validation=(LateValidation if outside.is_late else InlineValidation)(validator),
         poll=lambda: next(answers, ""),
         is_preempted=lambda: outside.is_preempted,
+        count=outside.counted.append,
     )
     loop = TrainLoop(job, codes, hooks)
     loop.restore()
@@ -122,6 +125,21 @@ def test_rows_are_taken_up_at_the_next_check_up(dataset, tmp_path):
     outside = Outside()
     run(make_job(dataset, tmp_path), outside)
     assert outside.told == [(20, 30), (40, 50), (60, 60)]
+
+
+def test_tokens_waiting_and_checkpoints_are_counted(dataset, tmp_path):
+    job, outside = make_job(dataset, tmp_path), Outside()
+    run(job, outside)
+    total = {
+        name: sum(one.get(name, 0.0) for one in outside.counted)
+        for name in {name for one in outside.counted for name in one}
+    }
+    assert set(total) == set(TRAIN_COUNTERS)
+    assert total["forge_train_tokens"] == rows(job)[-1]["train_tokens"]
+    assert total["forge_checkpoints"] == 3
+    waited, took = total["forge_train_input_wait_seconds"], total["forge_train_seconds"]
+    assert 0 < waited < took
+    assert total["forge_checkpoint_seconds"] > 0
 
 
 def test_late_metrics_are_waited_for_at_the_next_point(dataset, tmp_path, reference):
