@@ -1,4 +1,4 @@
-"""`forge-ray data export`: imported AL-GR files back to the files they were."""
+"""`forge-ray data export`: AL-GR files, from an import or from a dataset and its SIDs."""
 
 from __future__ import annotations
 
@@ -7,21 +7,77 @@ from typing import Annotated
 
 import typer
 
-from forge_ray.cli.console import AsJson, Verbose, emit, working
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.cli.console import (
+    DEFAULT_STORE,
+    AsJson,
+    ConfigFile,
+    Overrides,
+    StoreUri,
+    Verbose,
+    emit,
+    open_store,
+    working,
+)
+from forge_ray.cli.inputs import open_data
+from forge_ray.config import load_config
 from forge_ray.data.al_gr.exporting import export_al_gr
+from forge_ray.data.al_gr.folder import AlGrFolder
+from forge_ray.data.schema import Dataset
+from forge_ray.errors import ConfigError
 from forge_ray.launch.connect import connected
+from forge_ray.sid.al_gr import AlGrExportConfig, export_dataset
+from forge_ray.sid.storage import SIDS_KIND
+from forge_ray.sid.table import SidTable
 
 
 def export(
-    source: Annotated[str, typer.Argument(help="Folder of `data import --format al-gr`.")],
+    source: Annotated[
+        str, typer.Argument(help="Folder of `data import --format al-gr`, or a dataset.")
+    ],
     output: Annotated[str, typer.Argument(help="Folder to write to.")],
+    overrides: Overrides = None,
+    config: ConfigFile = None,
+    sids: Annotated[
+        str | None, typer.Option(help="SID table of the dataset's items, or a foreign .npz.")
+    ] = None,
+    store: StoreUri = DEFAULT_STORE,
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write AL-GR files: those of an import, as they were.
+    """Write AL-GR files: those of an import as they were, or a dataset with its SIDs.
 
     Example: forge-ray data export data/tiny AL-GR-Tiny-again/
+
+    Example: forge-ray data export beauty rows/ --sids sids/beauty-0123456789ab targets=last
     """
+    if AlGrFolder.at(source).settings() is not None:
+        if sids or overrides or config:
+            raise ConfigError(
+                f"--sids and overrides must go with a dataset, got an import of files {source}. "
+                "Leave them out: files of an import come back as they were."
+            )
+        with connected(verbose=verbose), working("exporting"):
+            back = asdict(export_al_gr(source, output))
+        emit(back, title=f"Exported to {output}", as_json=as_json)
+        return
+    settings = load_config(AlGrExportConfig, path=config, overrides=overrides or ())
+    where = open_store(store)
+    dataset = open_data(source, where, verbose=verbose)
+    table = None if sids is None else _table(sids, dataset, where)
     with connected(verbose=verbose), working("exporting"):
-        report = export_al_gr(source, output)
-    emit(asdict(report), title=f"Exported to {report.directory}", as_json=as_json)
+        written = asdict(export_dataset(dataset, table, output, settings))
+    emit(written, title=f"Exported to {output}", as_json=as_json)
+
+
+def _table(sids: str, dataset: Dataset, store: ArtifactStore) -> SidTable:
+    if sids.endswith(".npz"):
+        return SidTable.from_npz(sids, dataset.item_ids())
+    artifact = store.open(sids, kind=SIDS_KIND)
+    fitted_on = Dataset.open(store, artifact.manifest.parents[1])
+    if not dataset.has_items_of(fitted_on):
+        raise ConfigError(
+            f"--sids must be a table of {dataset.artifact.manifest.ref} or of another stage of its "
+            f"log, got one of {fitted_on.artifact.manifest.ref}. Export that dataset."
+        )
+    return SidTable.open(artifact)

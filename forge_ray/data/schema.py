@@ -134,6 +134,11 @@ class Dataset:
         """The name given at prepare time."""
         return self.artifact.manifest.name
 
+    def has_items_of(self, other: Dataset) -> bool:
+        """Whether item indices mean the same in both: one dataset, or two stages of one log."""
+        logs = self.artifact.manifest.parents, other.artifact.manifest.parents
+        return self.key == other.key or (bool(logs[0]) and logs[0] == logs[1])
+
     @property
     def filesystem(self) -> FileSystem:
         """The filesystem in which all paths of this handle are valid."""
@@ -196,10 +201,21 @@ class Dataset:
         return int(schema.field("vector").type.list_size)
 
     def vector_batches(
-        self, batch_size: int = 65536, *, space: str = DEFAULT_SPACE
+        self,
+        batch_size: int = 65536,
+        *,
+        space: str = DEFAULT_SPACE,
+        files: Sequence[str] | None = None,
     ) -> Iterator[VectorBatch]:
-        """Stream the vectors in shard order, at most ``batch_size`` rows at a time."""
-        for batch in self._batches(self.vector_files(space), ["item_index", "vector"], batch_size):
+        """Stream the vectors in shard order, at most ``batch_size`` rows at a time.
+
+        Args:
+            batch_size: most rows per batch.
+            space: name of the vector space.
+            files: only these of its shards.
+        """
+        paths = self.vector_files(space) if files is None else files
+        for batch in self._batches(paths, ["item_index", "vector"], batch_size):
             yield VectorBatch(
                 batch.column("item_index").to_numpy().astype(np.int64),
                 matrix(batch.column("vector")),
@@ -250,7 +266,12 @@ class Dataset:
         return self.artifact.files(f"sequences/{split}/")
 
     def sequence_batches(
-        self, split: Split, *, batch_rows: int = 65536, limit: int | None = None
+        self,
+        split: Split,
+        *,
+        batch_rows: int = 65536,
+        limit: int | None = None,
+        files: Sequence[str] | None = None,
     ) -> Iterator[SequenceBatch]:
         """Stream the users of a split in shard order.
 
@@ -259,10 +280,12 @@ class Dataset:
             batch_rows: most users per batch.
             limit: stop after this many users. Users are placed in shards, and ordered there, by
                 hashes of their id, so the first ones are a random sample, the same at every call.
+            files: only these of the split's shards.
         """
         columns = ["user_index", "items"] + ([] if split == "train" else ["targets"])
         left = limit
-        for batch in self._batches(self.sequence_files(split), columns, batch_rows):
+        paths = self.sequence_files(split) if files is None else files
+        for batch in self._batches(paths, columns, batch_rows):
             if left is not None:
                 if left <= 0:
                     return
@@ -276,7 +299,7 @@ class Dataset:
         return pads.dataset(files, filesystem=self.filesystem, format="parquet").to_table(columns)
 
     def _batches(
-        self, files: list[str], columns: list[str], batch_rows: int
+        self, files: Sequence[str], columns: list[str], batch_rows: int
     ) -> Iterator[pa.RecordBatch]:
         for path in files:
             with self.filesystem.open_input_file(path) as handle:

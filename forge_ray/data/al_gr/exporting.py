@@ -17,14 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs as pafs
 
-from forge_ray.artifacts import open_filesystem
 from forge_ray.data import tasks
 from forge_ray.data.al_gr.folder import AlGrFolder, FileRecord, Settings, skipped_in_all
 from forge_ray.data.al_gr.layouts import Layout, encoding_name
 from forge_ray.data.al_gr.npz import Header, write_archive
 from forge_ray.data.al_gr.rows import encode
+from forge_ray.data.al_gr.target import Target
 from forge_ray.data.al_gr.text_files import header_line, joined, spell_lines
-from forge_ray.errors import DataError
 
 _DONE = pa.schema({"number": pa.int64()})
 
@@ -46,21 +45,6 @@ class ExportReport:
     left_out: dict[str, int]
 
 
-@dataclass(frozen=True, slots=True)
-class _Target:
-    """Where the files go."""
-
-    filesystem: Any
-    root: str
-
-    def size(self, name: str) -> int | None:
-        """Bytes of a file; None where there is none."""
-        return self.filesystem.get_file_info(f"{self.root}/{name}").size
-
-    def __str__(self) -> str:
-        return self.root
-
-
 def export_al_gr(source: str, output: str) -> ExportReport:
     """Write the files of an import back; those that are complete in the output stay.
 
@@ -73,8 +57,8 @@ def export_al_gr(source: str, output: str) -> ExportReport:
     """
     folder = AlGrFolder.at(source)
     settings, records = folder.finished()
-    target = _Target(*open_filesystem(output))
-    _claim(target, folder, records)
+    target = Target.at(output)
+    target.claim({one.name: dict(one.fingerprint) for one in records})
     numbers = [n for n, one in enumerate(records) if target.size(one.name) is None]
     done = tasks.for_each(
         numbers, _export_file, folder=folder, settings=settings, records=records, target=target
@@ -88,40 +72,16 @@ def export_al_gr(source: str, output: str) -> ExportReport:
     )
 
 
-def _claim(target: _Target, folder: AlGrFolder, records: list[FileRecord]) -> None:
-    """Mark the output as this import's, so that another one's files are not taken for ours."""
-    ours = {one.name: dict(one.fingerprint) for one in records}
-    path = f"{target.root}/_export.json"
-    entries = target.filesystem.get_file_info(pafs.FileSelector(target.root, allow_not_found=True))
-    if any(one.base_name == "_export.json" for one in entries):
-        with target.filesystem.open_input_file(path) as stream:
-            theirs = json.loads(stream.read())
-        if any(ours.get(name) != one for name, one in theirs.items()):
-            raise DataError(
-                f"output must hold nothing but files of {folder.root}, got an export of other "
-                f"files in {target}. Choose another folder."
-            )
-    elif entries:
-        raise DataError(
-            f"output must be a new or empty folder, or one that this export began, got {target} "
-            f"with {len(entries)} entries. Choose another folder."
-        )
-    target.filesystem.create_dir(target.root, recursive=True)
-    with target.filesystem.open_output_stream(path) as stream:
-        stream.write(json.dumps(ours, indent=1).encode())
-
-
 def _export_file(
     number: int,
     *,
     folder: AlGrFolder,
     settings: Settings,
     records: list[FileRecord],
-    target: _Target,
+    target: Target,
 ) -> Iterator[pa.Table]:
     record = records[number]
-    path = f"{target.root}/{record.name}"
-    target.filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+    path = target.path(record.name)
     if record.layout.is_text:
         _write_text(folder, number, record, settings, target, f"{path}.partial")
     else:
@@ -139,7 +99,7 @@ def _write_text(
     number: int,
     record: FileRecord,
     settings: Settings,
-    target: _Target,
+    target: Target,
     path: str,
 ) -> None:
     shards = [s for part in record.rows for s in folder.shards(part, number)]
@@ -174,7 +134,7 @@ def _lines(
             yield spell_lines(fields, layout), group == file.num_row_groups - 1
 
 
-def _resume(target: _Target, path: str) -> int:
+def _resume(target: Target, path: str) -> int:
     """Shards that an interrupted export wrote whole; what follows them is cut off."""
     is_local = isinstance(target.filesystem, pafs.LocalFileSystem)
     found = target.filesystem.get_file_info([path, f"{path}.json"])
@@ -187,7 +147,7 @@ def _resume(target: _Target, path: str) -> int:
     return int(state["shards"])
 
 
-def _remember(target: _Target, path: str, shards: int, size: int) -> None:
+def _remember(target: Target, path: str, shards: int, size: int) -> None:
     if isinstance(target.filesystem, pafs.LocalFileSystem):
         with target.filesystem.open_output_stream(f"{path}.json.new") as stream:
             stream.write(json.dumps({"shards": shards, "bytes": size}).encode())

@@ -11,9 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from forge_ray.artifacts import open_filesystem
 from forge_ray.data.al_gr import exporting, importing, text_files
 from forge_ray.data.al_gr.folder import AlGrFolder
 from forge_ray.data.al_gr.importing import AlGrImportConfig
+from forge_ray.data.al_gr.target import Target
 from forge_ray.data.al_gr.text_files import Batch
 from tests.data.al_gr import files
 
@@ -87,10 +89,10 @@ def test_an_export_goes_on_where_it_was_cut_off(
     import_one(start(raw, tmp_path / "in"))
     folder = AlGrFolder.at(str(tmp_path / "in"))
     settings, records = folder.finished()
-    filesystem, _ = exporting.open_filesystem(str(tmp_path))
+    filesystem, _ = open_filesystem(str(tmp_path))
 
     def export_one(output: Path) -> bytes:
-        target = exporting._Target(filesystem, str(output))
+        target = Target(filesystem, str(output))
         arguments = {"settings": settings, "records": records, "target": target}
         list(exporting._export_file(0, folder=folder, **arguments))
         assert [path.name for path in output.iterdir()] == ["gr.csv"]
