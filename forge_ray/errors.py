@@ -27,6 +27,10 @@ class StorageError(ForgeError):
     """A disk or a database that holds a run's state cannot be used; the same command continues."""
 
 
+class ClusterError(ForgeError):
+    """A Ray cluster does not answer, does not let us in, or does not know what was asked for."""
+
+
 class TrainingError(ForgeError):
     """A training run diverged or lost its workers for good."""
 

@@ -6,6 +6,7 @@ through this module.
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from typing import Any
 import ray
 import ray.data
 from ray._private import worker as ray_worker
+from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
 from forge_ray.launch.watch import watching
 
@@ -74,13 +76,20 @@ def connect(
         **options,
         log_to_driver=verbose,
         logging_level=logging.INFO if verbose else logging.ERROR,
-        runtime_env={"env_vars": _WORKER_ENV},
+        runtime_env={"env_vars": _worker_env()},
     )
     if not verbose:
         # The raylet's notices go to standard output whatever `log_to_driver` says, and would stand
         # between the lines of `--json`. Private name: a test pins it.
         ray_worker.print_to_stdstream = _log_notice
     quiet_logs(verbose=verbose)
+
+
+def _worker_env() -> dict[str, str]:
+    # Less what the job that we run in sets: Ray refuses a variable that both name.
+    job = json.loads(os.environ.get(RAY_JOB_CONFIG_JSON_ENV_VAR, "{}"))
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: value for name, value in _WORKER_ENV.items() if name not in given}
 
 
 def _log_notice(data: Mapping[str, Any], ignore_prefix: bool = False) -> None:

@@ -46,14 +46,23 @@ def sweep_folder(config: SweepConfig, store: ArtifactStore) -> Path:
     Raises:
         ConfigError: The store is remote and the sweep names no folder.
     """
+    check_folder(config, store.uri)
     if config.folder:
         return Path(config.folder).resolve()
-    if "://" in store.uri:
+    return Path(store.uri, "sweeps", config.name)
+
+
+def check_folder(config: SweepConfig, store_uri: str) -> None:
+    """Refuses a sweep that would have no place for its memory; opens no store.
+
+    Raises:
+        ConfigError: The store is remote and the sweep names no folder.
+    """
+    if not config.folder and "://" in store_uri:
         raise ConfigError(
-            f"folder must be set when the store is remote, got none for {store.uri}. "
+            f"folder must be set when the store is remote, got none for {store_uri}. "
             "Set folder=/path/on/a/shared/disk: ledger and checkpoints go there."
         )
-    return Path(store.uri, "sweeps", config.name)
 
 
 def run_sweep(
