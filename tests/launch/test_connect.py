@@ -48,3 +48,13 @@ def test_raylet_notices_do_not_reach_standard_output(ray_local, capsys) -> None:
     assert "print_to_stdstream" in worker.listen_error_messages.__code__.co_names
     worker.print_to_stdstream({"lines": ["14 workers"], "pid": "raylet", "is_err": False}, False)
     assert capsys.readouterr().out == ""
+
+
+def test_a_jobs_variables_are_left_to_it(monkeypatch) -> None:
+    from forge_ray.launch.connect import _worker_env
+
+    assert _worker_env()["OMP_WAIT_POLICY"] == "passive"
+    job = '{"runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "active"}}}'
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", job)
+    assert "OMP_WAIT_POLICY" not in _worker_env()
+    assert _worker_env()["RAY_TRAIN_V2_ENABLED"] == "1"
