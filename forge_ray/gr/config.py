@@ -91,6 +91,12 @@ class GrConfig:
     """CPUs of each worker, and its thread count; may be a fraction."""
     use_gpu: bool = False
     """One GPU per worker, and NCCL instead of gloo."""
+    worker_resources: dict[str, float] = field(default_factory=dict)
+    """What else each worker asks of its node, by Ray's names, e.g. `memory: 8.0e+9` (bytes) or
+    `accelerator_type:A100: 0.001`."""
+    worker_labels: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes that workers may run on, e.g. `ray.io/market-type: spot`; a value may be
+    negated (`!spot`) or a choice (`in(a, b)`). Empty allows every node."""
     max_failures: int = 2
     """Restarts from the last checkpoint after a worker died."""
     keep_checkpoints: int = 2
@@ -105,6 +111,12 @@ class GrConfig:
         if self.cpus_per_worker <= 0:
             raise ConfigError(
                 f"cpus_per_worker must be > 0, got {self.cpus_per_worker}. Use e.g. 0.5."
+            )
+        own = {"CPU", "GPU"} & set(self.worker_resources)
+        if own or min(self.worker_resources.values(), default=1) <= 0:
+            raise ConfigError(
+                "worker_resources must be > 0 and not CPU or GPU, got "
+                f"{self.worker_resources}. Those are cpus_per_worker and use_gpu."
             )
         if self.seed < 0:
             raise ConfigError(f"seed must be >= 0, got {self.seed}. Use another seed.")
@@ -178,6 +190,8 @@ _RUNNING = (
     "max_workers",
     "cpus_per_worker",
     "use_gpu",
+    "worker_resources",
+    "worker_labels",
     "max_failures",
     "keep_checkpoints",
 )

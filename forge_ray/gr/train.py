@@ -317,7 +317,8 @@ def _scaling(config: GrConfig) -> ray.train.ScalingConfig:
         if config.max_workers > config.num_workers
         else config.num_workers,
         use_gpu=config.use_gpu,
-        resources_per_worker={"CPU": config.cpus_per_worker, **gpus},
+        resources_per_worker={"CPU": config.cpus_per_worker, **gpus, **config.worker_resources},
+        label_selector=dict(config.worker_labels) or None,
     )
 
 

@@ -73,6 +73,32 @@ class ConstraintConfig:
 
 
 @dataclass(kw_only=True)
+class AutoscaledNodes:
+    """A type of node that the cluster's autoscaler may add, as its own configuration says it."""
+
+    max_nodes: int = 1
+    """Most nodes of this type, those that run included."""
+    cpus: float = 0.0
+    """CPUs of a node."""
+    gpus: float = 0.0
+    """GPUs of a node."""
+    memory_gb: float = 0.0
+    """Memory of a node that Ray hands out, GiB."""
+    resources: dict[str, float] = field(default_factory=dict)
+    """Other resources of a node, by Ray's names."""
+    labels: dict[str, str] = field(default_factory=dict)
+    """Ray node labels of a node."""
+
+    def __post_init__(self) -> None:
+        if self.max_nodes < 1 or min(self.cpus, self.gpus, self.memory_gb) < 0:
+            raise ConfigError(
+                "resources.autoscaled.* must have max_nodes >= 1 and cpus, gpus, memory_gb >= 0, "
+                f"got {self.max_nodes}, {self.cpus}, {self.gpus}, {self.memory_gb}. Copy them from "
+                "the cluster's configuration."
+            )
+
+
+@dataclass(kw_only=True)
 class ResourceConfig:
     """What each stage of a trial asks of the cluster; training asks in `gr`, after the gate."""
 
@@ -81,15 +107,23 @@ class ResourceConfig:
     trial_restarts: int = 3
     """How often a trial starts again whose process was lost (killed, out of memory, its node gone).
     Errors of the trial itself do not count: the next `sweep run` tries those."""
+    driver_labels: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes that the trials' drivers may run on, e.g. `ray.io/market-type: "!spot"`;
+    a value may be negated (`!spot`) or a choice (`in(a, b)`). Empty allows every node."""
     sid_cpus: float = 0.5
-    """CPUs of the tokenizer and scoring task. Keep `max_concurrent` times this below the CPUs of
-    the cluster: Ray Data encodes items on what is left."""
+    """CPUs of the tokenizer and scoring task."""
     sid_gpus: float = 0.0
     """GPUs of the tokenizer task."""
     evaluate_cpus: float = 0.5
     """CPUs of the final evaluation."""
     evaluate_gpus: float = 0.0
     """GPUs of the final evaluation."""
+    stage_labels: dict[str, str] = field(default_factory=dict)
+    """Labels of the nodes for the stages beside training: tokenizer, scores, final evaluation, and
+    the tasks that they start. Empty allows every node; those without GPUs are preferred."""
+    autoscaled: dict[str, AutoscaledNodes] = field(default_factory=dict)
+    """Types of nodes that the autoscaler may add, by their names in its configuration. Ray does not
+    tell them; without this only nodes that run count."""
 
 
 @dataclass(kw_only=True)
@@ -161,8 +195,9 @@ class SweepConfig:
     """How points are drawn."""
     num_trials: int | None = 12
     """Trials in all, fixed points included; null runs a whole grid."""
-    max_concurrent: int = 2
-    """Trials at a time."""
+    max_concurrent: int | None = 2
+    """Most trials at a time, fewer where the cluster does not hold so many beside the data tasks
+    that they wait for; null takes as many as it holds."""
     order: str = "promising"
     """`promising` scores all planned designs first and trains the best-looking ones early; every
     other trial follows the plan. `planned` keeps the order of points, grid or sequence. Points that
@@ -210,8 +245,10 @@ class SweepConfig:
             raise ConfigError(
                 f"order must be one of {', '.join(ORDERS)}, got {self.order!r}. Pick one."
             )
-        if self.max_concurrent < 1:
-            raise ConfigError(f"max_concurrent must be >= 1, got {self.max_concurrent}.")
+        if self.max_concurrent is not None and self.max_concurrent < 1:
+            raise ConfigError(
+                f"max_concurrent must be >= 1 or null, got {self.max_concurrent}. Raise it."
+            )
         if not self.space and not self.points:
             raise ConfigError("space must name a parameter, got none. Add one, or add points.")
 

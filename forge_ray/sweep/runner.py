@@ -8,6 +8,7 @@ is restored from Tune's own pickles.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -27,11 +28,13 @@ from forge_ray.sweep.budget import BudgetWatch, check_affordable, stop_event
 from forge_ray.sweep.config import (
     DRAWING,
     IDENTITY,
+    ResourceConfig,
     SweepConfig,
     difference,
     identity,
     without_running,
 )
+from forge_ray.sweep.demands import Room, measure_room
 from forge_ray.sweep.environment import describe_environment
 from forge_ray.sweep.estimate import (
     Estimator,
@@ -44,7 +47,14 @@ from forge_ray.sweep.events import SweepCallback
 from forge_ray.sweep.faults import explaining
 from forge_ray.sweep.ledger import Ledger, SweepRecords, write_json
 from forge_ray.sweep.metrics import exporting
-from forge_ray.sweep.plan import PLAN, Sieve, check_space, describe_rejections, make_plan
+from forge_ray.sweep.plan import (
+    PLAN,
+    Sieve,
+    check_space,
+    describe_rejections,
+    make_plan,
+    quasi_random_points,
+)
 from forge_ray.sweep.prescore import score_waiting
 from forge_ray.sweep.scheduler import GateScheduler
 from forge_ray.sweep.searcher import PrunedAwareOptunaSearch, Resolved, TrialSource
@@ -208,6 +218,7 @@ def run_trials(job: SweepJob) -> RunOutcome:
 def _run_session(job: SweepJob, planned: Planned) -> RunOutcome:
     config, ledger = job.config, job.ledger
     records, source = planned.records, planned.source
+    room = room_of(job, planned)
     # Every point resolved. Written earlier, a mistake would become the sweep's identity.
     _write_claim(job, planned.meaning, planned.plan)
     _announce(job, planned)
@@ -230,7 +241,7 @@ def _run_session(job: SweepJob, planned: Planned) -> RunOutcome:
     ):
         # Whoever may not start a single trial scores none either.
         if source.remaining and watch.may_start(planned.estimates):
-            _search(job, planned, watch, ledger, storage=storage, callbacks=tracked)
+            _search(job, planned, watch, ledger, room=room, storage=storage, callbacks=tracked)
     if source.rejections:
         logger.info("%s; they were no trials", describe_rejections(source.rejections))
         ledger.append("rejected", designs=dict(source.rejections))
@@ -244,6 +255,30 @@ def _run_session(job: SweepJob, planned: Planned) -> RunOutcome:
     if watch.reason and not is_complete:
         ledger.append("budget", **stop_event(watch, planned.estimator, cut, source))
     return RunOutcome(records=ledger.read(), is_complete=is_complete)
+
+
+def room_of(job: SweepJob, planned: Planned) -> Room:
+    """How many trials run at a time on the Ray that is up.
+
+    Raises:
+        ConfigError: A trial that is ahead can never be placed.
+    """
+    config, source = job.config, planned.source
+    if not source.remaining:
+        return Room(trials=0, scoring=0)
+    configs = [one.config for one in source.queue if not one.infeasible]
+    if source.may_draw:
+        drawn = itertools.islice(quasi_random_points(planned.space, seed=0), _CHECKED_DRAWS)
+        configs += [job.resolve(point).config for point in drawn]
+    room = measure_room(
+        job.stages.demands(configs),
+        config.resources.autoscaled,
+        max_concurrent=config.max_concurrent,
+        limit=source.remaining,
+    )
+    if config.max_concurrent is None or room.trials < min(config.max_concurrent, source.remaining):
+        logger.info("the cluster holds %d trials at a time", room.trials)
+    return room
 
 
 def make_estimator(job: SweepJob, meaning: Mapping[str, Any]) -> Estimator:
@@ -263,6 +298,7 @@ def _search(
     watch: BudgetWatch,
     ledger: Ledger,
     *,
+    room: Room,
     storage: BaseStorage,
     callbacks: Sequence[tune.Callback],
 ) -> None:
@@ -276,7 +312,7 @@ def _search(
             stages=job.stages,
             ledger=ledger,
             known={key: one.proxies for key, one in records.scored.items()},
-            max_concurrent=config.max_concurrent,
+            max_concurrent=room.scoring,
         )
         scheduler.order_by(scores)
     searcher = PrunedAwareOptunaSearch(
@@ -309,6 +345,7 @@ def _search(
         watch,
         ledger,
         session=records.sessions,
+        max_concurrent=room.trials,
         callbacks=callbacks,
     )
 
@@ -341,6 +378,7 @@ def _fit(
     ledger: Ledger,
     *,
     session: int,
+    max_concurrent: int,
     callbacks: Sequence[tune.Callback],
 ) -> None:
     config = job.config
@@ -358,15 +396,13 @@ def _fit(
     )
     rules = TrialRules(gate=config.gate, metric=config.metric)
     trainable = tune.with_parameters(run_trial, stages=job.stages, rules=rules)
-    # The driver of a trial holds memory and no CPU: it waits while its stages work elsewhere.
-    memory = config.resources.trial_memory_mb * 1024**2
     tuner = tune.Tuner(
-        tune.with_resources(trainable, tune.PlacementGroupFactory([{"CPU": 0, "memory": memory}])),
+        tune.with_resources(trainable, _driver_bundle(config.resources)),
         tune_config=tune.TuneConfig(
             search_alg=searcher,
             scheduler=scheduler,
             num_samples=source.remaining,
-            max_concurrent_trials=config.max_concurrent,
+            max_concurrent_trials=max_concurrent,
             reuse_actors=False,
             trial_name_creator=_trial_name,
             trial_dirname_creator=_trial_name,
@@ -385,6 +421,14 @@ def _fit(
         tuner.fit()
     finally:
         callback.groups.free_all()
+
+
+def _driver_bundle(resources: ResourceConfig) -> tune.PlacementGroupFactory:
+    # The driver of a trial holds memory and no CPU: it waits while its stages work elsewhere.
+    bundle = {"CPU": 0, "memory": resources.trial_memory_mb * 1024**2}
+    return tune.PlacementGroupFactory(
+        [bundle], bundle_label_selector=[dict(resources.driver_labels)]
+    )
 
 
 def _trial_name(trial: Any) -> str:

@@ -1,14 +1,15 @@
 """The stages of a trial on the real library: SIDs, scores, training, evaluation.
 
-Heavy work runs in Ray tasks that ask for their own CPUs and GPUs. They are spread over the cluster
-(`SPREAD`), because a task with default scheduling would wait for ever inside the placement group of
-the trial that calls it. Torch is imported where it is used: a trial that the gate ends never is.
+Heavy work runs in Ray tasks that ask for their own CPUs and GPUs. Their scheduling is named,
+because a task that names none would wait for ever inside the placement group of the trial that
+calls it; Ray's default, once named, leaves nodes with GPUs to work that needs them. Torch is
+imported where it is used: a trial that the gate ends never is.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timezone
 from typing import Any, TypeVar, cast
@@ -17,8 +18,10 @@ import ray
 import ray.train
 
 from forge_ray.artifacts import Artifact, ArtifactStore
-from forge_ray.config import from_mapping, to_mapping
+from forge_ray.config import canonical_json, from_mapping, to_mapping
 from forge_ray.data.schema import Dataset, Split
+from forge_ray.placement import stay_on
+from forge_ray.sweep.capacity import Demand
 from forge_ray.sweep.config import EvaluationConfig, ResourceConfig
 from forge_ray.sweep.trial import StageReport
 from forge_ray.threads import set_threads
@@ -52,7 +55,7 @@ class ForgeStages:
         """Fits and scores in one task."""
         arguments = (self.store_uri, self.dataset_key, config["sid"], dict(self.score))
         cpus, gpus = self.asked.sid_cpus, self.asked.sid_gpus
-        return _spread(fit_and_score, *arguments, cpus, cpus=cpus, gpus=gpus)
+        return self._run(fit_and_score, *arguments, cpus, cpus=cpus, gpus=gpus)
 
     def resources(self, config: Mapping[str, Any]) -> StageReport:
         """What the tasks and the workers of the Train job ask for."""
@@ -73,6 +76,17 @@ class ForgeStages:
                 "evaluate": asked.evaluate_gpus,
             },
         )
+
+    def demands(self, configs: Iterable[Mapping[str, Any]]) -> list[tuple[Demand, ...]]:
+        """From what the tasks and workers ask for, and what the tasks start beside themselves."""
+        from forge_ray.sid.metrics.config import ScoreConfig
+        from forge_ray.sweep.demands import placing_fields, trial_demands
+
+        num_items = Dataset.open(ArtifactStore(self.store_uri), self.dataset_key).num_items
+        score = from_mapping(ScoreConfig, dict(self.score))
+        # Reading a configuration takes milliseconds, and most trials differ in other fields.
+        kinds = {canonical_json(placing_fields(one)): one for one in configs}.values()
+        return [trial_demands(one, self.asked, score, num_items=num_items) for one in kinds]
 
     def train(
         self,
@@ -118,7 +132,19 @@ class ForgeStages:
         users = self.evaluation.users if split == "validation" else 0
         arguments = (self.store_uri, model, split, users)
         settings = to_mapping(self.evaluation)
-        return _spread(evaluate_model, *arguments, settings, cpus, cpus=cpus, gpus=gpus)
+        return self._run(evaluate_model, *arguments, settings, cpus, cpus=cpus, gpus=gpus)
+
+    def _run(self, task: Callable[..., T], *arguments: Any, cpus: float, gpus: float) -> T:
+        labels = dict(self.asked.stage_labels)
+        remote = ray.remote(_on_nodes).options(
+            name=task.__name__,
+            num_cpus=cpus,
+            num_gpus=gpus,
+            scheduling_strategy="DEFAULT",
+            label_selector=labels,
+            max_retries=2,
+        )
+        return cast(T, ray.get(remote.remote(labels, task, *arguments)))
 
 
 def fit_and_score(
@@ -201,11 +227,10 @@ def evaluate_model(
     )
 
 
-def _spread(task: Callable[..., T], *arguments: Any, cpus: float, gpus: float) -> T:
-    remote = ray.remote(task).options(
-        num_cpus=cpus, num_gpus=gpus, scheduling_strategy="SPREAD", max_retries=2
-    )
-    return cast(T, ray.get(remote.remote(*arguments)))
+def _on_nodes(labels: Mapping[str, str], task: Callable[..., T], *arguments: Any) -> T:
+    # Ray reuses processes: the selector of an earlier task must not stay.
+    stay_on(labels)
+    return task(*arguments)
 
 
 def _place() -> dict[str, str]:

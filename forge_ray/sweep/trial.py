@@ -8,7 +8,7 @@ by its name. What a stage computes is behind the `Stages` protocol.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from ray import tune
 
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.bridge import relay
+from forge_ray.sweep.capacity import Demand
 from forge_ray.sweep.gate import GateConfig, missing_proxies
 from forge_ray.sweep.patience import outlast
 
@@ -54,6 +55,9 @@ class Stages(Protocol):
 
     def resources(self, config: Mapping[str, Any]) -> StageReport:
         """CPUs and GPUs that each step will hold; known before any work."""
+
+    def demands(self, configs: Iterable[Mapping[str, Any]]) -> list[tuple[Demand, ...]]:
+        """What these trials hold process by process, stage by stage; alike ones once."""
 
     def train(
         self,

@@ -15,7 +15,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from typing import Any
 from ray import cloudpickle, tune
 
 from forge_ray.launch.connect import connect, disconnect
+from forge_ray.sweep.capacity import Demand
 from forge_ray.sweep.config import SamplerConfig, SweepConfig
 from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
@@ -47,6 +48,10 @@ class NoStages:
     def resources(self, config: Mapping[str, Any]) -> StageReport:
         """Nothing."""
         return StageReport()
+
+    def demands(self, configs: Iterable[Mapping[str, Any]]) -> list[tuple[Demand, ...]]:
+        """Nothing."""
+        return []
 
     def train(
         self, config: Mapping[str, Any], sids: str, *, name: str, callbacks: Sequence[Any]

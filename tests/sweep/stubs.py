@@ -7,12 +7,13 @@ import json
 import os
 import signal
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from forge_ray.errors import ConfigError
+from forge_ray.sweep.capacity import Demand
 from forge_ray.sweep.searcher import Rejection, Resolved
 from forge_ray.sweep.trial import StageReport
 
@@ -46,6 +47,9 @@ class StubStages:
 
     def resources(self, config: Mapping[str, Any]) -> StageReport:
         return StageReport(cpus=dict(self.cpus), gpus={"train": 1.0})
+
+    def demands(self, configs: Iterable[Mapping[str, Any]]) -> list[tuple[Demand, ...]]:
+        return []
 
     def train(
         self, config: Mapping[str, Any], sids: str, *, name: str, callbacks: Sequence[Any]

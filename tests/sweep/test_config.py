@@ -39,6 +39,7 @@ def test_files_load_with_dotted_names_and_overrides(tmp_path) -> None:
         ({"num_trials": 0}, "num_trials"),
         ({"num_trials": None}, "sampler"),
         ({"max_concurrent": 0}, "max_concurrent"),
+        ({"resources": {"autoscaled": {"gpu": {"max_nodes": 0}}}}, "max_nodes >= 1"),
         ({"space": {}}, "space must"),
         ({"sampler": {"kind": "magic"}}, "sampler.kind must be one of"),
     ],
@@ -62,7 +63,13 @@ def test_identity_leaves_out_where_stages_run() -> None:
     moved = dataclasses.replace(
         base,
         sid={"encode": {"max_actors": 3}},
-        gr={"max_steps": 5, "num_workers": 2, "data": {"prefetch_batches": 8, "read_cpus": 0.25}},
+        gr={
+            "max_steps": 5,
+            "num_workers": 2,
+            "worker_labels": {"ray.io/market-type": "spot"},
+            "worker_resources": {"memory": 1.0},
+            "data": {"prefetch_batches": 8, "read_cpus": 0.25},
+        },
         evaluation=EvaluationConfig(batch_users=7),
     )
     first, second = (identity(one, dataset_key="d") for one in (base, moved))

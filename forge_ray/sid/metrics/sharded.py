@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+from forge_ray.placement import label_selector
 from forge_ray.threads import set_threads
 
 
@@ -36,7 +37,12 @@ def run_on_ray(function: Callable[[Any], Any], arguments: Iterable[Any]) -> Iter
     shared = ray.put(function)
     # SPREAD keeps the tasks out of the placement group of a trial that calls this: there they would
     # wait for ever for the CPU that the trial holds.
-    task = ray.remote(_call).options(num_cpus=1, scheduling_strategy="SPREAD", max_retries=2)
+    task = ray.remote(_call).options(
+        num_cpus=1,
+        scheduling_strategy="SPREAD",
+        label_selector=label_selector(),
+        max_retries=2,
+    )
     limit = max(1, int(ray.cluster_resources().get("CPU", 1)))
     pending: list[Any] = []
     for argument in arguments:
