@@ -41,6 +41,31 @@ Address = Annotated[
 JobName = Annotated[
     str, typer.Argument(help="Submission id, or a sweep (its name or file): its newest job.")
 ]
+SharedStore = Annotated[
+    str,
+    typer.Option(
+        "--store",
+        envvar="FORGE_RAY_STORE",
+        help="Artifact store that every node sees: a URI or an absolute path.",
+    ),
+]
+Exclude = Annotated[
+    list[str] | None,
+    typer.Option("--exclude", help="Files that stay here, spelled as in .gitignore."),
+]
+Shared = Annotated[
+    list[str] | None,
+    typer.Option("--shared", help="One more folder of the cluster that the sweep may use."),
+]
+Image = Annotated[
+    str,
+    typer.Option(
+        "--image", help="Container image for the job; it holds the sweep file, nothing is sent."
+    ),
+]
+Env = Annotated[
+    list[str] | None, typer.Option("--env", help="KEY=VALUE of the job and its workers.")
+]
 DEFAULT_ADDRESS = "http://127.0.0.1:8265"
 _INTERRUPTED = 130
 
@@ -48,14 +73,7 @@ _INTERRUPTED = 130
 @app.command()
 def submit(
     file: Annotated[Path, typer.Argument(help="Sweep definition below the current folder.")],
-    store: Annotated[
-        str,
-        typer.Option(
-            "--store",
-            envvar="FORGE_RAY_STORE",
-            help="Artifact store that every node sees: a URI or an absolute path.",
-        ),
-    ],
+    store: SharedStore,
     overrides: Overrides = None,
     address: Address = DEFAULT_ADDRESS,
     wait: Annotated[
@@ -64,26 +82,13 @@ def submit(
     again: Annotated[
         bool, typer.Option("--again", help="Also where it has finished: tries failed trials again.")
     ] = False,
-    exclude: Annotated[
-        list[str] | None,
-        typer.Option("--exclude", help="Files that stay here, spelled as in .gitignore."),
-    ] = None,
-    shared: Annotated[
-        list[str] | None,
-        typer.Option("--shared", help="One more folder of the cluster that the sweep may use."),
-    ] = None,
+    exclude: Exclude = None,
+    shared: Shared = None,
     requirements: Annotated[
         Path | None, typer.Option("--pip", help="File of lines name==version for the job.")
     ] = None,
-    image: Annotated[
-        str,
-        typer.Option(
-            "--image", help="Container image for the job; it holds the sweep file, nothing is sent."
-        ),
-    ] = "",
-    env: Annotated[
-        list[str] | None, typer.Option("--env", help="KEY=VALUE of the job and its workers.")
-    ] = None,
+    image: Image = "",
+    env: Env = None,
     driver_cpus: Annotated[
         float, typer.Option("--driver-cpus", min=0, help="CPUs that the sweep's driver holds.")
     ] = 1.0,

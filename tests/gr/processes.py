@@ -28,6 +28,11 @@ def parent_of(pid: int) -> int:
         return 0
 
 
+def pids_of(text: str) -> list[int]:
+    """Processes whose command holds a text."""
+    return [pid for pid in _pids() if text in _command(pid)]
+
+
 def worker_pids() -> list[int]:
     """Ray Train workers below this process; other runs on the machine are not ours to touch."""
     return [pid for pid in _pids() if "RayTrainWorker" in _command(pid) and _is_ours(pid)]

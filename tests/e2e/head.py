@@ -1,0 +1,124 @@
+"""A Ray head of its own with token authentication, as a user would start it, and its end."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import urllib.error
+import urllib.request
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.gr.processes import pids_of, wait_until
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+@dataclass
+class TokenHead:
+    """A head on free ports of loopback; `stop` ends it and whatever runs on it.
+
+    Attributes:
+        folder: Holds the token; short, for Ray's sockets live below it.
+        port: Of the dashboard.
+        process: The head.
+    """
+
+    folder: Path
+    port: int
+    process: subprocess.Popen[bytes]
+
+    @classmethod
+    def start(cls, *, num_cpus: int = 2) -> TokenHead:
+        """Starts a head and waits until its dashboard answers."""
+        folder = Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))
+        (folder / "token").write_text(secrets.token_hex(32))
+        ports = _free_ports(8)
+        names = ["port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port"]
+        names += ["dashboard-agent-grpc-port", "metrics-export-port", "node-manager-port"]
+        names += ["object-manager-port"]
+        command = ["ray", "start", "--head", "--block", "--num-cpus", str(num_cpus)]
+        command += ["--node-ip-address", "127.0.0.1", "--dashboard-host", "127.0.0.1"]
+        command += ["--temp-dir", str(folder / "ray"), "--object-store-memory", str(200 * 2**20)]
+        # Zero lets the system choose: two heads of one machine share Ray's default range.
+        command += ["--min-worker-port", "0", "--max-worker-port", "0"]
+        for name, port in zip(names, ports, strict=True):
+            command += [f"--{name}", str(port)]
+        with (folder / "head.log").open("wb") as log:
+            process = subprocess.Popen(
+                command,
+                env=_environment(folder, RAY_AUTH_MODE="token"),
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        head = cls(folder, ports[1], process)
+        try:
+            wait_until(head.is_ready, "the head's dashboard never answered", 300)
+        except BaseException:
+            head.stop()
+            raise
+        return head
+
+    @property
+    def address(self) -> str:
+        """URL of the dashboard."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Of a user's commands: who has the token, and nothing of Ray's beside it."""
+        return _environment(self.folder)
+
+    def is_ready(self) -> bool:
+        """Whether the Jobs API answers; fails where the head has ended."""
+        log = (self.folder / "head.log").read_text()
+        assert self.process.poll() is None, log
+        headers = {"Authorization": f"Bearer {(self.folder / 'token').read_text()}"}
+        request = urllib.request.Request(f"{self.address}/api/jobs/", headers=headers)
+        try:
+            with urllib.request.urlopen(request, timeout=5) as answer:
+                return answer.status == 200
+        except (urllib.error.URLError, TimeoutError, ConnectionError):
+            return False
+
+    def stop(self) -> None:
+        """Ends the head; its raylet ends the workers, and the drivers of jobs with them."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+            try:
+                self.process.wait(60)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+        wait_until(lambda: not pids_of(str(self.folder)), "processes of the head are left", 60)
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _environment(folder: Path, **more: str) -> dict[str, str]:
+    kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
+    return {
+        **kept,
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PYTHONPATH": str(ROOT),
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        **more,
+    }
+
+
+def _free_ports(number: int) -> list[int]:
+    sockets = [socket.socket() for _ in range(number)]
+    try:
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+    finally:
+        for one in sockets:
+            one.close()
