@@ -11,6 +11,7 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import ray
@@ -72,17 +73,32 @@ def connect(
     options: dict[str, object] = {"address": "local" if is_local else address}
     if is_local:
         options |= {"num_cpus": num_cpus, "include_dashboard": dashboard}
-    ray.init(
-        **options,
-        log_to_driver=verbose,
-        logging_level=logging.INFO if verbose else logging.ERROR,
-        runtime_env={"env_vars": _worker_env()},
-    )
+    with closing_new(default_token_file()):
+        ray.init(
+            **options,
+            log_to_driver=verbose,
+            logging_level=logging.INFO if verbose else logging.ERROR,
+            runtime_env={"env_vars": _worker_env()},
+        )
     if not verbose:
         # The raylet's notices go to standard output whatever `log_to_driver` says, and would stand
         # between the lines of `--json`. Private name: a test pins it.
         ray_worker.print_to_stdstream = _log_notice
     quiet_logs(verbose=verbose)
+
+
+def default_token_file() -> Path:
+    """Where Ray keeps the token of clusters that it starts, unless RAY_AUTH_TOKEN_PATH says."""
+    return Path(os.path.expanduser("~"), ".ray", "auth_token")
+
+
+@contextmanager
+def closing_new(path: Path) -> Iterator[None]:
+    """Leaves a file that the block makes to its owner: Ray lets all users read a new token."""
+    is_old = path.exists()
+    yield
+    if not is_old and path.exists():
+        path.chmod(0o600)
 
 
 def _worker_env() -> dict[str, str]:

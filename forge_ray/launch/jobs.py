@@ -26,6 +26,7 @@ from ray.exceptions import AuthenticationError
 from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 
 from forge_ray.errors import ClusterError, ConfigError
+from forge_ray.launch.connect import default_token_file
 
 KIND = "forge-ray"
 """Key of a job's metadata that marks it as ours."""
@@ -312,7 +313,8 @@ def _token() -> str | None:
 
 
 def _token_path() -> Path:
-    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+    given = os.environ.get("RAY_AUTH_TOKEN_PATH")
+    return Path(given) if given else default_token_file()
 
 
 def _token_source() -> str:

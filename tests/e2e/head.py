@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import secrets
 import shutil
@@ -17,6 +18,7 @@ from pathlib import Path
 
 from tests.gr.processes import pids_of, wait_until
 
+_PR_SET_PDEATHSIG = 1
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -37,7 +39,7 @@ class TokenHead:
     @classmethod
     def start(cls, *, num_cpus: int = 2) -> TokenHead:
         """Starts a head and waits until its dashboard answers."""
-        folder = Path(tempfile.mkdtemp(prefix="fr-", dir="/tmp"))
+        folder = Path(tempfile.mkdtemp(prefix="frj-", dir="/tmp"))
         (folder / "token").write_text(secrets.token_hex(32))
         ports = _free_ports(8)
         names = ["port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port"]
@@ -57,6 +59,7 @@ class TokenHead:
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
+                preexec_fn=_end_with_parent,
             )
         head = cls(folder, ports[1], process)
         try:
@@ -95,10 +98,15 @@ class TokenHead:
             try:
                 self.process.wait(60)
             except subprocess.TimeoutExpired:
-                os.killpg(self.process.pid, signal.SIGKILL)
+                for pid in pids_of(str(self.folder)):
+                    os.kill(pid, signal.SIGKILL)
                 self.process.wait()
         wait_until(lambda: not pids_of(str(self.folder)), "processes of the head are left", 60)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _end_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _environment(folder: Path, **more: str) -> dict[str, str]:

@@ -7,7 +7,7 @@ import logging
 import pytest
 import ray
 
-from forge_ray.launch.connect import connect, quiet_logs
+from forge_ray.launch.connect import _worker_env, closing_new, connect, quiet_logs
 
 pytestmark = pytest.mark.ray
 
@@ -51,10 +51,20 @@ def test_raylet_notices_do_not_reach_standard_output(ray_local, capsys) -> None:
 
 
 def test_a_jobs_variables_are_left_to_it(monkeypatch) -> None:
-    from forge_ray.launch.connect import _worker_env
-
     assert _worker_env()["OMP_WAIT_POLICY"] == "passive"
     job = '{"runtime_env": {"env_vars": {"OMP_WAIT_POLICY": "active"}}}'
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", job)
     assert "OMP_WAIT_POLICY" not in _worker_env()
     assert _worker_env()["RAY_TRAIN_V2_ENABLED"] == "1"
+
+
+def test_a_new_token_is_its_owners(tmp_path) -> None:
+    made, known = tmp_path / "made", tmp_path / "known"
+    known.write_text("x")
+    modes = known.stat().st_mode
+    for path in (made, known, tmp_path / "never"):
+        with closing_new(path):
+            if path is made:
+                made.write_text("x")
+    assert made.stat().st_mode & 0o777 == 0o600
+    assert known.stat().st_mode == modes
