@@ -67,6 +67,31 @@ class ValidationConfig:
                 )
 
 
+INITIAL_CODES = ("keep", "fresh", "mapped")
+
+
+@dataclass(kw_only=True)
+class InitialConfig:
+    """The model that a training begins with; see `forge_ray.gr.initial`."""
+
+    model: str = ""
+    """A published model of the same `model.*`, as `forge-ray gr evaluate` takes it; empty begins
+    with fresh weights."""
+    codes: str = "keep"
+    """What becomes of the vectors of codes: `keep` on the model's own SID table, on another one
+    `fresh` or `mapped`."""
+    sids: str = ""
+    """The model's own SID table where the store does not hold it: an artifact or `.npz` file."""
+
+    def __post_init__(self) -> None:
+        """Checks the choice."""
+        if self.codes not in INITIAL_CODES:
+            raise ConfigError(
+                f"initial.codes must be one of {', '.join(INITIAL_CODES)}, got {self.codes!r}. "
+                "Pick one."
+            )
+
+
 @dataclass(kw_only=True)
 class GrConfig:
     """A training run. `identity` tells which fields decide the model."""
@@ -74,6 +99,7 @@ class GrConfig:
     model: GeneratorConfig = field(default_factory=DecoderConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     data: StreamConfig = field(default_factory=StreamConfig)
+    initial: InitialConfig = field(default_factory=InitialConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     stop: StopConfig = field(default_factory=StopConfig)
     max_steps: int = 1000
@@ -175,6 +201,8 @@ class GrConfig:
 def without_execution(mapping: Mapping[str, Any]) -> dict[str, Any]:
     """A `GrConfig` as mapping, or some of it, less the fields that only say how it runs."""
     kept = {name: value for name, value in mapping.items() if name not in _RUNNING}
+    if not kept.get("initial", {}).get("model"):
+        kept.pop("initial", None)  # says nothing, as before there was such a section
     for part, running in _RUNNING_PARTS.items():
         if part in kept:
             given = kept[part].items()
@@ -196,6 +224,7 @@ _RUNNING = (
     "keep_checkpoints",
 )
 _RUNNING_PARTS = {
+    "initial": ("sids",),
     "engine": ("micro_batch", "activation_checkpointing", "compile"),
     "data": ("segments_per_execution", "prefetch_batches", "read_tasks", "read_cpus"),
     "validation": ("batch_users", "aside", "cpus", "gpus"),

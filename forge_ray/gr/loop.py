@@ -16,13 +16,15 @@ from __future__ import annotations
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Mapping
+from collections.abc import Generator as Iterating
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from safetensors.torch import load_file
 from torch import Tensor
 
 from forge_ray.data.schema import Dataset
@@ -41,6 +43,8 @@ from forge_ray.gr.checkpoint import (
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.engine import TAG, Engine, expected_shards
 from forge_ray.gr.health import SELECTION_METRIC, LossWatch, best_row, has_settled
+from forge_ray.gr.initial import INITIAL_FILE
+from forge_ray.gr.models.base import Generator
 from forge_ray.gr.run_folder import (
     BEST,
     CHECKPOINTS,
@@ -146,6 +150,17 @@ class _Interval:
     started: float = field(default_factory=time.perf_counter)
 
 
+def _start(job: TrainJob) -> Generator:
+    """The generator with the weights that training begins with."""
+    vocab = vocab_of(job.codebook_sizes)
+    if not job.config.initial.model:
+        return job.config.model.start(vocab)
+    generator = job.config.model.build(vocab)
+    with job.folder.local(INITIAL_FILE) as path:
+        generator.load_state_dict(load_file(str(path)))
+    return generator
+
+
 def reported(row: dict[str, Any]) -> dict[str, Any]:
     """What the trainer is told of a row of the history: all but the metrics of slices."""
     return {name: value for name, value in row.items() if "/" not in name}
@@ -170,7 +185,7 @@ class TrainLoop:
         self._config = config
         self._codes = codes
         torch.manual_seed(config.seed)
-        generator = config.model.start(vocab_of(job.codebook_sizes))
+        generator = _start(job)
         self._engine = Engine(
             generator, config.engine, max_steps=config.max_steps, seed=config.seed
         )
@@ -280,7 +295,7 @@ class TrainLoop:
             return Ending("finished" if is_last else "settled")
         return Ending("stopped", "a request to stop") if signs.is_stopping else None
 
-    def _step(self, batches: Generator[StreamBatch, None, None]) -> None:
+    def _step(self, batches: Iterating[StreamBatch, None, None]) -> None:
         """One optimiser step on the next global batch."""
         began = time.perf_counter()
         batch = next(batches)

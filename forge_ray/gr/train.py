@@ -44,6 +44,7 @@ from forge_ray.gr.checkpoint import (
 )
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.health import best_row
+from forge_ray.gr.initial import resolved_initial, write_initial
 from forge_ray.gr.loop import LoopHooks, TrainJob, TrainLoop, Validation, reported
 from forge_ray.gr.meters import TrainMeters
 from forge_ray.gr.run_folder import (
@@ -110,9 +111,8 @@ def train_generator(
         store: where the model is published.
         run_dir: absolute path or URI that all nodes share; see `gr/run_folder.py`.
         name: of the run and the model; the same name resumes.
-        callbacks: Ray Train callbacks, told of every report; of those before a checkpoint that the
-            run resumes from once more, without a context. They are not called when the model was
-            already there; its `history` holds the rows.
+        callbacks: told of every report, and again of those before a checkpoint that is resumed
+            from (without a context); not where the model was there already.
         command: shell command that repeats the run, for the manifest.
         group: what the counters of several runs have in common, their sweep's name.
 
@@ -122,14 +122,13 @@ def train_generator(
         StoppedError: SIGTERM or a file `stop` in the run's folder asked for the end; a checkpoint
             was saved, and the same call continues from it.
     """
-    _check_table(config, dataset, table)
-    config = replace(config, model=config.model.resolved())
+    config = _resolved(config, dataset, table, store)
     content: dict[str, Any] = {"gr": config.identity(), "table_key": table_key(table)}
     identity = _run_identity(config, dataset, content)
 
     def produce(writer: ArtifactWriter) -> ArtifactInfo:
-        folder = RunFolder.open(run_dir, name)
-        _claim_run(folder, identity)
+        folder = _claim_run(RunFolder.open(run_dir, name), identity)
+        write_initial(folder, config, store, dataset, table)
         job = TrainJob(
             config=config,
             dataset=dataset,
@@ -147,11 +146,20 @@ def train_generator(
         MODEL_KIND,
         name.replace("/", "-"),
         content,
-        parents=[dataset.key, content["table_key"]],
+        parents=[one for one in (dataset.key, table_key(table), config.initial.model) if one],
         produce=produce,
         command=command,
     )
     return train_result(artifact)
+
+
+def _resolved(
+    config: GrConfig, dataset: Dataset, table: SidTable, store: ArtifactStore
+) -> GrConfig:
+    """The configuration with what it names looked up."""
+    _check_table(config, dataset, table)
+    initial = resolved_initial(config.initial, store, table)
+    return replace(config, model=config.model.resolved(), initial=initial)
 
 
 def _check_table(config: GrConfig, dataset: Dataset, table: SidTable) -> None:
@@ -181,7 +189,7 @@ def train_result(artifact: Artifact) -> TrainResult:
     return TrainResult(artifact, dict(artifact.manifest.metrics), history, losses)
 
 
-def _claim_run(folder: RunFolder, identity: RunIdentity) -> None:
+def _claim_run(folder: RunFolder, identity: RunIdentity) -> RunFolder:
     """Writes who owns the run folder, or checks it; forgets how an earlier attempt ended."""
     owner = folder.read_json(RUN_FILE)
     if owner is not None and owner["config_hash"] != identity.config_hash:
@@ -193,6 +201,7 @@ def _claim_run(folder: RunFolder, identity: RunIdentity) -> None:
     folder.delete(OUTCOME_FILE)
     folder.delete(STOP_FILE)
     folder.write_json({"config_hash": identity.config_hash}, RUN_FILE)
+    return folder
 
 
 def _fit(

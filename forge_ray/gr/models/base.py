@@ -22,6 +22,7 @@ from torch.nn import functional
 from forge_ray.config import Component
 from forge_ray.data.stream import ExampleMode
 from forge_ray.errors import ConfigError
+from forge_ray.gr.models.code_tables import CodeTable, code_rows, token_rows
 from forge_ray.gr.models.discrec import DiscRec
 from forge_ray.gr.vocab import BOS, Vocab
 
@@ -337,6 +338,13 @@ class Generator(nn.Module, ABC):
             for stack in stacks:
                 # Reentrant checkpoints lose gradients of arguments given by name.
                 stack.gradient_checkpointing_enable({"use_reentrant": False})
+
+    def code_tables(self) -> dict[str, CodeTable]:
+        """Which rows of which parameters stand for codes, by the parameter's name."""
+        tables = {"table.weight": token_rows(self.vocab)}
+        if self.table.head is not None:
+            tables["table.head"] = code_rows(self.vocab)
+        return tables
 
     def compilable(self) -> list[nn.Module]:
         """The parts that repeat and cost most, none inside another; training may compile them."""

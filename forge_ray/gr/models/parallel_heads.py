@@ -26,6 +26,7 @@ from torch.nn import functional
 
 from forge_ray.errors import ConfigError
 from forge_ray.gr.models.base import Competitors, Generator, GeneratorConfig, TokenBatch, TokenTable
+from forge_ray.gr.models.code_tables import CodeTable, code_rows
 from forge_ray.gr.models.decoder import DecoderConfig, causal_stack
 from forge_ray.gr.vocab import BOS, Vocab
 
@@ -136,6 +137,10 @@ class ParallelHeads(Generator):
         self.heads = nn.ModuleList(LevelHead(config.hidden_size) for _ in vocab.codebook_sizes)
         # Items enter as loud as the blocks answer, whatever the width and the number of levels.
         self._scale = (config.hidden_size / vocab.num_levels) ** 0.5
+
+    def code_tables(self) -> dict[str, CodeTable]:
+        """See `Generator.code_tables`; codes have a bias too."""
+        return {**super().code_tables(), "table.bias": code_rows(self.vocab)}
 
     def num_targets(self, lengths: Tensor) -> int:
         """The codes of every item."""

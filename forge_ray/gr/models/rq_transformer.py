@@ -29,6 +29,7 @@ from torch.nn import functional
 from forge_ray.embed.sasrec import CausalBlock
 from forge_ray.errors import ConfigError
 from forge_ray.gr.models.base import Generator, GeneratorConfig, TokenBatch, TokenTable
+from forge_ray.gr.models.code_tables import CodeTable, hashed_rows, token_rows
 from forge_ray.gr.vocab import BOS, Vocab
 
 _INIT_STD = 0.02
@@ -221,6 +222,21 @@ class RqTransformer(Generator):
         is_item = torch.arange(num_items, device=states.device) < batch.lengths.unsqueeze(1)
         codes = batch.codes[is_item]
         return self.level_loss_sum(self.network(self._sums(states[is_item], codes)), codes)
+
+    def code_tables(self) -> dict[str, CodeTable]:
+        """See `Generator.code_tables`; prefixes have vectors too."""
+        tables = {**super().code_tables(), "chosen.weight": token_rows(self.vocab)}
+        last = self.vocab.num_levels - 1
+        for name, end in (("read_prefixes", last), ("chosen_prefixes", last - 1)):
+            self._add_hashed(tables, name, tuple(range(1, end + 1)))
+        self._add_hashed(tables, "child_scores", tuple(range(1, last + 1)))
+        return tables
+
+    def _add_hashed(self, tables: dict[str, CodeTable], name: str, levels: tuple[int, ...]) -> None:
+        module = getattr(self, name)
+        if module is not None:
+            count = module.vectors.num_embeddings
+            tables[f"{name}.vectors.weight"] = hashed_rows(prefix_hashes, levels, count)
 
     def compilable(self) -> list[nn.Module]:
         """See `Generator.compilable`."""

@@ -13,6 +13,7 @@ from torch import nn
 from forge_ray.config import load_config
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError
+from forge_ray.gr.initial import Speaker, transplant
 from forge_ray.gr.models.base import Generator, GeneratorConfig, TokenBatch
 from forge_ray.gr.models.decoder import DecoderConfig
 from forge_ray.gr.models.parallel_heads import ParallelHeadsConfig
@@ -83,6 +84,30 @@ class GeneratorContract:
                 tokens[row : row + 1, mask[row]], mask[row : row + 1, mask[row]]
             )
             assert torch.allclose(together[row], alone[0], atol=1e-5)
+
+    def test_code_tables_name_what_depends_on_the_sids(self):
+        model, other = self.model(), self.config().build(Vocab((9, 4, 8)))
+        shapes = {name: one.shape for name, one in other.state_dict().items()}
+        codes = torch.cartesian_prod(*[torch.arange(k) for k in SIZES])
+        tables = model.code_tables()
+        given = model.state_dict()
+        assert {name for name, one in given.items() if one.shape != shapes[name]} <= set(tables)
+        for name, table in tables.items():
+            rows = table.rows(codes)
+            assert rows.shape == (len(codes), len(table.levels))
+            assert rows.min() >= table.before
+            assert rows.max() < table.before + table.num_rows <= len(given[name])
+
+    def test_vectors_mapped_to_the_same_sids_are_the_same_model(self):
+        codes = torch.cartesian_prod(*[torch.arange(k) for k in SIZES]).numpy()
+        old = Speaker(self.model(), codes)
+        torch.manual_seed(1)
+        new = Speaker(self.config().build(Vocab(SIZES)).eval(), codes)
+        weights = np.arange(1.0, len(codes) + 1)
+        found = transplant(old, new, is_mapped=True, weights=weights)
+        new.generator.load_state_dict(found)
+        batch = self.batch()
+        assert torch.allclose(old.generator.loss(batch), new.generator.loss(batch), atol=1e-5)
 
     def test_cached_beams_equal_feeding_the_codes_one_beam_at_a_time(self):
         """Forked and reordered beams score as if each were decoded alone, from scratch."""
