@@ -22,7 +22,7 @@ GROUPS = {
     "sid": "Fit, score and show semantic IDs.",
     "gr": "Train, evaluate and use generative-retrieval models.",
     "sweep": "Run, watch, report and finalize pruned sweeps over SID designs.",
-    "cluster": "Submit sweeps to a Ray cluster, follow and stop them.",
+    "cluster": "Make Ray clusters, submit sweeps to them, follow and stop them.",
     "artifacts": "List, show and remove stored artifacts.",
 }
 COMMANDS = {"dashboard": "Show sweeps in a browser: studies, report, links."}

@@ -1,4 +1,4 @@
-"""`forge-ray cluster submit|logs|status|stop|list`: sweeps as jobs of a Ray cluster."""
+"""`forge-ray cluster …`: sweeps as jobs of a Ray cluster; larger commands in files beside this."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from forge_ray.cli import cluster_render
 from forge_ray.cli.console import AsJson, Overrides, Verbose, emit, stderr
 from forge_ray.config import load_config
 from forge_ray.launch.jobs import (
@@ -30,7 +31,8 @@ from forge_ray.launch.submit import (
 )
 from forge_ray.sweep.config import SweepConfig
 
-app = typer.Typer(no_args_is_help=True, help="Submit sweeps to a Ray cluster, follow, stop them.")
+app = typer.Typer(no_args_is_help=True, help="Make clusters, submit sweeps to them, follow, stop.")
+app.command("render")(cluster_render.render)
 
 Address = Annotated[
     str,

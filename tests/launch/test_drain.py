@@ -1,0 +1,151 @@
+"""A cloud's notice becomes a drain of the node it is meant for, in a real cluster of two."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import threading
+from collections.abc import Iterator
+from datetime import datetime, timedelta, timezone
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+import pytest
+from ray._private import services
+from ray.cluster_utils import Cluster
+
+from forge_ray.errors import ConfigError
+from forge_ray.launch import drain
+from forge_ray.launch.drain import ThisNode, aws_notice, gcp_notice, watch
+from tests.gr.elastic_run import patient_get_node
+
+
+class Metadata(BaseHTTPRequestHandler):
+    """The metadata service of a cloud; `answers` maps paths to what it says."""
+
+    answers: dict[str, str]
+
+    def do_GET(self) -> None:
+        self._answer()
+
+    def do_PUT(self) -> None:
+        self._answer()
+
+    def _answer(self) -> None:
+        text = self.answers.get(self.path)
+        self.send_response(404 if text is None else 200)
+        self.end_headers()
+        self.wfile.write((text or "").encode())
+
+    def log_message(self, *_: object) -> None:
+        """Says nothing."""
+
+
+@pytest.fixture
+def metadata() -> Iterator[tuple[str, dict[str, str]]]:
+    answers = {"/latest/api/token": "secret", "/computeMetadata/v1/instance/preempted": "FALSE"}
+    handler = type("Handler", (Metadata,), {"answers": answers})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}", answers
+        server.shutdown()
+
+
+def aws_action(seconds: float) -> str:
+    ends = datetime.now(timezone.utc) + timedelta(seconds=seconds)
+    return json.dumps({"action": "terminate", "time": ends.strftime("%Y-%m-%dT%H:%M:%SZ")})
+
+
+def test_aws_says_when_the_machine_goes(metadata: tuple[str, dict[str, str]]) -> None:
+    url, answers = metadata
+    assert aws_notice(url) is None
+    answers["/latest/meta-data/spot/instance-action"] = aws_action(120)
+    left = aws_notice(url)
+    assert left is not None
+    assert 100 < left <= 120
+    answers["/latest/meta-data/spot/instance-action"] = aws_action(-5)
+    assert aws_notice(url) == 0
+
+
+def test_gcp_says_that_the_machine_goes(metadata: tuple[str, dict[str, str]]) -> None:
+    url, answers = metadata
+    assert gcp_notice(url) is None
+    answers["/computeMetadata/v1/instance/preempted"] = "TRUE"
+    assert gcp_notice(url) == drain.GCP_NOTICE_S
+
+
+class Recorder:
+    """A node that goes by itself after some looks."""
+
+    def __init__(self, *, leaves: bool = False) -> None:
+        self.drained: list[float] = []
+        self._leaves = leaves
+
+    def drain(self, seconds: float) -> None:
+        self.drained.append(seconds)
+
+    def wait_until_gone(self, seconds: float) -> bool:
+        return self._leaves
+
+
+def test_the_watch_outlasts_a_silent_service_and_drains_once() -> None:
+    said: Iterator[float | None] = iter([None, None, 77.0])
+    failures = iter([OSError("refused")])
+
+    def notice() -> float | None:
+        with contextlib.suppress(StopIteration):
+            raise next(failures)
+        return next(said)
+
+    node = Recorder()
+    assert watch(node, notice, poll_s=0.001)  # type: ignore[arg-type]
+    assert node.drained == [77.0]
+
+
+def test_the_watch_ends_with_ray() -> None:
+    node = Recorder(leaves=True)
+    assert not watch(node, lambda: None, poll_s=0.001)  # type: ignore[arg-type]
+    assert node.drained == []
+
+
+def test_no_cluster_is_said() -> None:
+    with pytest.raises(ConfigError, match="--address must be a Ray cluster that answers"):
+        ThisNode("127.0.0.1:1")
+    assert drain.main(["--seconds", "5", "--address", "127.0.0.1:1"]) == 2
+
+
+@contextlib.contextmanager
+def starting_cluster(head: dict[str, Any]) -> Iterator[Cluster]:
+    services.get_node = patient_get_node
+    nodes = Cluster(initialize_head=True, head_node_args=head)
+    try:
+        yield nodes
+    finally:
+        nodes.shutdown()
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+def test_a_drained_node_leaves_and_the_other_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two raylets on one machine differ by the names of their machines only."""
+    names = ("machine-a", "machine-b")
+    first, second = ({"env_vars": {"RAY_CLOUD_INSTANCE_ID": one}, "num_cpus": 1} for one in names)
+    with starting_cluster(first | {"include_dashboard": False}) as nodes:
+        nodes.add_node(**second)
+        address = nodes.address
+        # The head stays: it is the one that knows.
+        monkeypatch.setenv("RAY_CLOUD_INSTANCE_ID", "machine-a")
+        other = ThisNode(address)
+        monkeypatch.setenv("RAY_CLOUD_INSTANCE_ID", "machine-b")
+        node = ThisNode(address)
+        assert node.node_id != other.node_id
+        assert (node.is_alive(), other.is_alive()) == (True, True)
+        monkeypatch.setenv("RAY_CLOUD_INSTANCE_ID", "machine-c")
+        with pytest.raises(ConfigError, match="must be a node of the cluster"):
+            ThisNode(address)
+        assert not node.wait_until_gone(2)
+        monkeypatch.setenv("RAY_CLOUD_INSTANCE_ID", "machine-b")
+        # Idle, it need not wait until its time is over.
+        assert drain.main(["--seconds", "100", "--address", address]) == 0
+        assert not node.is_alive()
+        assert other.is_alive()
