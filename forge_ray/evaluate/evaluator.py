@@ -24,6 +24,7 @@ from forge_ray.data.schema import Dataset, Split
 from forge_ray.evaluate.board import Board, Ranked
 from forge_ray.evaluate.config import EvaluationConfig
 from forge_ray.evaluate.ranking import distinct_items
+from forge_ray.placement import label_selector
 from forge_ray.threads import set_threads
 
 logger = logging.getLogger(__name__)
@@ -214,6 +215,7 @@ def _on_ray(
         num_cpus=config.cpus_per_worker,
         num_gpus=gpus,
         scheduling_strategy="SPREAD",
+        label_selector=label_selector(),
         max_retries=2,
     )
     pending: list[ray.ObjectRef[Board]] = []

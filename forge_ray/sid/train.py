@@ -21,6 +21,7 @@ import torch
 from pyarrow.fs import FileSystem, LocalFileSystem
 
 from forge_ray.errors import ForgeError, TrainingError, worker_error
+from forge_ray.placement import label_selector
 from forge_ray.sid.config import TrainConfig
 from forge_ray.sid.quantizers.base import Report, TrainingSet, ignore_report
 from forge_ray.sid.quantizers.rq_vae import DataFacts, RqVae, RqVaeConfig, data_facts
@@ -184,6 +185,7 @@ def _scaling(spread: TrainConfig) -> ray.train.ScalingConfig:
         num_workers=spread.workers,
         use_gpu=bool(spread.gpus_per_worker),
         resources_per_worker={"CPU": spread.cpus_per_worker, **gpus},
+        label_selector=label_selector() or None,
     )
 
 

@@ -119,8 +119,9 @@ class ResourceConfig:
     evaluate_gpus: float = 0.0
     """GPUs of the final evaluation."""
     stage_labels: dict[str, str] = field(default_factory=dict)
-    """Labels of the nodes for the stages beside training: tokenizer, scores, final evaluation, and
-    the tasks that they start. Empty allows every node; those without GPUs are preferred."""
+    """Labels of the nodes for the stages beside training: preparing data, tokenizer, scores, final
+    evaluation, and the tasks that they start. Empty allows every node: trials prefer those without
+    GPUs, but Ray Data makes any that the autoscaler has."""
     autoscaled: dict[str, AutoscaledNodes] = field(default_factory=dict)
     """Types of nodes that the autoscaler may add, by their names in its configuration. Ray does not
     tell them; without this only nodes that run count."""

@@ -68,9 +68,8 @@ def _fit_demand(
     held = [driver, _stage_bundle(asked, asked.sid_cpus, asked.sid_gpus)]
     spread = sid.train
     if spread.workers:
-        # Where quantizers train on workers is Ray Train's choice.
-        worker = {"CPU": spread.cpus_per_worker, "GPU": spread.gpus_per_worker}
-        held.append(Bundle(resources=worker, num=spread.workers))
+        worker = _stage_bundle(asked, spread.cpus_per_worker, spread.gpus_per_worker)
+        held.append(dataclasses.replace(worker, num=spread.workers))
         held += _reading(spread.read_cpus, spread.workers * spread.read_tasks)
     cpus, gpus = 0.0, 0.0
     if num_items > sid.encode.local_items:

@@ -17,6 +17,7 @@ from forge_ray.data.schema import Dataset
 from forge_ray.data.synthetic import SyntheticConfig, generate
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate.floors import evaluate_floors
+from forge_ray.placement import stay_on
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.ledger import FinalizeRecord, Ledger, SweepLock, SweepRecords, TrialRecord
 from forge_ray.sweep.report import write_report
@@ -80,6 +81,8 @@ def run_sweep(
     """
     check_rungs(config)
     check_libraries(config.trackers)
+    # Data and floors are cheap stages too: with Ray Data, they would make GPU nodes start.
+    stay_on(config.resources.stage_labels)
     folder = sweep_folder(config, store)
     with SweepLock(folder).held():
         dataset = open_dataset(config, store, folder)
@@ -122,6 +125,7 @@ def finalize_sweep(config: SweepConfig, store: ArtifactStore) -> FinalizeRecord:
     Raises:
         ConfigError: No trial is complete.
     """
+    stay_on(config.resources.stage_labels)
     folder = sweep_folder(config, store)
     with SweepLock(folder).held():
         winner = _winner(Ledger(folder).read(), config.name)
