@@ -197,7 +197,7 @@ def _name(job: str) -> str:
 
 def _say(found: Submission) -> None:
     lines = {
-        Standing.SENT: f"submitted {found.job_id}",
+        Standing.SENT: f"submitted {found.job_id} (see forge-ray cluster logs {found.job_id} -f)",
         Standing.RUNNING: f"{found.job_id} is running already; nothing was sent",
         Standing.FINISHED: f"{found.job_id} has finished; nothing was sent (--again sends it)",
     }

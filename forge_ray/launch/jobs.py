@@ -33,6 +33,7 @@ KIND = "forge-ray"
 _TIMEOUT_S = 10.0
 _PATIENCE_S = 60.0
 _PAUSE_S = 1.0
+_EXPLAINED = (JobStatus.PENDING, JobStatus.FAILED)
 _UNAUTHORIZED, _FORBIDDEN = 401, 403
 _CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 _NO_TOKEN = (
@@ -142,7 +143,7 @@ class JobRecord:
     Attributes:
         job_id: Ray's submission id.
         status: PENDING, RUNNING, STOPPED, SUCCEEDED or FAILED.
-        reason: The last line of a failed job.
+        reason: Why it waits, or the last line of a failed job.
         started_s: When it was accepted, in seconds of Unix time.
         ended_s: When it ended; None before.
         command: What it runs.
@@ -185,7 +186,7 @@ def _record(job: JobDetails) -> JobRecord:
     return JobRecord(
         job_id=str(job.submission_id),
         status=job.status.value,
-        reason=lines[-1] if lines and job.status == JobStatus.FAILED else "",
+        reason=lines[-1] if lines and job.status in _EXPLAINED else "",
         started_s=job.start_time / 1000 if job.start_time else None,
         ended_s=job.end_time / 1000 if job.end_time else None,
         command=job.entrypoint,

@@ -21,7 +21,7 @@ from packaging.requirements import InvalidRequirement, Requirement
 from ray.runtime_env import RuntimeEnv
 
 from forge_ray.config import canonical_json, load_config, to_mapping
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ClusterError, ConfigError
 from forge_ray.launch.job_paths import check_paths, check_store, file_in_tree
 from forge_ray.launch.jobs import KIND, Cluster, JobRecord, answering, our_jobs
 from forge_ray.launch.working_tree import WorkingTree, read_tree, write_archive
@@ -199,20 +199,20 @@ def submit_job(cluster: Cluster, plan: JobPlan, *, again: bool = False) -> Submi
             return found
         environment = {**plan.runtime_env, **({"working_dir": str(archive)} if plan.tree else {})}
         try:
-            cluster.client.submit_job(
-                entrypoint=plan.entrypoint,
-                submission_id=found.job_id,
-                runtime_env=environment,
-                metadata={**plan.metadata, "tree": digest},
-                entrypoint_num_cpus=plan.driver_cpus,
-                entrypoint_label_selector=NOT_SPOT,
-            )
-        except RuntimeError:
-            # Someone else's submission of this attempt came first: then it is theirs that runs.
+            with answering(cluster.address):
+                cluster.client.submit_job(
+                    entrypoint=plan.entrypoint,
+                    submission_id=found.job_id,
+                    runtime_env=environment,
+                    metadata={**plan.metadata, "tree": digest},
+                    entrypoint_num_cpus=plan.driver_cpus,
+                    entrypoint_label_selector=NOT_SPOT,
+                )
+        except ClusterError:
+            # Another submission of this attempt may have come first: then it is theirs that runs.
             now = decide(our_jobs(cluster), plan, tree=digest, again=again)
             if now.standing is Standing.SENT:
-                with answering(cluster.address):
-                    raise
+                raise
             return now
     return found
 

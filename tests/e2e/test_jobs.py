@@ -14,6 +14,8 @@ from tests.e2e.faults import TinySweep, trains
 from tests.e2e.head import TokenHead
 from tests.gr.processes import wait_until
 
+LONG = ("gr.max_steps=1200", "gr.validation.every=100")
+"""Trainings that outlast the start of a few commands."""
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
 
@@ -49,9 +51,9 @@ def answer(
 def test_a_stopped_job_is_continued_by_submitting_again(head: TokenHead, tmp_path: Path) -> None:
     sweep = TinySweep.make(tmp_path / "project")
     folder = sweep.folder
-    # One that Ray refuses to hear from a job and its driver both.
-    submit = ["submit", "sweep.yaml", "--store", str(folder / "store"), "--driver-cpus", "0.5"]
-    submit += ["--env", "OMP_WAIT_POLICY=passive"]
+    submit = ["submit", "sweep.yaml", *LONG, "--store", str(folder / "store")]
+    # The variable is one that `sweep run` itself gives to workers.
+    submit += ["--driver-cpus", "0.5", "--env", "OMP_WAIT_POLICY=passive"]
     out, err = answer(head, folder, *submit)
     first = out.strip()
     assert first.startswith("tiny-")
@@ -59,12 +61,12 @@ def test_a_stopped_job_is_continued_by_submitting_again(head: TokenHead, tmp_pat
     assert "warning" not in err
 
     follower = command(head, folder, "logs", first, "-f", "--address", head.address)
-    wait_until(lambda: done(sweep) >= 1 and trains(sweep.ledger.read()), "no second trial", 900)
     out, err = answer(head, folder, *submit)
     assert (out.strip(), "is running already" in err) == (first, True)
     assert "running with other settings" in answer(head, folder, *submit, "num_trials=3", code=2)[1]
-    assert json.loads(answer(head, folder, "status", "tiny", "--json")[0])["status"] == "RUNNING"
+    assert json.loads(answer(head, folder, "status", "tiny", "--json")[0])["id"] == first
 
+    wait_until(lambda: half_way(head, sweep, first), "no second trial", 900)
     assert "STOPPED" in answer(head, folder, "stop", "sweep.yaml")[1]
     seen, told = follower.communicate(timeout=120)
     assert follower.returncode == 1, told
@@ -88,8 +90,12 @@ def test_a_stopped_job_is_continued_by_submitting_again(head: TokenHead, tmp_pat
     assert [row["status"] for row in rows] == ["STOPPED", "SUCCEEDED"]
 
 
-def done(sweep: TinySweep) -> int:
-    return len(finished(sweep))
+def half_way(head: TokenHead, sweep: TinySweep, job: str) -> bool:
+    """Whether a trial has finished and another trains; fails where the job has ended before."""
+    logs = head.folder / "ray" / "session_latest" / "logs"
+    said = (logs / f"job-driver-{job}.log").read_text()
+    assert "report:" not in said, said
+    return bool(finished(sweep)) and trains(sweep.ledger.read())
 
 
 def finished(sweep: TinySweep) -> dict[str, tuple[str, float | None]]:

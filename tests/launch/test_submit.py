@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import pytest
 
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ClusterError, ConfigError
 from forge_ray.launch.jobs import Cluster, JobRecord
 from forge_ray.launch.submit import (
     NOT_SPOT,
@@ -154,8 +154,11 @@ class Client:
 
     def __init__(self, jobs: list[JobRecord], *, is_late: bool = False) -> None:
         self.jobs, self.is_late, self.sent = jobs, is_late, {}
+        self.error: Exception | None = None
 
     def submit_job(self, **given: Any) -> str:
+        if self.error:
+            raise self.error
         self.sent = given
         given["archive"] = Path(given["runtime_env"]["working_dir"]).read_bytes()
         if self.is_late:
@@ -196,6 +199,19 @@ def test_two_submitters_at_once_share_one_job(root: Path, cluster) -> None:
     cluster.client.is_late = True
     found = submit_job(cluster, plan(root))
     assert (found.standing, found.is_same_tree) == (Standing.RUNNING, True)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("Request failed with status code 500: no space"), "got: Request failed"),
+        (ConnectionResetError("reset by peer"), "must answer, got: reset by peer"),
+    ],
+)
+def test_a_refused_job_is_told(root: Path, cluster, error, told) -> None:
+    cluster.client.error = error
+    with pytest.raises(ClusterError, match=told):
+        submit_job(cluster, plan(root))
 
 
 def environment(**options: Any) -> dict[str, Any]:
