@@ -102,7 +102,8 @@ def open_cluster(address: str) -> Cluster:
             "something else. Pass the address that `ray status` and `ray dashboard` show, "
             "http://host:8265."
         )
-    headers = {"Authorization": f"Bearer {token}"} if asks else {}
+    # An empty one keeps Ray from adding the token where RAY_AUTH_MODE is set here and not there.
+    headers = {"Authorization": f"Bearer {token}" if asks else ""}
     for name in _CHATTY:
         logging.getLogger(name).setLevel(logging.WARNING)
     # Ray lets its variables win over the address that it is given.

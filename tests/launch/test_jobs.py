@@ -12,6 +12,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray._private.authentication import authentication_utils
 from ray.job_submission import JobStatus
 
 from forge_ray.errors import ClusterError, ConfigError
@@ -72,7 +73,14 @@ def test_a_token_opens_a_cluster_that_asks(head: Head) -> None:
     assert found.warnings == []
 
 
-def test_a_token_stays_here_where_none_is_asked(head: Head) -> None:
+def test_a_token_stays_here_where_none_is_asked(head: Head, monkeypatch) -> None:
+    # As with RAY_AUTH_MODE=token here, which Ray reads once in a process.
+    header = {"Authorization": f"Bearer {TOKEN}"}
+    loader = SimpleNamespace(get_token_for_http_header=lambda: header)
+    monkeypatch.setattr(authentication_utils, "is_token_auth_enabled", lambda: True)
+    monkeypatch.setattr(
+        "ray._raylet.AuthenticationTokenLoader", SimpleNamespace(instance=lambda: loader)
+    )
     head.token = None
     found = open_cluster(head.url)
     assert set(head.tokens_seen) == {""}
