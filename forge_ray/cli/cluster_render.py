@@ -12,7 +12,7 @@ from forge_ray.cli.console import ConfigFile, Overrides, stderr
 from forge_ray.config import load_config
 from forge_ray.errors import ConfigError
 from forge_ray.launch.render.config import PROVIDERS
-from forge_ray.launch.render.files import left_as_examples, write
+from forge_ray.launch.render.files import SWEEP_RESOURCES, left_as_examples, write
 from forge_ray.launch.render.files import render as render_files
 
 
@@ -33,7 +33,8 @@ def render(
     cluster = load_config(PROVIDERS[provider], path=config, overrides=overrides or ())
     texts = render_files(cluster)
     if out is None:
-        sys.stdout.write("---\n".join(f"# {name}\n{text}" for name, text in texts.items()))
+        manifests = {name: one for name, one in texts.items() if SWEEP_RESOURCES not in name}
+        sys.stdout.write("---\n".join(f"# {name}\n{one}" for name, one in manifests.items()))
     else:
         for path in write(texts, out):
             stderr.print(f"wrote {path}", soft_wrap=True, highlight=False)

@@ -16,12 +16,15 @@ from forge_ray.errors import ConfigError
 from forge_ray.launch.render.config import (
     EXAMPLES,
     GKE_GPUS,
+    PROVIDERS,
     SHARED_DISK,
     AwsConfig,
     ClusterConfig,
-    GcpConfig,
 )
+from forge_ray.launch.render.resources import sweep_resources
 
+SWEEP_RESOURCES = "-sweep-resources.yaml"
+"""Ending of the one file that is no manifest but a part of a sweep file."""
 RAY_VERSION = "2.60.0"
 """Of the image; `constraints.txt` pins the same."""
 
@@ -32,11 +35,9 @@ def render(config: ClusterConfig) -> dict[str, str]:
     Returns:
         Texts by path within a folder; the first is what starts the cluster.
     """
-    if isinstance(config, AwsConfig):
-        return _fill(config, _aws_files(config))
-    if isinstance(config, GcpConfig):
-        return _fill(config, _GCP_FILES)
-    return _fill(config, _KUBERAY_FILES)
+    provider = next(name for name, one in PROVIDERS.items() if one is type(config))
+    files = _aws_files(config) if isinstance(config, AwsConfig) else _FILES[provider]
+    return _fill(config, files) | {f"{provider}{SWEEP_RESOURCES}": sweep_resources(config)}
 
 
 def write(texts: Mapping[str, str], folder: Path) -> list[Path]:
@@ -72,14 +73,16 @@ def _aws_files(config: AwsConfig) -> dict[str, str]:
     return files | ({"aws-iam/worker.json": "aws-worker.json.j2"} if config.bucket else {})
 
 
-_GCP_FILES = {
-    "gcp.yaml": "gcp.yaml.j2",
-    "gcp-roles/head.yaml": "gcp-head-role.yaml.j2",
-    "gcp-roles/launcher.yaml": "gcp-launcher-role.yaml.j2",
-}
-_KUBERAY_FILES = {
-    f"kuberay/{name}.yaml": f"kuberay/{name}.yaml.j2"
-    for name in ("access", "storage", "network-policy", "raycluster", "rayjob")
+_FILES = {
+    "gcp": {
+        "gcp.yaml": "gcp.yaml.j2",
+        "gcp-roles/head.yaml": "gcp-head-role.yaml.j2",
+        "gcp-roles/launcher.yaml": "gcp-launcher-role.yaml.j2",
+    },
+    "kuberay": {
+        f"kuberay/{name}.yaml": f"kuberay/{name}.yaml.j2"
+        for name in ("access", "storage", "network-policy", "raycluster", "rayjob")
+    },
 }
 
 
