@@ -19,6 +19,7 @@ import ray.data
 from ray._private import worker as ray_worker
 from ray._private.runtime_env.constants import RAY_JOB_CONFIG_JSON_ENV_VAR
 
+from forge_ray.errors import ClusterError
 from forge_ray.launch.watch import watching
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ _DRIVER_ENV = {
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
+_STARTS = 3
+_SLOW_START = "timed out during startup"
 # ray.data configures its loggers when it is imported, hence the import above.
 _NOISY = ("ray", "ray.data", "ray.train", "ray.tune", "deepspeed", "DeepSpeed", "optuna")
 
@@ -62,6 +65,9 @@ def connect(
         num_cpus: CPUs of a local Ray; None counts those of the machine.
         dashboard: Whether a local Ray serves its dashboard (on localhost).
         verbose: Whether Ray's and the workers' own log lines reach this terminal.
+
+    Raises:
+        ClusterError: A local Ray did not start in time, though it was tried again.
     """
     for name, value in _DRIVER_ENV.items():
         os.environ.setdefault(name, value)
@@ -74,7 +80,7 @@ def connect(
     if is_local:
         options |= {"num_cpus": num_cpus, "include_dashboard": dashboard}
     with closing_new(default_token_file()):
-        ray.init(
+        _init(
             **options,
             log_to_driver=verbose,
             logging_level=logging.INFO if verbose else logging.ERROR,
@@ -85,6 +91,26 @@ def connect(
         # between the lines of `--json`. Private name: a test pins it.
         ray_worker.print_to_stdstream = _log_notice
     quiet_logs(verbose=verbose)
+
+
+def _init(**options: Any) -> None:
+    """`ray.init`, tried again where a busy machine starts a raylet slower than Ray waits."""
+    for attempt in range(_STARTS):
+        try:
+            ray.init(**options)
+            return
+        except Exception as error:  # noqa: PERF203 - three tries at most
+            # Ray waits half a minute, which nothing sets, and has no class for the end of it.
+            if _SLOW_START not in str(error):
+                raise
+            ray.shutdown()
+            if attempt + 1 == _STARTS:
+                raise ClusterError(
+                    f"Ray must start within 30 s on this machine, got none in {_STARTS} tries. "
+                    "Is it very busy, or short of memory? Try again when it is less so, or join a "
+                    "running Ray with RAY_ADDRESS."
+                ) from error
+            logger.warning("Ray did not start within 30 s on this busy machine; trying again")
 
 
 def default_token_file() -> Path:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 
 import pytest
 import ray
 
+from forge_ray.errors import ClusterError
+from forge_ray.launch import connect as connect_module
 from forge_ray.launch.connect import _worker_env, closing_new, connect, quiet_logs
 
 pytestmark = pytest.mark.ray
@@ -68,3 +71,30 @@ def test_a_new_token_is_its_owners(tmp_path) -> None:
                 made.write_text("x")
     assert made.stat().st_mode & 0o777 == 0o600
     assert known.stat().st_mode == modes
+
+
+def test_a_slow_start_is_tried_again_and_then_named(monkeypatch, caplog) -> None:
+    starts: list[dict[str, object]] = []
+
+    def slow(**options: object) -> None:
+        starts.append(options)
+        if len(starts) < limit:
+            raise Exception("The current node timed out during startup. This could happen …")
+
+    monkeypatch.setattr("forge_ray.launch.connect.ray.init", slow)
+    monkeypatch.setattr("forge_ray.launch.connect.ray.shutdown", lambda: None)
+    limit = 3
+    connect_module._init(address="local")
+    assert len(starts) == 3
+    starts.clear()
+    limit = 9
+    with pytest.raises(ClusterError, match=r"Ray must start within 30 s .* got none in 3 tries"):
+        connect_module._init(address="local")
+    monkeypatch.setattr("forge_ray.launch.connect._SLOW_START", "something else")
+    with pytest.raises(Exception, match="timed out during startup"):
+        connect_module._init(address="local")
+
+
+def test_ray_still_says_it_like_this() -> None:
+    source = inspect.getsource(ray._private.node.Node.__init__)
+    assert connect_module._SLOW_START in source
