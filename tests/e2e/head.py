@@ -39,7 +39,7 @@ class TokenHead:
     @classmethod
     def start(cls, *, num_cpus: int = 2) -> TokenHead:
         """Starts a head and waits until its dashboard answers."""
-        folder = Path(tempfile.mkdtemp(prefix="frj-", dir="/tmp"))
+        folder = Path(tempfile.mkdtemp(prefix="ray-head-", dir="/tmp"))
         (folder / "token").write_text(secrets.token_hex(32))
         ports = _free_ports(8)
         names = ["port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port"]
