@@ -172,7 +172,7 @@ def list_jobs(
 
 @app.command()
 def stop(job: JobName, address: Address = DEFAULT_ADDRESS, verbose: Verbose = False) -> None:
-    """End a sweep's job as Ctrl-C would. Submitting it again continues from the last checkpoints."""
+    """End a sweep's job as Ctrl-C would; submitting it continues from the last checkpoints."""
     cluster = _open(address)
     found = find_job(cluster, _name(job))
     if found.is_over:
