@@ -26,6 +26,7 @@ from forge_ray.cli.console import (
 )
 from forge_ray.cli.gr_compare import compare
 from forge_ray.cli.gr_decode import evaluate, recommend
+from forge_ray.cli.gr_stages import stages
 from forge_ray.cli.inputs import open_data
 from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
@@ -38,12 +39,15 @@ app = typer.Typer(no_args_is_help=True, help="Train, evaluate and use generative
 app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("recommend")(recommend)
+app.command("stages")(stages)
 
 SidsRef = Annotated[str, typer.Argument(help="SID table: a stored one, or an .npz file.")]
 DataRef = Annotated[
     str | None,
     typer.Option(
-        "--data", help="Dataset of an .npz table, or a folder of raw files; stored tables know it."
+        "--data",
+        help="Dataset of an .npz table, or a folder of raw files. Stored tables know theirs; "
+        "another stage of its log may be named.",
     ),
 ]
 RunName = Annotated[
@@ -142,13 +146,14 @@ def _open_inputs(
         dataset = open_data(data, store, verbose=verbose)
         return dataset, SidTable.from_npz(sids, dataset.item_ids())
     artifact = store.open(sids, kind=SIDS_KIND)
-    own = artifact.manifest.parents[1]
-    if data is not None and Dataset.open(store, data).key != own:
+    own = Dataset.open(store, artifact.manifest.parents[1])
+    dataset = own if data is None else Dataset.open(store, data)
+    if not dataset.has_items_of(own):
         raise ConfigError(
-            f"--data must be the dataset {own[:12]} that {sids} was fitted on, got {data}. "
-            "Leave --data out."
+            f"--data must be the dataset {own.key[:12]} that {sids} was fitted on, or another "
+            f"stage of its log, got {data}. Leave --data out."
         )
-    return Dataset.open(store, own), SidTable.open(artifact)
+    return dataset, SidTable.open(artifact)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:

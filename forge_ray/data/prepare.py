@@ -191,7 +191,8 @@ def _identity(config: PrepareConfig, stage: Stage) -> dict[str, Any]:
     days = None if stage.days is None else to_mapping(stage.days)
     if days is not None:
         # The days say it all; another number of stages must not rebuild this one.
-        split = {"kind": split["kind"], "validation_share": split["validation_share"]}
+        kept = {"kind": split["kind"], "validation_share": split["validation_share"]}
+        split = kept if split["targets"] == "all" else {**kept, "targets": split["targets"]}
     return {"split": split, "stage": days, "pairs": to_mapping(config.pairs)}
 
 

@@ -15,9 +15,17 @@ from typer.testing import CliRunner
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.cli.data import app
 from forge_ray.config import load_config
-from forge_ray.data.prepare import PrepareConfig, _default_name, open_or_prepare, prepare
+from forge_ray.data.cut import Stage
+from forge_ray.data.prepare import (
+    PrepareConfig,
+    _default_name,
+    _identity,
+    open_or_prepare,
+    prepare,
+)
 from forge_ray.data.schema import Dataset
 from forge_ray.data.sources import InteractionsConfig, VectorsConfig
+from forge_ray.data.splits import StageDays, TemporalConfig
 from tests.data.raw import write_events, write_raw
 
 pytestmark = pytest.mark.ray
@@ -109,3 +117,11 @@ def test_a_folder_lends_its_full_name_and_a_file_its_stem(tmp_path: Path, scheme
     assert _default_name(PrepareConfig(source=f"{scheme}{raw}/")) == "beauty.v2"
     log = InteractionsConfig(path=f"{scheme}{raw}/interactions.csv")
     assert _default_name(PrepareConfig(interactions=log)) == "interactions"
+
+
+def test_two_kinds_of_targets_are_two_datasets() -> None:
+    stage = Stage(1, StageDays(0, 7, 8))
+    every, last = (PrepareConfig(split=TemporalConfig(targets=kind)) for kind in ("all", "last"))
+    assert _identity(every, stage) != _identity(last, stage)
+    more = PrepareConfig(split=TemporalConfig(num_stages=3))
+    assert _identity(every, stage) == _identity(more, stage)

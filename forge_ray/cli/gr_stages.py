@@ -1,0 +1,109 @@
+"""`forge-ray gr stages`: FORGE's chain of stages and its table."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.cli.console import (
+    DEFAULT_STORE,
+    AsJson,
+    ConfigFile,
+    Overrides,
+    StoreUri,
+    Verbose,
+    emit,
+    open_store,
+    stderr,
+    working,
+)
+from forge_ray.config import load_config
+from forge_ray.data.chain import stage_chain
+from forge_ray.data.schema import Dataset
+from forge_ray.sid.storage import SIDS_KIND
+from forge_ray.sid.table import SidTable
+
+if TYPE_CHECKING:
+    from forge_ray.gr.stages import SidVariant, StageRow, StagesConfig
+
+
+def stages(
+    data: Annotated[str, typer.Argument(help="Any one stage of a temporal split.")],
+    overrides: Overrides = None,
+    sids: Annotated[
+        list[str] | None,
+        typer.Option("--sids", help="SID table of the items; may be repeated."),
+    ] = None,
+    config: ConfigFile = None,
+    run_dir: Annotated[
+        str, typer.Option("--run-dir", help="Where checkpoints go: a path or URI nodes share.")
+    ] = "./forge-runs",
+    store: StoreUri = DEFAULT_STORE,
+    as_json: AsJson = False,
+    verbose: Verbose = False,
+) -> None:
+    """Train on each stage, evaluate on the days after it, and continue on the next.
+
+    Prints HR@20, 100, 500 and 1000 per stage, SID table and backbone, continued and from scratch.
+
+    Example: forge-ray gr stages toy-s1 --sids sids/toy-s1-0123456789ab train.max_steps=500
+    """
+    from forge_ray.gr.stages import StagesConfig, run_stages
+    from forge_ray.launch.connect import connected
+
+    settings = load_config(StagesConfig, path=config, overrides=overrides or ())
+    where = open_store(store)
+    chain = stage_chain(where, data)
+    variants = [_variant(ref, chain[0], where) for ref in sids or []]
+    if not variants:
+        raise typer.BadParameter("give --sids with a SID table of the stages' items")
+    folder = run_dir if "://" in run_dir else str(Path(run_dir).resolve())
+    with connected(verbose=verbose), working("training the stages"):
+        rows = run_stages(chain, variants, settings, store=where, run_dir=folder, tell=_tell)
+    emit([_line(row, settings) for row in rows], title=_title(chain), as_json=as_json)
+
+
+def _variant(ref: str, first: Dataset, store: ArtifactStore) -> SidVariant:
+    from forge_ray.errors import ConfigError
+    from forge_ray.gr.stages import SidVariant
+
+    if ref.endswith(".npz"):
+        return SidVariant(Path(ref).stem, SidTable.from_npz(ref, first.item_ids()), Path(ref))
+    artifact = store.open(ref, kind=SIDS_KIND)
+    fitted_on = Dataset.open(store, artifact.manifest.parents[1])
+    if not first.has_items_of(fitted_on):
+        raise ConfigError(
+            f"--sids must be a table of a stage of {first.name}'s log, got one of "
+            f"{fitted_on.artifact.manifest.ref}. Fit one: forge-ray sid fit {first.key[:12]}"
+        )
+    name = artifact.manifest.ref.split("/", 1)[1]
+    return SidVariant(name, SidTable.open(artifact), artifact)
+
+
+def _tell(row: StageRow) -> None:
+    shown = "  ".join(f"{k} {v:.4f}" for k, v in row.metrics.items() if k in ("HR@20", "HR@100"))
+    stderr.print(
+        f"stage {row.stage}  {row.sids}  {row.backbone}  {row.training}  {shown}",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def _line(row: StageRow, settings: StagesConfig) -> dict[str, Any]:
+    return {
+        "stage": row.stage,
+        "SIDs": row.sids,
+        "backbone": row.backbone,
+        "training": row.training,
+        "steps": row.steps,
+        "users": int(row.metrics["users"]),
+        **{f"HR@{k}": row.metrics[f"HR@{k}"] for k in sorted(settings.evaluate.ks)},
+        "model": row.model,
+    }
+
+
+def _title(chain: list[Dataset]) -> str:
+    return f"Stages {chain[0].name} to {chain[-1].name}, {chain[0].num_items:,} items"
