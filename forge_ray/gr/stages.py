@@ -15,6 +15,7 @@ from pathlib import Path
 from forge_ray.artifacts import Artifact, ArtifactStore
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
+from forge_ray.gr.checkpoint import config_hash, table_key
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.models.base import GeneratorConfig
 from forge_ray.gr.scoring import ModelEvaluationConfig, evaluate_model
@@ -156,13 +157,11 @@ class _Chain:
 
     def train(self, number: int, dataset: Dataset, before: Artifact | None) -> Artifact:
         """The model of a stage, from the one before or from scratch."""
-        way = "continued" if before else "scratch"
-        key = f"{dataset.key[:6]}-{before.key[:6] if before else 'new'}"
-        name = f"{self.variant.name}-{self.backbone}-s{number}-{way}-{key}"
-        logger.info("stage %d: training %s", number, name)
         config = replace(self.config.train, model=self.model)
         if before is not None:
             config = replace(config, initial=replace(config.initial, model=before.key))
+        name = f"{self.variant.name}-{self.backbone}-s{number}-{self._digest(config, dataset)}"
+        logger.info("stage %d: training %s", number, name)
         result = train_generator(
             config,
             dataset,
@@ -172,6 +171,11 @@ class _Chain:
             name=name,
         )
         return result.artifact
+
+    def _digest(self, config: GrConfig, dataset: Dataset) -> str:
+        # Other settings are other runs, in folders of their own.
+        content = {"gr": config.identity(), "table": table_key(self.variant.table)}
+        return config_hash({**content, "dataset": dataset.key})[:8]
 
     def row(self, number: int, dataset: Dataset, model: Artifact, training: str) -> StageRow:
         """The figures of a model on the days after a stage."""
