@@ -15,6 +15,7 @@ import contextlib
 import logging
 import math
 import os
+import pickle
 import shutil
 import tempfile
 import warnings
@@ -36,6 +37,7 @@ T = TypeVar("T")
 
 TAG = "engine"
 """Folder of DeepSpeed's files inside a checkpoint."""
+_TENSORS_ONLY = "TORCH_FORCE_WEIGHTS_ONLY_LOAD"
 
 
 @dataclass(kw_only=True)
@@ -258,13 +260,25 @@ class Engine:
                 universal checkpoint.
 
         Raises:
-            ArtifactError: The folder holds no shards.
+            ArtifactError: The folder holds no shards, or shards that hold more than tensors and
+                numbers.
         """
         if not any((folder / TAG).glob("*.pt")):
             raise ArtifactError(
                 f"{folder}/{TAG} must hold a DeepSpeed checkpoint, got none. Remove the run's "
                 "folder and train again."
             )
+        try:
+            with _tensors_only():
+                self._load(folder, world_size)
+        except pickle.UnpicklingError as error:
+            raise ArtifactError(
+                f"{folder}/{TAG} must hold tensors and numbers only, got: {str(error).strip()}. "
+                "Whoever wrote it may want to run code here: remove the run's folder and train "
+                "again."
+            ) from error
+
+    def _load(self, folder: Path, world_size: int) -> None:
         # Without sharding the whole state is in one file, in bf16 too.
         if self.config.zero_stage == 0 or world_size == self.world_size:
             self._engine.load_checkpoint(str(folder), tag=TAG)
@@ -327,6 +341,29 @@ def _convert(shards: Path, target: Path) -> None:
         contextlib.redirect_stderr(nothing),
     ):
         ds_to_universal.main(options)
+
+
+@contextlib.contextmanager
+def _tensors_only() -> Iterator[None]:
+    """Lets torch unpickle tensors, numbers and DeepSpeed's own plain classes alone.
+
+    DeepSpeed asks for whole pickles, which may run any code; torch's variable overrides that.
+    """
+    _import_deepspeed()
+    from deepspeed.runtime.fp16.loss_scaler import LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    before = os.environ.get(_TENSORS_ONLY)
+    os.environ[_TENSORS_ONLY] = "1"
+    try:
+        with torch.serialization.safe_globals([LossScaler, ZeroStageEnum, fragment_address]):
+            yield
+    finally:
+        if before is None:
+            del os.environ[_TENSORS_ONLY]
+        else:
+            os.environ[_TENSORS_ONLY] = before
 
 
 def _to_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import os
 import tempfile
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -134,6 +137,32 @@ def test_golden_curve(packing):
 def test_loading_nothing_is_an_error(tmp_path):
     with pytest.raises(ArtifactError, match="must hold a DeepSpeed checkpoint"):
         make().load(tmp_path, world_size=1)
+
+
+class Evil:
+    """Runs a command where it is unpickled."""
+
+    def __init__(self, target: Path) -> None:
+        self.target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
+        return Path.touch, (self.target,)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("file", expected_shards(1, 1, "fp32"))
+def test_shards_that_hold_code_are_refused_and_do_not_run(tmp_path, file, world_size):
+    engine = make()
+    engine.save(tmp_path)
+    shard = tmp_path / TAG / file
+    state = torch.load(shard, weights_only=False)
+    torch.save({**state, "evil": Evil(tmp_path / "touched")}, shard)
+    with pytest.raises(ArtifactError, match="must hold tensors and numbers only"):
+        make().load(tmp_path, world_size=world_size)
+    assert not (tmp_path / "touched").exists()
+    assert "TORCH_FORCE_WEIGHTS_ONLY_LOAD" not in os.environ
+    torch.load(shard, weights_only=False)
+    assert (tmp_path / "touched").exists()  # it would have
 
 
 @pytest.mark.parametrize("where", ["conversion", "load"])
