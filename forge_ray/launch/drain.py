@@ -28,7 +28,7 @@ from ray._private import services
 from ray._raylet import GcsClient  # type: ignore[attr-defined]
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
-from ray.exceptions import RpcError
+from ray.exceptions import AuthenticationError, RpcError
 
 from forge_ray.errors import ConfigError, ForgeError, StorageError
 
@@ -52,7 +52,8 @@ class ThisNode:
         address: of the cluster's GCS, `host:port`; None asks RAY_ADDRESS, then this machine's Ray.
 
     Raises:
-        ConfigError: There is no such cluster, or this machine is no node of it.
+        ConfigError: There is no such cluster, it wants another token, or this machine is no node
+            of it.
     """
 
     node_id: str
@@ -65,11 +66,16 @@ class ThisNode:
             socket.create_connection((host.strip("[]"), int(port)), timeout=5).close()
             self._gcs = GcsClient(address=found)
             self.node_id = self._find()
+        except AuthenticationError as error:
+            raise ConfigError(
+                f"the token must be that of the cluster at {found}, got none or another. Set "
+                "RAY_AUTH_MODE=token, and RAY_AUTH_TOKEN or ~/.ray/auth_token as on its nodes."
+            ) from error
         except (OSError, RpcError) as error:
             where = address or os.environ.get("RAY_ADDRESS") or "this machine"
             raise ConfigError(
                 f"--address must be a Ray cluster that answers, got {where}: {error}. "
-                "Name the head, host:6379, and set RAY_AUTH_MODE=token where it asks for a token."
+                "Name the head, host:6379."
             ) from error
 
     def _find(self) -> str:

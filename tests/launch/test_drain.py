@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from ray._private import services
 from ray.cluster_utils import Cluster
+from ray.exceptions import AuthenticationError
 
 from forge_ray.errors import ConfigError
 from forge_ray.launch import drain
@@ -112,6 +113,21 @@ def test_no_cluster_is_said() -> None:
     with pytest.raises(ConfigError, match="--address must be a Ray cluster that answers"):
         ThisNode("127.0.0.1:1")
     assert drain.main(["--seconds", "5", "--address", "127.0.0.1:1"]) == 2
+
+
+def test_a_wrong_token_is_said(
+    metadata: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(address: str) -> None:
+        raise AuthenticationError("InvalidAuthToken")
+
+    monkeypatch.setattr(drain, "GcsClient", refuse)
+    # Ray writes this machine's address for loopback, where nothing listens.
+    resolve = "canonicalize_bootstrap_address_or_die"
+    monkeypatch.setattr(drain.services, resolve, lambda address: address)
+    address = metadata[0].removeprefix("http://")
+    with pytest.raises(ConfigError, match=f"the token must be that of the cluster at {address}"):
+        ThisNode(address)
 
 
 @contextlib.contextmanager
