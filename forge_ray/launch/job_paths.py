@@ -140,6 +140,5 @@ def _file_path(text: str) -> str:
 
 
 def _is_within(path: str, root: str) -> bool:
-    if "://" in root:
-        return False
-    return PurePosixPath(posixpath.normpath(path)).is_relative_to(posixpath.normpath(root))
+    # A root that is a URI holds no path of a disk.
+    return PurePosixPath(path).is_relative_to(posixpath.normpath(root))

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tests.gr.processes import pids_of, wait_until
 
-_PR_SET_PDEATHSIG = 1
+_PR_SET_PDEATHSIG, _STARTS = 1, 3
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -38,7 +38,17 @@ class TokenHead:
 
     @classmethod
     def start(cls, *, num_cpus: int = 2) -> TokenHead:
-        """Starts a head and waits until its dashboard answers."""
+        """Starts a head and waits until its dashboard answers; three times on a busy machine."""
+        for _ in range(_STARTS):
+            head = cls._spawn(num_cpus=num_cpus)
+            if head.has_started():
+                return head
+            said = (head.folder / "head.log").read_text()
+            head.stop()
+        raise AssertionError(said)
+
+    @classmethod
+    def _spawn(cls, *, num_cpus: int) -> TokenHead:
         folder = Path(tempfile.mkdtemp(prefix="ray-head-", dir="/tmp"))
         (folder / "token").write_text(secrets.token_hex(32))
         ports = _free_ports(8)
@@ -61,13 +71,7 @@ class TokenHead:
                 start_new_session=True,
                 preexec_fn=_end_with_parent,
             )
-        head = cls(folder, ports[1], process)
-        try:
-            wait_until(head.is_ready, "the head's dashboard never answered", 300)
-        except BaseException:
-            head.stop()
-            raise
-        return head
+        return cls(folder, ports[1], process)
 
     @property
     def address(self) -> str:
@@ -79,10 +83,19 @@ class TokenHead:
         """Of a user's commands: who has the token, and nothing of Ray's beside it."""
         return _environment(self.folder)
 
+    def has_started(self) -> bool:
+        """Waits; False where the head gave up, for it waits half a minute for its own raylet."""
+        try:
+            wait_until(lambda: self.is_ready() or self.process.poll() is not None, "no head", 300)
+        except BaseException:
+            self.stop()
+            raise
+        return self.process.poll() is None
+
     def is_ready(self) -> bool:
-        """Whether the Jobs API answers; fails where the head has ended."""
-        log = (self.folder / "head.log").read_text()
-        assert self.process.poll() is None, log
+        """Whether the head has started and its Jobs API answers."""
+        if "Ray runtime started" not in (self.folder / "head.log").read_text():
+            return False
         headers = {"Authorization": f"Bearer {(self.folder / 'token').read_text()}"}
         request = urllib.request.Request(f"{self.address}/api/jobs/", headers=headers)
         try:

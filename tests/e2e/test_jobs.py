@@ -14,7 +14,7 @@ from tests.e2e.faults import TinySweep, trains
 from tests.e2e.head import TokenHead
 from tests.gr.processes import wait_until
 
-LONG = ("gr.max_steps=800", "gr.validation.every=100")
+LONG = ("gr.max_steps=600", "gr.validation.every=100")
 """Trainings that outlast the start of a few commands."""
 pytestmark = [pytest.mark.slow, pytest.mark.ray]
 
