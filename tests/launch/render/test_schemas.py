@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import boto3
@@ -99,6 +100,27 @@ def test_ec2_takes_the_machines(monkeypatch: pytest.MonkeyPatch) -> None:
                 # Spot machines only where they were asked for.
                 is_spot = created.instance_lifecycle == "spot"
                 assert is_spot == (name == "gpu" and case != "bought"), (case, name)
+
+
+def test_ray_adds_no_group_and_no_role_of_its_own(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """What `ray up` fills in where a file is silent would be open to the world, or all-powerful."""
+    for name in ("ACCESS_KEY_ID", "SECRET_ACCESS_KEY", "SESSION_TOKEN"):
+        monkeypatch.setenv(f"AWS_{name}", "testing")
+    monkeypatch.setenv("HOME", str(tmp_path))  # the key pair goes to ~/.ssh
+    with mock_aws():
+        ec2 = boto3.client("ec2", region_name="us-west-2")
+        iam = boto3.client("iam", region_name="us-west-2")
+        config = cluster("aws", simulated_network())
+        groups = ec2.describe_security_groups()["SecurityGroups"]
+        prepared = schemas.validate_ray_up(config)
+        started = _get_node_provider_cls(config["provider"]).bootstrap_config(prepared)
+        assert ec2.describe_security_groups()["SecurityGroups"] == groups
+        assert iam.list_roles()["Roles"] == []
+        for name, kind in config["available_node_types"].items():
+            node = started["available_node_types"][name]["node_config"]
+            assert node.items() >= kind["node_config"].items()
 
 
 def simulated_network() -> list[str]:
