@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
 from forge_ray.cli.data import app
-from forge_ray.errors import DataError
+from forge_ray.errors import ConfigError, DataError
+from tests.data.al_gr import files
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 runner = CliRunner()
@@ -47,3 +49,18 @@ def test_bad_files_fail_validate_with_an_example(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match="row 2: timestamp must be a whole number"):
         runner.invoke(app, ["prepare", str(tmp_path)], catch_exceptions=False)
+
+
+def test_al_gr_files_go_in_and_come_back(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    rows = [["user_history", "target_item"], *files.sequence_rows(rng, 5), ["a;;b", "c"]]
+    raw = files.write_rows(tmp_path / "raw/s1.csv", rows)
+    inside, out = str(tmp_path / "in"), str(tmp_path / "out")
+    config = ["version=final", f"output={inside}"]
+    report = call("import", str(raw.parent), "--format", "al-gr", *config)
+    assert (report["rows"], report["skipped"]) == ({"sequences": 5}, {"empty_item": 1})
+    assert call("export", inside, out)["left_out"] == {"empty_item": 1}
+    lines = raw.read_text().splitlines()
+    assert (tmp_path / "out/s1.csv").read_text().splitlines() == lines[:-1]
+    with pytest.raises(ConfigError, match="overrides must go with a dataset"):
+        runner.invoke(app, ["export", inside, out, "targets=last"], catch_exceptions=False)

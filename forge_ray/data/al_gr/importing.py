@@ -290,7 +290,8 @@ def _write_all(
             record = writer.close(record, group)
             group = []
         writer.add(batch, record.shards)
-        group.append(replace(batch, table=batch.table.slice(0, 0)))
+        # A slice of no rows would keep the rows in memory.
+        group.append(replace(batch, table=batch.table.schema.empty_table()))
     return writer.close(record, group) if group else record
 
 
