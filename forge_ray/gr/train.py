@@ -215,7 +215,9 @@ def _fit(
     """Runs the trainer; what the workers wrote about the end."""
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+
+    from forge_ray.trainer import ForgeTrainer
 
     config = job.config
     # The workers look for themselves; here it is said where a user sees it.
@@ -223,7 +225,7 @@ def _fit(
     for warning in found.warnings:
         logger.warning(warning)
     tell_again(found, callbacks)
-    trainer = TorchTrainer(
+    trainer = ForgeTrainer(
         train_worker,
         # The codes lie in the object store once; every worker of a node reads them in place.
         train_loop_config={"job": job, "codes": ray.put(np.asarray(table.codes))},

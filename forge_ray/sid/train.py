@@ -143,7 +143,9 @@ def _train_on_ray(
 ) -> RqVae:
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig, TorchTrainer
+    from ray.train.torch import TorchConfig
+
+    from forge_ray.trainer import ForgeTrainer
 
     model.prepare(data)
     plan = model.plan(data)
@@ -151,7 +153,7 @@ def _train_on_ray(
     staged = stage(data, filesystem, f"{folder}/data")
     job = _Job(model.config, model.input_dim, model.seed, model.scale, plan, staged, spread, select)
     shared = {"facts": data_facts(model.config, data), "start": model.start_rows(data)}
-    trainer = TorchTrainer(
+    trainer = ForgeTrainer(
         train_worker,
         train_loop_config={"job": job, "shared": ray.put(shared)},
         torch_config=TorchConfig(backend="nccl" if spread.gpus_per_worker else "gloo"),

@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import ray
+import ray.train
+from ray._private import state
+
+from forge_ray.trainer import ForgeTrainer
+from tests.gr.processes import wait_until
+
+
+def report_for_ever(settings: dict[str, Any]) -> None:
+    while True:
+        Path(settings["told"]).touch()
+        ray.train.report({"step": 1})
+        time.sleep(0.2)
+
+
+@ray.remote(num_cpus=0)
+class Trial:
+    def train(self, folder: str) -> None:
+        ForgeTrainer(
+            report_for_ever,
+            train_loop_config={"told": f"{folder}/told"},
+            scaling_config=ray.train.ScalingConfig(
+                num_workers=1, resources_per_worker={"CPU": 0.5}
+            ),
+            run_config=ray.train.RunConfig(name="run", storage_path=folder),
+        ).fit()
+
+
+def cleaners() -> list[str]:
+    found = [one for one in state.actors().values() if one["ActorClassName"] == "GroupCleaner"]
+    return [one["State"] for one in found]
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_killed_controller_leaves_no_helper_and_frees_its_workers(
+    ray_local: None, tmp_path: Path
+) -> None:
+    before = len(cleaners())
+    trial = Trial.remote()
+    trial.train.remote(str(tmp_path))
+    wait_until((tmp_path / "told").exists, "no training", 300)
+    assert cleaners()[before:].count("ALIVE") == 1
+    groups = {key for key, one in group_states().items() if one == "CREATED"}
+    assert groups
+    ray.kill(trial)
+    wait_until(lambda: set(cleaners()) == {"DEAD"}, "the helper stayed", 60)
+    wait_until(lambda: not held(groups), "the workers' resources stayed", 60)
+
+
+def group_states() -> dict[str, str]:
+    table = ray.util.placement_group_table()
+    return {key: one["state"] for key, one in table.items()}
+
+
+def held(groups: set[str]) -> set[str]:
+    return {key for key in groups if group_states().get(key, "REMOVED") != "REMOVED"}
