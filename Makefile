@@ -28,13 +28,14 @@ test: setup
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not services" --timeout 3600
 
-# Needs Debian's chromium and postgresql; installs them where we are root.
+# Needs Debian's chromium, postgresql and prometheus; installs them where we are root. Pictures of the
+# pages that the browser opened are kept in build/screenshots.
 test-services: setup
-	@command -v chromium >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
+	@command -v chromium >/dev/null && command -v promtool >/dev/null && ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || \
 	  { [ "$$(id -u)" = 0 ] && apt-get update -qq && \
-	  apt-get install -y -qq --no-install-recommends chromium postgresql >/dev/null; } || \
-	  { echo "chromium and postgresql must be installed for these tests." \
-	  "Run apt-get install chromium postgresql."; exit 1; }
+	  apt-get install -y -qq --no-install-recommends chromium postgresql prometheus >/dev/null; } || \
+	  { echo "chromium, postgresql and prometheus must be installed for these tests." \
+	  "Run apt-get install chromium postgresql prometheus."; exit 1; }
 	$(BIN)/python -m pytest -m services
 
 lint: setup

@@ -1,0 +1,163 @@
+"""A real sweep on a real Ray with dashboard and token, scraped by a real Prometheus as it runs."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from forge_ray.config import load_config
+from forge_ray.sweep.config import SweepConfig
+from forge_ray.sweep.ledger import Ledger, SweepRecords
+from tests.launch.monitoring import RULES, SERVER
+from tests.services.prometheus import Prometheus, scraping
+
+SWEEP = """
+name: watched
+synthetic: {num_items: 300, num_users: 400, vector_dim: 16, branching: [4, 4], users_per_shard: 100}
+space:
+  sid.quantizer.codebook_size: {choice: [32, 64]}
+points:
+- {sid.quantizer.kind: random}
+sampler: {kind: grid}
+num_trials: null
+max_concurrent: 1
+sid: {quantizer: {levels: 2}}
+gr:
+  model: {hidden_size: 32, num_layers: 1, num_heads: 2, intermediate_size: 64}
+  engine: {global_batch: 32}
+  max_steps: 60
+  max_history: 10
+  cpus_per_worker: 0.5
+  validation: {every: 20, users: 50, ks: [5, 10]}
+evaluation: {users: 100}
+gate: {warmup: 10}
+asha: {enabled: false}
+budget: {max_hours: 1, prices: {cpu_hour: 0.05}}
+"""
+DRIVER = """
+import sys
+from pathlib import Path
+import ray
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.config import load_config
+from forge_ray.launch.connect import connected
+from forge_ray.sweep.config import SweepConfig
+from forge_ray.sweep.sweep import run_sweep
+
+file, store, temp = sys.argv[1:]
+ray.init(num_cpus=2, _temp_dir=temp, log_to_driver=False)
+with connected():
+    context = ray.init(ignore_reinit_error=True, log_to_driver=False)
+    print("dashboard", context.dashboard_url, flush=True)
+    input()
+    run_sweep(load_config(SweepConfig, path=Path(file)), ArtifactStore(store))
+    print("done", flush=True)
+    input()
+"""
+"""Begins when it is sent a line; ends with Ctrl-C."""
+
+
+@dataclass(frozen=True)
+class WatchedSweep:
+    """A sweep that has run; its Ray and Prometheus are up.
+
+    Attributes:
+        config: The sweep file.
+        folder: The sweep's folder.
+        dashboard: Address of Ray's dashboard.
+        token: What the dashboard asks for.
+        prometheus: Scraped every second while the sweep ran.
+        began: `time.time()` when the sweep began.
+        ended: The same when it ended.
+    """
+
+    config: SweepConfig
+    folder: Path
+    dashboard: str
+    token: str
+    prometheus: Prometheus
+    began: float
+    ended: float
+
+    @property
+    def records(self) -> SweepRecords:
+        """The sweep's ledger."""
+        return Ledger(self.folder).read()
+
+
+@contextmanager
+def watched_sweep() -> Iterator[WatchedSweep]:
+    """Runs the sweep before the block begins."""
+    home = Path(tempfile.mkdtemp(prefix="fw-"))  # short: sockets' paths are limited
+    file, store, token = home / "sweep.yaml", home / "store", secrets.token_hex(32)
+    file.write_text(SWEEP, encoding="utf-8")
+    (home / "token").write_text(token, encoding="utf-8")
+    env = {
+        **os.environ,
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(home / "token"),
+        "RAY_raylet_start_wait_time_s": "300",  # a busy machine
+    }
+    command = [sys.executable, "-c", DRIVER, str(file), str(store), str(home / "ray")]
+    with (home / "log").open("w") as log:
+        driver = subprocess.Popen(
+            command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
+        )
+    try:
+        dashboard = f"http://{_said(driver, 'dashboard', home)}"
+        with scraping(server_config(dashboard, home / "token"), home / "prometheus") as prometheus:
+            began = time.time()
+            _say(driver)
+            _said(driver, "done", home)
+            yield WatchedSweep(
+                config=load_config(SweepConfig, path=file),
+                folder=store / "sweeps" / "watched",
+                dashboard=dashboard,
+                token=token,
+                prometheus=prometheus,
+                began=began,
+                ended=time.time(),
+            )
+    finally:
+        driver.send_signal(signal.SIGINT)
+        driver.wait(120)
+        shutil.rmtree(home)
+
+
+def server_config(dashboard: str, token: Path) -> str:
+    """The configuration that we ship, for this Ray, ten times as often."""
+    text = SERVER.read_text(encoding="utf-8")
+    for old, new in (
+        ("http://127.0.0.1:8265", dashboard),
+        ("/etc/prometheus/ray-token", str(token)),
+        (f"[{RULES.name}]", json.dumps([str(RULES)])),
+        ("10s", "5s"),
+    ):
+        assert old in text, old
+        text = text.replace(old, new)
+    return text
+
+
+def _say(driver: subprocess.Popen[str]) -> None:
+    assert driver.stdin is not None
+    driver.stdin.write("\n")
+    driver.stdin.flush()
+
+
+def _said(driver: subprocess.Popen[str], word: str, home: Path) -> str:
+    assert driver.stdout is not None
+    for line in driver.stdout:
+        if line.startswith(word):
+            return line.removeprefix(word).strip()
+    raise AssertionError((home / "log").read_text())
