@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import re
 import shlex
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from _typeshed.wsgi import StartResponse, WSGIEnvironment
 
 logger = logging.getLogger(__name__)
+
+_SERVERS = {"Grafana": "RAY_GRAFANA_HOST", "Prometheus": "RAY_PROMETHEUS_HOST"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,7 +109,7 @@ class Dashboard:
         for place, sweep in enumerate(self._sweeps):
             own = [one for one in studies if one._study_id % len(self._sweeps) == place]
             rows.append(_row(place, sweep, [(one._study_id, one.study_name) for one in own]))
-        return str(self._template.render(sweeps=rows))
+        return str(self._template.render(sweeps=rows, servers=server_links(os.environ)))
 
     def report(self, place: int) -> str:
         """The report of what is known now; nothing is written."""
@@ -193,6 +196,16 @@ def _row(place: int, sweep: ShownSweep, studies: list[tuple[int, str]]) -> dict[
         ],
         "trackers": tracker_links(sweep.config, sweep.folder),
     }
+
+
+def server_links(environ: Mapping[str, str]) -> list[dict[str, str]]:
+    """Grafana and Prometheus where Ray's own variables say that they are."""
+    places = {name: environ.get(variable, "") for name, variable in _SERVERS.items()}
+    return [
+        {"name": name, "url": place}
+        for name, place in places.items()
+        if place.startswith(("http://", "https://"))  # Ray takes `DISABLED` too
+    ]
 
 
 def tracker_links(config: SweepConfig, folder: Path) -> list[dict[str, str]]:

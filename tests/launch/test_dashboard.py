@@ -124,6 +124,15 @@ def test_links_and_report_are_made_from_the_ledger(tmp_path: Path) -> None:
     assert not (sweep.folder / "report.html").exists()
 
 
+def test_servers_are_linked_where_rays_variables_name_them(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("RAY_GRAFANA_HOST", "http://grafana:3000")
+    monkeypatch.setenv("RAY_PROMETHEUS_HOST", "DISABLED")
+    with served(make_sweep(tmp_path)) as page:
+        text = fetch(page)
+    assert '<a href="http://grafana:3000">Grafana</a>' in text
+    assert "Prometheus" not in text
+
+
 def test_a_browser_cannot_change_a_study(tmp_path: Path) -> None:
     sweep = make_sweep(tmp_path)
     with served(sweep) as page:

@@ -37,3 +37,35 @@ def rendered(page: Path, profile: Path, *flags: str) -> str:
         [*command, page.as_uri()], capture_output=True, text=True, timeout=120, check=True
     )
     return done.stdout
+
+
+HERE = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
+"""What this machine serves is all that can be reached."""
+SCREENSHOTS = Path(__file__).resolve().parents[2] / "build" / "screenshots"
+"""Where pictures of pages are kept, for whoever runs the tests."""
+
+
+def dom(url: str, profile: Path, *flags: str) -> str:
+    """A page that this machine serves, after its scripts ran, as HTML."""
+    done = subprocess.run(
+        [*_served(profile), *flags, "--dump-dom", url],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=True,
+    )
+    return done.stdout
+
+
+def screenshot(url: str, profile: Path, name: str) -> Path:
+    """A picture of such a page, below `SCREENSHOTS`."""
+    SCREENSHOTS.mkdir(parents=True, exist_ok=True)
+    path = SCREENSHOTS / f"{name}.png"
+    command = [*_served(profile), f"--screenshot={path}", "--window-size=1400,1400", url]
+    subprocess.run(command, capture_output=True, timeout=300, check=True)
+    return path
+
+
+def _served(profile: Path) -> list[str]:
+    flags = [one for one in FLAGS if "resolver" not in one]
+    return [find_browser(), *flags, HERE, f"--user-data-dir={profile}"]

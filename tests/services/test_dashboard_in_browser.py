@@ -2,25 +2,15 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import pytest
 
 from tests.launch.test_dashboard import make_sweep, served
-from tests.services.chromium import FLAGS, find_browser
+from tests.services.chromium import dom
 from tests.sweep.records import METRIC
 
 pytestmark = pytest.mark.services
-
-
-def dom(url: str, profile: Path) -> str:
-    """A page after its scripts ran; the dashboard on this machine is all that can be reached."""
-    flags = [one for one in FLAGS if "resolver" not in one]
-    here = "--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1"
-    command = [find_browser(), *flags, here, f"--user-data-dir={profile}", "--dump-dom", url]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=True)
-    return done.stdout
 
 
 def test_a_person_sees_links_and_the_study(tmp_path: Path) -> None:
