@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from forge_ray.cli import cluster_render
+from forge_ray.cli import cluster_doctor, cluster_render
 from forge_ray.cli.console import AsJson, Overrides, Verbose, emit, stderr
 from forge_ray.config import load_config
 from forge_ray.launch.jobs import (
@@ -31,8 +31,9 @@ from forge_ray.launch.submit import (
 )
 from forge_ray.sweep.config import SweepConfig
 
-app = typer.Typer(no_args_is_help=True, help="Make clusters, submit sweeps to them, follow, stop.")
+app = typer.Typer(no_args_is_help=True, help="Make and check clusters, submit sweeps to them.")
 app.command("render")(cluster_render.render)
+app.command("doctor")(cluster_doctor.doctor)
 
 Address = Annotated[
     str,

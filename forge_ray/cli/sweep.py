@@ -50,6 +50,8 @@ def run(
     failed and none is complete.
     """
     from forge_ray.cli import sweep_budget
+    from forge_ray.launch.preflight import check_before_sweep
+    from forge_ray.launch.preflight_sweep import shared_places
     from forge_ray.sweep.sweep import run_sweep
 
     config = load_config(SweepConfig, path=file, overrides=overrides or ())
@@ -57,6 +59,7 @@ def run(
         sweep_budget.show_dry_run(config, open_store(store), as_json=as_json)
         return
     with connected(verbose=verbose):
+        check_before_sweep(shared_places(open_store(store), config))
         words = ("forge-ray", "sweep", "run", str(file), *(overrides or ()), "--store", store)
         result = run_sweep(config, open_store(store), command=words)
     _print_result(config, result.records, as_json=as_json, report=result.report)
