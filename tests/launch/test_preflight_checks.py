@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from forge_ray.errors import ClusterError
-from forge_ray.launch.preflight import require_sound, sure_skew
+from forge_ray.launch.preflight import logger, require_sound, sure_skew
 from forge_ray.launch.preflight_checks import (
     Finding,
     check_auth,
@@ -110,9 +110,11 @@ def test_auth() -> None:
     assert "ray get-auth-token --generate" in off.text
 
 
-def test_failures_stop_a_sweep_and_warnings_do_not(caplog: pytest.LogCaptureFixture) -> None:
+def test_failures_stop_a_sweep_and_warnings_do_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(logger, "warning", lambda text, *words: said.append(text % words))
     require_sound([Finding(check="disk", verdict="warning", text="little.")])
-    assert "disk: little." in caplog.text
+    assert said == ["disk: little."]
     failed = [Finding(check=name, verdict="failed", text=f"{name}!") for name in ("a", "b")]
     with pytest.raises(ClusterError, match=r"^a: a! And 1 more: b: b!$"):
         require_sound(failed)

@@ -55,9 +55,8 @@ from forge_ray.launch.connect import connected
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.sweep import run_sweep
 
-file, store, temp = sys.argv[1:]
-ray.init(num_cpus=2, _temp_dir=temp, log_to_driver=False)
-with connected():
+file, store = sys.argv[1:]
+with connected(address="local", num_cpus=2):
     context = ray.init(ignore_reinit_error=True, log_to_driver=False)
     print("dashboard", context.dashboard_url, flush=True)
     input()
@@ -99,17 +98,13 @@ class WatchedSweep:
 @contextmanager
 def watched_sweep() -> Iterator[WatchedSweep]:
     """Runs the sweep before the block begins."""
-    home = Path(tempfile.mkdtemp(prefix="fw-"))  # short: sockets' paths are limited
+    home = Path(tempfile.mkdtemp(prefix="watched-"))
     file, store, token = home / "sweep.yaml", home / "store", secrets.token_hex(32)
     file.write_text(SWEEP, encoding="utf-8")
     (home / "token").write_text(token, encoding="utf-8")
-    env = {
-        **os.environ,
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(home / "token"),
-        "RAY_raylet_start_wait_time_s": "300",  # a busy machine
-    }
-    command = [sys.executable, "-c", DRIVER, str(file), str(store), str(home / "ray")]
+    env = {**os.environ, "RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(home / "token")}
+    env.pop("RAY_ADDRESS", None)
+    command = [sys.executable, "-c", DRIVER, str(file), str(store)]
     with (home / "log").open("w") as log:
         driver = subprocess.Popen(
             command, env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log
