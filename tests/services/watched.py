@@ -126,7 +126,7 @@ def watched_sweep() -> Iterator[WatchedSweep]:
             )
     finally:
         driver.send_signal(signal.SIGINT)
-        driver.wait(120)
+        driver.wait(400)  # a busy machine ends a Ray slowly
         shutil.rmtree(home)
 
 
