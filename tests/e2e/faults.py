@@ -7,7 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -76,8 +76,16 @@ class TinySweep:
         """The sweep's memory."""
         return Ledger(self.folder / "store" / "sweeps" / "tiny")
 
-    def start(self, *overrides: str, store: str = "") -> subprocess.Popen[str]:
-        """The driver, in a session of its own; what it says goes to a file."""
+    def start(
+        self, *overrides: str, store: str = "", env: Mapping[str, str] | None = None
+    ) -> subprocess.Popen[str]:
+        """The driver, in a session of its own; what it says goes to a file.
+
+        Args:
+            overrides: Words after the sweep file.
+            store: URI; empty means a folder beside the sweep file.
+            env: Its environment, for a sweep on a cluster; None is that of the test.
+        """
         words = ["sweep", "run", str(self.folder / "sweep.yaml"), *overrides]
         uri = store or str(self.folder / "store")
         with self.said_by(len(_DRIVERS)).open("w") as said:
@@ -87,6 +95,7 @@ class TinySweep:
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
+                env=env,
             )
         _DRIVERS.append(driver)
         return driver

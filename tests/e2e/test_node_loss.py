@@ -1,0 +1,129 @@
+"""Nodes are lost under a sweep: with a notice, without one, and the head with all that it knew."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.sweep.ledger import TrialRecord
+from tests.e2e.clusters import LocalCluster, LocalNode, local_cluster
+from tests.e2e.faults import SWEEP, TinySweep, rows_told, steps, trains
+from tests.gr.processes import wait_until
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
+
+EVERY, STEPS = 100, 600
+"""Notices are answered at multiples of ten steps, so that their checkpoints are known by theirs."""
+LONG = f"""
+name: tiny
+synthetic: {{num_items: 300, num_users: 400, vector_dim: 16, branching: [4, 4]}}
+space:
+  sid.quantizer.codebook_size: {{choice: [32, 64]}}
+sampler: {{kind: grid}}
+num_trials: null
+max_concurrent: 2
+sid: {{quantizer: {{levels: 2}}}}
+gr:
+  model: {{hidden_size: 64, num_layers: 3, num_heads: 2, intermediate_size: 256}}
+  engine: {{global_batch: 192}}
+  max_steps: {STEPS}
+  max_history: 10
+  worker_resources: {{fakegpu: 1}}
+  keep_checkpoints: 1000
+  validation: {{every: {EVERY}, users: 50, ks: [5, 10], aside: false}}
+evaluation: {{users: 100}}
+gate: {{mode: "off"}}
+asha: {{enabled: false}}
+"""
+
+
+def home(one: TrialRecord) -> str:
+    """Node of a training, as its last row says."""
+    return str(one.places[-1].get("train", {}).get("ray.io/node-id", ""))
+
+
+def checkpoints(sweep: TinySweep, one: TrialRecord) -> list[int]:
+    """Steps of a training's committed checkpoints."""
+    folder = sweep.ledger.folder / "runs" / f"trial-{one.key[:16]}" / "checkpoints"
+    found = [json.loads(path.read_text()) for path in folder.glob("*/checkpoint.json")]
+    return sorted(one["progress"]["step"] for one in found)
+
+
+def trials(sweep: TinySweep) -> list[TrialRecord]:
+    return list(sweep.ledger.read().trials.values())
+
+
+def test_a_killed_and_a_drained_node_cost_no_trial(tmp_path: Path) -> None:
+    sweep = TinySweep.make(tmp_path / "sweep", LONG)
+    with local_cluster() as cluster:
+        cluster.start_head("--num-cpus=2", "--include-dashboard=false")
+        words = ("--num-cpus=1", '--resources={"fakegpu": 1}')
+        # Two to be lost, and two that take over.
+        nodes = {one.node_id: one for one in (cluster.add_node(*words) for _ in range(4))}
+        driver = sweep.start(env=cluster.env)
+        sweep.wait(driver, lambda _: len(trained_on(sweep, nodes)) == 2, "two trainings")
+        killed, drained = trials(sweep)
+        first = [home(one) for one in (killed, drained)]
+        nodes[first[0]].kill()
+        cluster.drain(nodes[first[1]], 30)
+        notice = wait_until(
+            lambda: [step for step in checkpoints(sweep, drained) if step % EVERY],
+            "no checkpoint after the notice",
+        )
+        sweep.finish(driver)
+    ended = trials(sweep)
+    assert [one.state for one in ended] == ["complete"] * 2
+    # Nobody but Ray Train started anything again: the trials themselves lived on the head.
+    assert [len(one.attempts) for one in ended] == [1, 1]
+    for one, before in zip(ended, first, strict=True):
+        assert home(one) not in ("", *first), before
+        assert steps(one)[-1] == STEPS
+        # A training that began anew, or further back than its newest checkpoint, would tell a row
+        # twice.
+        told = rows_told(sweep)[one.key]
+        assert told == sorted(set(told))
+        assert len(losses(sweep, one)) == STEPS
+    # The run went on from the notice's checkpoint: one before it would have been written again.
+    assert [step for step in checkpoints(sweep, drained) if step % EVERY] == notice
+
+
+def trained_on(sweep: TinySweep, nodes: dict[str, LocalNode]) -> set[str]:
+    running = [one for one in trials(sweep) if one.state == "running" and one.history]
+    return {home(one) for one in running} & set(nodes)
+
+
+def losses(sweep: TinySweep, one: TrialRecord) -> Any:
+    store = ArtifactStore(sweep.folder / "store")
+    found = np.load(store.open(one.artifacts["model"]).local("losses.npy"))
+    assert np.isfinite(found).all()
+    return found
+
+
+def start_small(cluster: LocalCluster) -> LocalNode:
+    return cluster.start_head("--num-cpus=2", "--include-dashboard=false")
+
+
+def test_a_sweep_outlives_its_head(tmp_path: Path) -> None:
+    sweep = TinySweep.make(tmp_path / "sweep", SWEEP)
+    with local_cluster() as cluster:
+        head = start_small(cluster)
+        driver = sweep.start(env=cluster.env)
+        sweep.wait(driver, trains, "a training")
+        before = {one.key: one for one in sweep.ledger.read().finished()}
+        head.kill()
+        # A driver without its cluster ends: a job that stayed would never be tried again.
+        assert driver.wait(timeout=300) != 0
+    with local_cluster() as cluster:
+        start_small(cluster)
+        sweep.finish(sweep.start(env=cluster.env))
+    after = sweep.ledger.read()
+    assert sorted(one.state for one in after.trials.values()) == ["complete", "complete", "pruned"]
+    for told in rows_told(sweep).values():
+        assert told == sorted(set(told))
+    for key in before:
+        assert len(after.trials[key].attempts) == 1
