@@ -6,7 +6,6 @@ import json
 import os
 import secrets
 import shutil
-import signal
 import subprocess
 import sys
 import tempfile
@@ -59,12 +58,12 @@ file, store = sys.argv[1:]
 with connected(address="local", num_cpus=2):
     context = ray.init(ignore_reinit_error=True, log_to_driver=False)
     print("dashboard", context.dashboard_url, flush=True)
-    input()
+    sys.stdin.readline()
     run_sweep(load_config(SweepConfig, path=Path(file)), ArtifactStore(store))
     print("done", flush=True)
-    input()
+    sys.stdin.readline()
 """
-"""Begins when it is sent a line; ends with Ctrl-C."""
+"""Begins when it is sent a line; ends with the next, or with the end of its input."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +124,16 @@ def watched_sweep() -> Iterator[WatchedSweep]:
                 ended=time.time(),
             )
     finally:
-        driver.send_signal(signal.SIGINT)
-        driver.wait(400)  # a busy machine ends a Ray slowly
-        shutil.rmtree(home)
+        # Not Ctrl-C, which is ignored below a shell that runs the tests in the background.
+        assert driver.stdin is not None
+        driver.stdin.close()
+        try:
+            driver.wait(400)  # a busy machine ends a Ray slowly
+        except subprocess.TimeoutExpired:
+            driver.kill()
+            raise
+        finally:
+            shutil.rmtree(home)
 
 
 def server_config(dashboard: str, token: Path) -> str:
