@@ -21,6 +21,7 @@ from forge_ray.embed.teachers.ppmi_svd import PpmiSvdConfig
 from forge_ray.embed.teachers.sasrec import SasRecTeacherConfig
 from forge_ray.embed.teachers.two_tower import TwoTowerConfig
 from forge_ray.embed.vectors import VectorsConfig
+from forge_ray.sid.al_gr import AlGrExportConfig
 from forge_ray.sid.alignment import presets
 from forge_ray.sid.alignment.diversity import DiversityConfig
 from forge_ray.sid.alignment.hamr import HamrConfig
@@ -663,3 +664,5 @@ CASES = (
 )
 BASES = (SasRecConfig,)
 """Concrete classes that are only ever used through a subclass walked above."""
+ELSEWHERE = (AlGrExportConfig,)
+"""Needs a running Ray; its fields are walked in tests/sid/test_al_gr.py."""

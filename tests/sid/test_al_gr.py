@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import csv
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -36,7 +37,14 @@ def dataset(store: ArtifactStore) -> Dataset:
     pairs = rng.integers(0, 300, (2, 500)).astype(np.int32)
     vectors = rng.normal(size=(300, 8)).astype(np.float32)
     items = Ragged(rows.values.astype(np.int32), rows.offsets)
-    return write_dataset(store, items, item_ids=ids, vectors=vectors, pairs=(pairs[0], pairs[1]))
+    return write_dataset(
+        store,
+        items,
+        item_ids=ids,
+        vectors=vectors,
+        pairs=(pairs[0], pairs[1]),
+        spaces={"other": vectors[:, ::-1].copy()},
+    )
 
 
 @pytest.fixture
@@ -172,3 +180,34 @@ def test_the_command_takes_foreign_tables(
     result = CliRunner().invoke(app, arguments, catch_exceptions=False)
     assert result.exit_code == 0, result.output
     assert json.loads(result.stdout)["rows"] == {"item_sid.csv": dataset.num_items}
+
+
+OTHERS: dict[str, Any] = {
+    "parts": ["gr"],
+    "targets": "last",
+    "max_history": 2,
+    "level_stride": 64,
+    "space": "other",
+    "max_queries": 3,
+    "system": "Say it in {levels}.",
+    "before": "Before: ",
+    "after": ". After?",
+}
+
+
+@pytest.mark.parametrize("name", OTHERS)
+def test_a_field_changes_something(
+    name: str, dataset: Dataset, table: SidTable, tmp_path: Path
+) -> None:
+    assert set(OTHERS) == {one.name for one in dataclasses.fields(AlGrExportConfig)}
+    written = []
+    for folder, config in (
+        ("usual", AlGrExportConfig()),
+        ("other", AlGrExportConfig(**{name: OTHERS[name]})),
+    ):
+        export_dataset(dataset, table, str(tmp_path / folder), config)
+        found = sorted((tmp_path / folder).rglob("*"))
+        files = [path for path in found if path.suffix in (".csv", ".npz", ".txt")]
+        assert files
+        written.append([(path.name, path.read_bytes()) for path in files])
+    assert written[0] != written[1]
