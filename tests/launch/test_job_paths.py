@@ -27,7 +27,7 @@ def check(root: Path, store: str = "/shared/store", shared: tuple[str, ...] = ()
         ({"data": "/shared/store/../../etc"}, "data must hold no '..'"),
         ({"data": "../other"}, "data must hold no '..'"),
         ({"data": "~/data"}, "data must hold no '..' and no '~'"),
-        ({"gr": {"model": {"path": "/root/.ssh"}}}, "gr.model.path must lie"),
+        ({"gr": {"model": {"path": "/keys/id"}}}, "gr.model.path must lie"),
         ({"points": [{"sid.vectors.path": "/etc/x"}]}, r"points\[0\].sid.vectors.path must lie"),
         ({"space": {"a": {"choice": ["/etc/x"]}}}, r"space.a.choice\[0\] must lie"),
         ({"folder": "/home/me/sweeps"}, "folder must lie"),
