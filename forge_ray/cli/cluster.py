@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from datetime import datetime, timedelta, timezone
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -22,14 +22,9 @@ from forge_ray.launch.jobs import (
     read_log,
     stop_job,
 )
-from forge_ray.launch.submit import (
-    Standing,
-    Submission,
-    SubmitOptions,
-    plan_job,
-    submit_job,
-)
-from forge_ray.sweep.config import SweepConfig
+
+if TYPE_CHECKING:
+    from forge_ray.launch.submit import Submission
 
 app = typer.Typer(no_args_is_help=True, help="Make and check clusters, submit sweeps to them.")
 app.command("render")(cluster_render.render)
@@ -101,6 +96,9 @@ def submit(
 
     Prints the submission id. A sweep that runs already is not sent again.
     """
+    # Imports torch, which looking at jobs does without.
+    from forge_ray.launch.submit import Standing, SubmitOptions, plan_job, submit_job
+
     options = SubmitOptions(
         store=store,
         exclude=exclude or (),
@@ -192,17 +190,19 @@ def _open(address: str) -> Cluster:
 
 def _name(job: str) -> str:
     """The id or the name as given; a sweep file stands for its name."""
+    from forge_ray.sweep.config import SweepConfig
+
     is_file = job.endswith((".yaml", ".yml"))
     return load_config(SweepConfig, path=job).name if is_file else job
 
 
 def _say(found: Submission) -> None:
     lines = {
-        Standing.SENT: f"submitted {found.job_id} (see forge-ray cluster logs {found.job_id} -f)",
-        Standing.RUNNING: f"{found.job_id} is running already; nothing was sent",
-        Standing.FINISHED: f"{found.job_id} has finished; nothing was sent (--again sends it)",
+        "submitted": f"submitted {found.job_id} (see forge-ray cluster logs {found.job_id} -f)",
+        "running": f"{found.job_id} is running already; nothing was sent",
+        "finished": f"{found.job_id} has finished; nothing was sent (--again sends it)",
     }
-    _tell(lines[found.standing])
+    _tell(lines[found.standing.value])
     if not found.is_same_tree:
         _tell("it has the working tree of its submission, which was another")
 

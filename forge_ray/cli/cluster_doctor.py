@@ -20,7 +20,6 @@ from forge_ray.cli.console import (
 )
 from forge_ray.config import load_config
 from forge_ray.launch.connect import connected
-from forge_ray.sweep.config import SweepConfig
 
 
 def doctor(
@@ -46,6 +45,7 @@ def doctor(
     """
     from forge_ray.launch.preflight import examine
     from forge_ray.launch.preflight_sweep import check_resources, compiles, shared_places
+    from forge_ray.sweep.config import SweepConfig
 
     config = load_config(SweepConfig, path=file, overrides=overrides or ()) if file else None
     opened = open_store(store)

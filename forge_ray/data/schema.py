@@ -253,8 +253,18 @@ class Dataset:
     # ---- behaviour ----
 
     def pairs(self) -> Pairs:
-        """Load the pairs (12 bytes each; at most `pairs.top_k` per item)."""
-        table = self._table(self.artifact.files("pairs/"), None)
+        """Load the pairs (12 bytes each; at most `pairs.top_k` per item).
+
+        Raises:
+            DataError: the dataset was prepared without pairs.
+        """
+        files = self.artifact.files("pairs/")
+        if not files:
+            raise DataError(
+                f"dataset {self.name} must have pairs for this, got none. Prepare it with "
+                "pairs.window > 0."
+            )
+        table = self._table(files, None)
         return Pairs(*(table[name].to_numpy() for name in PAIRS_SCHEMA.names))
 
     def sequence_files(self, split: Split) -> list[str]:

@@ -11,6 +11,7 @@ or halving ended are FAIL there, with the reason.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import logging
 import math
@@ -156,7 +157,10 @@ class TrialSource:
     ) -> None:
         self._resolve = resolve
         self._known = {key: one.number for key, one in records.items()}
-        self._next_number = 1 + max(self._known.values(), default=-1)
+        # Those of the plan as in the session before, whichever of them started then.
+        self._numbers = itertools.filterfalse(
+            frozenset(self._known.values()).__contains__, itertools.count()
+        )
         self._num_trials = num_trials
         self._is_dry = False
         self.rejections: Counter[str] = Counter()
@@ -233,8 +237,7 @@ class TrialSource:
 
     def _spec(self, point: Point, resolved: Resolved) -> TrialSpec:
         if resolved.key not in self._known:
-            self._known[resolved.key] = self._next_number
-            self._next_number += 1
+            self._known[resolved.key] = next(self._numbers)
         self._wanted.add(resolved.key)
         number = self._known[resolved.key]
         known = {name: value for name, value in vars(resolved).items() if name != "rejected"}

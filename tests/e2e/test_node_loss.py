@@ -12,8 +12,9 @@ import pytest
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.sweep.ledger import TrialRecord
 from tests.e2e.clusters import LocalCluster, LocalNode, local_cluster
-from tests.e2e.faults import SWEEP, TinySweep, rows_told, steps, trains
+from tests.e2e.faults import TinySweep, rows_told, steps, trains
 from tests.gr.processes import wait_until
+from tests.tiny_sweep import SWEEP
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 

@@ -6,13 +6,13 @@ from pathlib import Path
 
 import optuna
 import pytest
-import yaml
 from optuna.trial import TrialState
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.sweep.ledger import Ledger
 from forge_ray.sweep.study import open_storage
-from tests.e2e.faults import SWEEP, TinySweep
+from tests.e2e.faults import TinySweep
+from tests.tiny_sweep import with_sections
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
@@ -28,7 +28,7 @@ order: planned
 
 
 def test_a_tokenizer_is_fitted_once_for_all_trials_of_all_sweeps(tmp_path: Path) -> None:
-    sweep = TinySweep.make(tmp_path, merged(SWEEP, SHARED))
+    sweep = TinySweep.make(tmp_path, with_sections(SHARED))
     storage = f"storage=sqlite:///{tmp_path / 'optuna.db'}"
     # The second generates the same data again: both prepare, and ask for, the same dataset.
     drivers = [sweep.start(f"name={name}", storage) for name in ("one", "two")]
@@ -51,8 +51,3 @@ def test_a_tokenizer_is_fitted_once_for_all_trials_of_all_sweeps(tmp_path: Path)
     assert sorted(one.study_name.partition("-")[0] for one in studies) == ["one", "two"]
     for study in studies:
         assert [one.state for one in study.trials] == [TrialState.COMPLETE] * 2
-
-
-def merged(text: str, changes: str) -> str:
-    """A sweep file with top-level sections replaced."""
-    return str(yaml.safe_dump({**yaml.safe_load(text), **yaml.safe_load(changes)}))

@@ -20,29 +20,16 @@ from forge_ray.config import load_config
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.ledger import Ledger, SweepRecords
 from forge_ray.sweep.study import open_storage
+from tests.tiny_sweep import with_sections
 
-SWEEP = """
-name: tiny
-synthetic: {num_items: 300, num_users: 400, vector_dim: 16, branching: [4, 4], users_per_shard: 100}
+SWEEP = with_sections(
+    """
 space:
   sid.quantizer.codebook_size: {choice: [32, 64]}
   sid.resolver.kind: {choice: [bucket, extra_token]}
-points:
-- {sid.quantizer.kind: random}
-sampler: {kind: grid}
-num_trials: null
-sid: {quantizer: {levels: 2}}
-gr:
-  model: {hidden_size: 32, num_layers: 1, num_heads: 2, intermediate_size: 64}
-  engine: {global_batch: 32}
-  max_steps: 40
-  max_history: 10
-  cpus_per_worker: 0.5
-  validation: {every: 20, users: 50, ks: [5, 10]}
-evaluation: {users: 100}
-gate: {warmup: 10}
-asha: {enabled: false}
+max_concurrent: 2
 """
+)
 RUN = (
     "from forge_ray.cli.console import setup_logging; setup_logging(verbose=False); "
     "from forge_ray.cli.sweep import app; app()"

@@ -20,30 +20,14 @@ from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.ledger import Ledger, SweepRecords
 from tests.launch.monitoring import RULES, SERVER
 from tests.services.prometheus import Prometheus, scraping
+from tests.tiny_sweep import with_sections
 
-SWEEP = """
+SWEEP = with_sections(
+    """
 name: watched
-synthetic: {num_items: 300, num_users: 400, vector_dim: 16, branching: [4, 4], users_per_shard: 100}
-space:
-  sid.quantizer.codebook_size: {choice: [32, 64]}
-points:
-- {sid.quantizer.kind: random}
-sampler: {kind: grid}
-num_trials: null
-max_concurrent: 1
-sid: {quantizer: {levels: 2}}
-gr:
-  model: {hidden_size: 32, num_layers: 1, num_heads: 2, intermediate_size: 64}
-  engine: {global_batch: 32}
-  max_steps: 60
-  max_history: 10
-  cpus_per_worker: 0.5
-  validation: {every: 20, users: 50, ks: [5, 10]}
-evaluation: {users: 100}
-gate: {warmup: 10}
-asha: {enabled: false}
 budget: {max_hours: 1, prices: {cpu_hour: 0.05}}
 """
+)
 DRIVER = """
 import sys
 from pathlib import Path

@@ -407,3 +407,12 @@ def test_no_pickles_are_kept_or_read(tmp_path: Path) -> None:
     assert (tmp_path / "state.json").read_text().startswith("{")
     with pytest.raises(NotImplementedError):
         search.restore(str(tmp_path / "state.json"))
+
+
+def test_a_resumed_plan_has_the_numbers_that_it_had() -> None:
+    """The most promising design starts first, whatever its place."""
+    points = [{"kind": "a", "quality": place / 8} for place in range(3)]
+    started = record_of(points[2], state="failed", number=2)
+    for records in ({}, {started.key: started}):
+        source = TrialSource(records=records, planned=points, num_trials=None, resolve=stub_resolve)
+        assert [spec.number for spec in source.queue] == [0, 1, 2]

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import ClassVar, Literal
 
 from forge_ray import __version__
 from forge_ray.errors import ConfigError
@@ -107,6 +107,9 @@ class ClusterConfig:
 class CloudConfig(ClusterConfig):
     """What machines of a cloud need that pods do not."""
 
+    gpu_machines: ClassVar[machines.GpuMachines]
+    cpu_machines: ClassVar[machines.CpuMachines]
+
     access: Literal["tunnel", "direct", "public"] = "tunnel"
     """How `ray up` reaches the head by SSH: `tunnel` through the cloud's own door (Session Manager,
     Identity-Aware Proxy), nodes without public addresses; `direct`, the same from inside the
@@ -127,11 +130,30 @@ class CloudConfig(ClusterConfig):
                 f"disk_gib must be >= 100, got {self.disk_gib}: a CUDA image alone takes a third. "
                 "Raise it."
             )
+        machines.gpu_machine(self.gpu_machines, self.gpu, self.gpus_per_node)
+
+    @property
+    def gpu_machine(self) -> machines.Machine:
+        """Machine of a GPU node."""
+        return machines.gpu_machine(self.gpu_machines, self.gpu, self.gpus_per_node)
+
+    @property
+    def driver_machine(self) -> machines.Machine:
+        """Machine of a driver node."""
+        return self.cpu_machines[self.driver_cpus]
+
+    @property
+    def head_machine(self) -> machines.Machine:
+        """Machine of the head, which schedules and computes nothing."""
+        return self.cpu_machines[4]
 
 
 @dataclass(kw_only=True)
 class AwsConfig(CloudConfig):
     """A cluster of `ray up` on AWS."""
+
+    gpu_machines = machines.AWS_GPU
+    cpu_machines = machines.AWS_CPU
 
     region: str = "us-west-2"
     """Region."""
@@ -160,27 +182,14 @@ class AwsConfig(CloudConfig):
         for place, subnet in enumerate(self.subnets):
             _check(f"subnets.{place}", subnet, r"subnet-[0-9a-f]+", "be subnet-…")
         _no_bucket_of("gs://", self.store)
-        machines.gpu_machine(machines.AWS_GPU, self.gpu, self.gpus_per_node)
-
-    @property
-    def gpu_machine(self) -> machines.Machine:
-        """Machine of a GPU node."""
-        return machines.gpu_machine(machines.AWS_GPU, self.gpu, self.gpus_per_node)
-
-    @property
-    def driver_machine(self) -> machines.Machine:
-        """Machine of a driver node."""
-        return machines.AWS_CPU[self.driver_cpus]
-
-    @property
-    def head_machine(self) -> machines.Machine:
-        """Machine of the head, which schedules and computes nothing."""
-        return machines.AWS_CPU[4]
 
 
 @dataclass(kw_only=True)
 class GcpConfig(CloudConfig):
     """A cluster of `ray up` on GCP."""
+
+    gpu_machines = machines.GCP_GPU
+    cpu_machines = machines.GCP_CPU
 
     project: str = "example-project"
     """Project id."""
@@ -209,22 +218,6 @@ class GcpConfig(CloudConfig):
                 f"zone={self.region}-a."
             )
         _no_bucket_of("s3://", self.store)
-        machines.gpu_machine(machines.GCP_GPU, self.gpu, self.gpus_per_node)
-
-    @property
-    def gpu_machine(self) -> machines.Machine:
-        """Machine of a GPU node."""
-        return machines.gpu_machine(machines.GCP_GPU, self.gpu, self.gpus_per_node)
-
-    @property
-    def driver_machine(self) -> machines.Machine:
-        """Machine of a driver node."""
-        return machines.GCP_CPU[self.driver_cpus]
-
-    @property
-    def head_machine(self) -> machines.Machine:
-        """Machine of the head, which schedules and computes nothing."""
-        return machines.GCP_CPU[4]
 
 
 @dataclass(kw_only=True)

@@ -35,7 +35,11 @@ class Machine:
         return int(self.memory_gib * _RAY_SHARE) * _GIB
 
 
-def _rows(gpu: str, *rows: tuple[int, str, int, int]) -> dict[tuple[str, int], Machine]:
+GpuMachines = dict[tuple[str, int], Machine]
+CpuMachines = dict[int, Machine]
+
+
+def _rows(gpu: str, *rows: tuple[int, str, int, int]) -> GpuMachines:
     return {
         (gpu, gpus): Machine(name=name, cpus=cpus, memory_gib=memory, gpus=gpus)
         for gpus, name, cpus, memory in rows
@@ -99,7 +103,7 @@ KNOWN_GPUS = sorted({gpu for gpu, _ in (*AWS_GPU, *GCP_GPU)})
 """Names that Ray gives the GPUs above."""
 
 
-def gpu_machine(table: dict[tuple[str, int], Machine], gpu: str, gpus: int) -> Machine:
+def gpu_machine(table: GpuMachines, gpu: str, gpus: int) -> Machine:
     """The machine with that many of that GPU.
 
     Raises:
