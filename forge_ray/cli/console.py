@@ -21,6 +21,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from forge_ray.artifacts import ArtifactStore
+from forge_ray.secrets import masked
 from forge_ray.sweep.ledger import json_ready
 
 _FILE_WIDTH = 140
@@ -58,10 +59,16 @@ def open_store(uri: str) -> ArtifactStore:
 def setup_logging(*, verbose: bool) -> None:
     """Sends our log lines to standard error; libraries stay quiet unless verbose."""
     handler = RichHandler(console=stderr, show_path=False, show_level=verbose, markup=False)
-    logging.basicConfig(
-        level=logging.WARNING, format="%(message)s", datefmt="%H:%M:%S", handlers=[handler]
-    )
+    handler.setFormatter(_Masking("%(message)s", datefmt="%H:%M:%S"))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
     logging.getLogger("forge_ray").setLevel(logging.DEBUG if verbose else logging.INFO)
+
+
+class _Masking(logging.Formatter):
+    """Leaves passwords out, e.g. those in the URI of a store."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return masked(super().format(record))
 
 
 def emit(

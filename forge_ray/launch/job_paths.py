@@ -15,8 +15,8 @@ from urllib.parse import urlsplit
 from forge_ray.config import to_mapping
 from forge_ray.errors import ConfigError
 from forge_ray.launch.working_tree import WorkingTree
+from forge_ray.secrets import masked
 from forge_ray.sweep.config import SweepConfig
-from forge_ray.sweep.secrets import masked
 
 _KEPT = ("folder", "storage", "trackers.tensorboard.folder", "trackers.mlflow.tracking_uri")
 """Fields that name a place to write to, which must outlive the job's own folder."""

@@ -15,6 +15,7 @@ from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
 from forge_ray.config import to_yaml
+from forge_ray.secrets import masked, masked_words
 from forge_ray.sweep.audit import Audit, audit
 from forge_ray.sweep.charts.space import importance_bars, parallel_coordinates, pareto_scatter
 from forge_ray.sweep.charts.spending import stage_seconds, use_over_time, waterfall_bars
@@ -23,7 +24,6 @@ from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.importance import importances
 from forge_ray.sweep.ledger import SweepRecords, TrialRecord, now
 from forge_ray.sweep.objectives import FACTS
-from forge_ray.sweep.secrets import masked, masked_words
 from forge_ray.sweep.space import label_point
 from forge_ray.sweep.spending import reuse, timeline, unit_of, waterfall
 from forge_ray.sweep.views import (
@@ -65,6 +65,7 @@ def render_report(records: SweepRecords, config: SweepConfig, *, is_running: boo
         lstrip_blocks=True,
     )
     environment.filters["figure"] = _figure
+    environment.filters["usd"] = _usd
     template = environment.get_template("report.html.j2")
     return template.render(**_content(records, config, is_running=is_running))
 
@@ -195,6 +196,11 @@ def _cluster(resources: Mapping[str, float]) -> str:
 
 def _yaml(content: Mapping[str, Any]) -> str:
     return masked(str(yaml.safe_dump(dict(content), sort_keys=False)))
+
+
+def _usd(value: float) -> str:
+    """Money for people: cents, or two digits where there are not that many."""
+    return f"{value:.2f}" if value >= 0.1 or value == 0 else f"{value:.2g}"
 
 
 def _figure(value: Any, digits: int = 4) -> str:

@@ -24,6 +24,7 @@ from ray import tune
 
 from forge_ray.config import canonical_json, to_yaml
 from forge_ray.errors import ConfigError
+from forge_ray.secrets import masked_url, masked_words, without_password
 from forge_ray.sweep.budget import BudgetWatch, check_affordable, stop_event
 from forge_ray.sweep.config import (
     DRAWING,
@@ -58,7 +59,6 @@ from forge_ray.sweep.plan import (
 from forge_ray.sweep.prescore import score_waiting
 from forge_ray.sweep.scheduler import GateScheduler
 from forge_ray.sweep.searcher import PrunedAwareOptunaSearch, Resolved, TrialSource
-from forge_ray.sweep.secrets import masked_url, masked_words, without_password
 from forge_ray.sweep.space import Point, Space, label_point, parse_space
 from forge_ray.sweep.study import (
     close_unfinished,

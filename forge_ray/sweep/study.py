@@ -24,11 +24,11 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from forge_ray.config import canonical_json
 from forge_ray.errors import ConfigError
+from forge_ray.secrets import masked_url
 from forge_ray.sweep.ledger import TrialRecord
 from forge_ray.sweep.objectives import objective_values
 from forge_ray.sweep.patient_storage import PatientStorage
 from forge_ray.sweep.prices import Prices, trial_cost
-from forge_ray.sweep.secrets import masked_url
 from forge_ray.sweep.space import Space
 
 KEY = "trial_key"

@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import json
+import logging
 
 import numpy as np
 import pytest
 
+from forge_ray.cli import console, main
 from forge_ray.cli.console import emit
 
 
@@ -14,3 +16,18 @@ def test_json_has_numbers_and_null_only(capsys: pytest.CaptureFixture[str]) -> N
     text = capsys.readouterr().out
     assert "NaN" not in text
     assert json.loads(text) == [{"bits": None, "count": 3, "share": 0.5, "list": [1, 2]}]
+
+
+def test_passwords_reach_neither_log_nor_error(monkeypatch, capsys) -> None:
+    uri = "s3://reader:hunter2@shop/store?scheme=http&secret_key=abc"
+    formatter = console._Masking("%(message)s")
+    record = logging.makeLogRecord({"msg": "published %s", "args": (uri,)})
+    assert formatter.format(record) == (
+        "published s3://reader:***@shop/store?scheme=http&secret_key=***"
+    )
+    monkeypatch.setattr("sys.argv", ["forge-ray", "artifacts", "ls", "--store", f"{uri}&x=1"])
+    with pytest.raises(SystemExit):
+        main()
+    said = capsys.readouterr().err
+    assert "must be a path or a URI" in said
+    assert "hunter2" not in said

@@ -71,8 +71,6 @@ def test_an_object_store_that_is_away_for_a_while_is_waited_for(tmp_path: Path) 
             "endpoint_override": s3.endpoint,
             "scheme": "http",
             "allow_bucket_creation": "true",
-            "connect_timeout": "1",
-            "request_timeout": "2",
         }
         uri = f"s3://reader:hunter2@shop/store?{urllib.parse.urlencode(query)}"
         sweep = TinySweep.make(tmp_path)

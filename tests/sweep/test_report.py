@@ -5,6 +5,7 @@ from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
+from forge_ray.secrets import masked
 from forge_ray.sweep.charts.space import parallel_coordinates
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.gate import GateConfig
@@ -12,7 +13,6 @@ from forge_ray.sweep.importance import importances
 from forge_ray.sweep.ledger import SweepRecords, fold
 from forge_ray.sweep.prices import Prices
 from forge_ray.sweep.report import render_report, write_report
-from forge_ray.sweep.secrets import masked
 from forge_ray.sweep.spending import Unit, reuse, timeline, unit_of, waterfall
 from forge_ray.sweep.views import cost_rows, counts, finalize_rows, ranking_rows, trial_rows
 from tests.sweep.records import METRIC, records, trial

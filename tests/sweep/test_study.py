@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 
 from forge_ray.errors import ConfigError
+from forge_ray.secrets import masked_url
 from forge_ray.sweep import study
-from forge_ray.sweep.secrets import masked_url
 from forge_ray.sweep.study import open_storage
 from tests.sweep.storage_contract import StorageContract
 

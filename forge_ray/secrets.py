@@ -5,8 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from sqlalchemy.engine import make_url
-
 _PASSWORD = re.compile(r"(?<=://)([^/@\s:]*):[^/\s]*(?=@)")
 _SECRET = re.compile(
     r"(?i)(?<=[?&])([\w-]*(?:password|passwd|pwd|token|secret|key)[\w-]*)=[^&\s'\"]+"
@@ -31,6 +29,8 @@ def masked_url(url: str) -> str:
 
 def without_password(url: str) -> str:
     """A storage URL for files that others may read; the driver then asks PGPASSWORD or the like."""
+    from sqlalchemy.engine import make_url  # only sweeps name databases
+
     if "://" not in url or make_url(url).password is None:
         return url
     return make_url(url).set(password=None).render_as_string(hide_password=False)
