@@ -19,8 +19,6 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-import pyarrow.fs as pafs
-
 import forge_ray
 from forge_ray.artifacts import open_filesystem
 from forge_ray.errors import ConfigError, ForgeError
@@ -148,8 +146,7 @@ def leave_mark(store: str) -> str:
         ForgeError: Its URI says nothing.
     """
     filesystem, root = open_filesystem(store)
-    if isinstance(filesystem, pafs.LocalFileSystem):  # an object store has no folders to make
-        filesystem.create_dir(root, recursive=True)
+    filesystem.create_dir(root, recursive=True)  # as the store does at its first artifact
     name = f"{_MARK}{uuid.uuid4().hex}"
     with filesystem.open_output_stream(f"{root}/{name}") as sink:
         sink.write(name.encode())
