@@ -417,10 +417,18 @@ def _fit(
             verbose=0,
         ),
     )
+    _drop_pickles(job.folder)  # of a session that was killed
     try:
         tuner.fit()
     finally:
         callback.groups.free_all()
+        _drop_pickles(job.folder)
+
+
+def _drop_pickles(folder: Path) -> None:
+    """Removes Tune's pickles: nothing is restored from them, and they hold the store's password."""
+    for path in (folder / "tune").glob("session-*/*.pkl"):
+        path.unlink(missing_ok=True)
 
 
 def _driver_bundle(resources: ResourceConfig) -> tune.PlacementGroupFactory:
