@@ -110,11 +110,16 @@ class Artifact:
     filesystem: pafs.FileSystem
     root: str
     """Path of the artifact's directory inside `filesystem`."""
+    is_new: bool
+    """Whether the call that returned it produced it; false for what was found or waited for."""
 
-    def __init__(self, manifest: Manifest, filesystem: pafs.FileSystem, root: str) -> None:
+    def __init__(
+        self, manifest: Manifest, filesystem: pafs.FileSystem, root: str, *, is_new: bool = False
+    ) -> None:
         self.manifest = manifest
         self.filesystem = filesystem
         self.root = root
+        self.is_new = is_new
 
     @property
     def key(self) -> str:
@@ -427,7 +432,7 @@ class ArtifactStore:
                 self._delete(writer.root)
         logger.info("published %s", manifest.ref)
         self._delete(writer.scratch)
-        return Artifact(manifest, self.filesystem, path)
+        return Artifact(manifest, self.filesystem, path, is_new=True)
 
     def _delete(self, path: str) -> None:
         if self.filesystem.get_file_info(path).type == pafs.FileType.Directory:

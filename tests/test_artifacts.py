@@ -11,6 +11,7 @@ import threading
 import time
 import urllib.parse
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -172,15 +173,14 @@ def test_concurrent_builders_build_once(any_store: ArtifactStore) -> None:
         time.sleep(0.3)
         return write_numbers(writer)
 
-    def work() -> None:
-        any_store.build("numbers", "five", {"n": 5}, produce=slow)
+    def work(_: int) -> bool:
+        return any_store.build("numbers", "five", {"n": 5}, produce=slow).is_new
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    with ThreadPoolExecutor(4) as pool:
+        produced = list(pool.map(work, range(4)))
     assert len(builds) == 1
+    # Those that waited for it did not produce it, although it is younger than their call.
+    assert sum(produced) == 1
     assert len(any_store.manifests()) == 1
 
 

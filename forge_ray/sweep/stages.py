@@ -11,13 +11,12 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timezone
 from typing import Any, TypeVar, cast
 
 import ray
 import ray.train
 
-from forge_ray.artifacts import Artifact, ArtifactStore
+from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import canonical_json, from_mapping, to_mapping
 from forge_ray.data.schema import Dataset, Split
 from forge_ray.placement import stay_on
@@ -104,7 +103,6 @@ class ForgeStages:
         set_threads(1)
         typed = from_mapping(GrConfig, config["gr"])
         store = ArtifactStore(self.store_uri)
-        started = datetime.now(timezone.utc)
         result = train_generator(
             typed,
             Dataset.open(store, self.dataset_key),
@@ -118,7 +116,7 @@ class ForgeStages:
         return StageReport(
             metrics={**result.metrics, "global_step": result.history[-1]["global_step"]},
             artifacts={"model": result.artifact.manifest.ref},
-            cached=("train",) if _is_older(result.artifact, started) else (),
+            cached=() if result.artifact.is_new else ("train",),
             history=tuple(result.history),
         )
 
@@ -162,7 +160,7 @@ def fit_and_score(
     set_threads(cpus)
     store = ArtifactStore(store_uri)
     dataset = Dataset.open(store, dataset_key)
-    began, started = time.perf_counter(), datetime.now(timezone.utc)
+    began = time.perf_counter()
     sids = fit_sids(from_mapping(SidConfig, sid), dataset, store)
     fitted = time.perf_counter()
     scores = score_sids(sids, dataset, store, from_mapping(ScoreConfig, score))
@@ -174,7 +172,7 @@ def fit_and_score(
             "sids": sids.artifact.manifest.ref,
             "quantizer": sids.quantizer_artifact.manifest.ref,
         },
-        cached=("fit",) if _is_older(sids.quantizer_artifact, started) else (),
+        cached=() if sids.quantizer_artifact.is_new else ("fit",),
         places=dict.fromkeys(("fit", "score"), _place()),
     )
 
@@ -235,9 +233,3 @@ def _on_nodes(labels: Mapping[str, str], task: Callable[..., T], *arguments: Any
 
 def _place() -> dict[str, str]:
     return dict(ray.get_runtime_context().get_node_labels())
-
-
-def _is_older(artifact: Artifact, moment: datetime) -> bool:
-    # Manifests keep whole seconds; an artifact of the same second counts as new.
-    created = datetime.fromisoformat(artifact.manifest.created)
-    return created < moment.replace(microsecond=0)

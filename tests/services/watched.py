@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,8 @@ with connected(address="local", num_cpus=2):
     sys.stdin.readline()
 """
 """Begins when it is sent a line; ends with the next, or with the end of its input."""
+
+_LAST_FIGURES_S = 45
 
 
 @dataclass(frozen=True)
@@ -98,14 +101,17 @@ def watched_sweep() -> Iterator[WatchedSweep]:
             began = time.time()
             _say(driver)
             _said(driver, "done", home)
+            folder = store / "sweeps" / "watched"
+            ended = time.time()
+            _wait_for_last_figures(prometheus, Ledger(folder).read())
             yield WatchedSweep(
                 config=load_config(SweepConfig, path=file),
-                folder=store / "sweeps" / "watched",
+                folder=folder,
                 dashboard=dashboard,
                 token=token,
                 prometheus=prometheus,
                 began=began,
-                ended=time.time(),
+                ended=ended,
             )
     finally:
         # Not Ctrl-C, which is ignored below a shell that runs the tests in the background.
@@ -132,6 +138,16 @@ def server_config(dashboard: str, token: Path) -> str:
         assert old in text, old
         text = text.replace(old, new)
     return text
+
+
+def _wait_for_last_figures(prometheus: Prometheus, records: SweepRecords) -> None:
+    # What a gauge was last set to reaches the node's page within ten seconds, and the server with
+    # its next look at that page. Whether it did is for the tests to say.
+    until = time.monotonic() + _LAST_FIGURES_S
+    for state, count in Counter(one.state for one in records.trials.values()).items():
+        shown = f"sum(ray_forge_trials{{state={json.dumps(state)}}})"
+        while prometheus.value(shown) != count and time.monotonic() < until:
+            time.sleep(1)
 
 
 def _say(driver: subprocess.Popen[str]) -> None:
