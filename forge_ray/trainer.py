@@ -1,29 +1,18 @@
-"""Ray's `TorchTrainer`, less what it leaves behind when its controller is killed.
-
-Tune stops a trial by killing its process, and the Train controller in it. Ray starts a detached
-actor beside each controller that shall free the workers' resources then. In Ray 2.60 that actor
-asks the State API whether the controller lives (no answer without a dashboard, or with several Rays
-on one machine), and does not end afterwards: `ray.actor.exit_actor()` in a thread of its own only
-ends the thread. Each pruned training would leave a process for as long as the cluster lives.
+"""Ray's `TorchTrainer` with a helper of ours, see `forge_ray.group_cleaner`.
 
 Private names of Ray: a test pins them.
 """
 
 from __future__ import annotations
 
-import os
-import threading
 from typing import Any
 
 import ray
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
-from ray._private import state
 from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
-from ray.train.v2._internal.execution.controller import placement_group_cleaner
-from ray.train.v2._internal.execution.controller.placement_group_cleaner import (
-    PlacementGroupCleaner,
-)
+
+from forge_ray.group_cleaner import GroupCleaner
 
 
 class ForgeTrainer(TorchTrainer):
@@ -60,22 +49,3 @@ class GroupCleanerCallback(PlacementGroupCleanerCallback):
             )
         )
         self._cleaner.start_monitoring.remote()
-
-
-class GroupCleaner(PlacementGroupCleaner):
-    """Ray's cleaner, which asks the control service itself and really ends."""
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        placement_group_cleaner.is_actor_alive = _is_actor_alive  # of this process alone
-
-    def _exit(self) -> None:
-        if threading.current_thread() is self._monitor_thread:
-            # Nobody waits for an answer: the controller, its only caller, is dead.
-            os._exit(0)
-        super()._exit()
-
-
-def _is_actor_alive(actor_id: str, timeout: float) -> bool:
-    found = state.actors(actor_id=actor_id)
-    return bool(found) and found["State"] != "DEAD"

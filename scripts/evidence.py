@@ -29,9 +29,9 @@ from forge_ray.sweep.evidence import (
     rank_proxies,
     seed_spread,
 )
-from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.ledger import SweepRecords, TrialRecord
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.replay import Evidence, Policy, replay_orders, standard_policies, summarize
 from forge_ray.sweep.resolve import trial_config
 from forge_ray.sweep.space import label_point

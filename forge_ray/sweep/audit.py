@@ -19,8 +19,8 @@ import numpy as np
 from forge_ray.sid.metrics.registry import METRICS, audited
 from forge_ray.sweep.calibration import deleted_residuals, normal_scores
 from forge_ray.sweep.correlation import Interval, RankCorrelation, correlate
-from forge_ray.sweep.gate import is_finite
 from forge_ray.sweep.ledger import Resource, TrialRecord
+from forge_ray.sweep.limits import is_finite
 from forge_ray.sweep.views import STAGES
 
 MIN_TRIALS = 6

@@ -8,8 +8,8 @@ from typing import Any
 
 from forge_ray.config import canonical_json, to_mapping
 from forge_ray.errors import ConfigError
-from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.objectives import direction
 from forge_ray.sweep.order import ORDERS
 from forge_ray.sweep.prices import Prices

@@ -18,8 +18,8 @@ import numpy as np
 from forge_ray.errors import DataError
 from forge_ray.sid.metrics.registry import Metric, audited, find_metric
 from forge_ray.sweep.correlation import RankCorrelation, correlate
-from forge_ray.sweep.gate import is_finite
 from forge_ray.sweep.ledger import TrialRecord
+from forge_ray.sweep.limits import is_finite
 from forge_ray.sweep.replay import Design, Evidence
 from forge_ray.sweep.space import Point, label_point
 

@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from forge_ray.errors import ConfigError
-from forge_ray.sweep.gate import is_finite
 from forge_ray.sweep.ledger import TrialRecord
+from forge_ray.sweep.limits import is_finite
 from forge_ray.sweep.prices import Prices, trial_cost
 
 FACTS = ("sid_bits", "tokens_per_item")

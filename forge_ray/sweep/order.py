@@ -22,7 +22,8 @@ import numpy as np
 
 from forge_ray.sid.metrics.registry import METRICS, rankable
 from forge_ray.sweep.calibration import controls_needed, is_evidence, promise
-from forge_ray.sweep.gate import GateConfig, GateState, is_finite, trained_trials
+from forge_ray.sweep.gate import GateState, trained_trials
+from forge_ray.sweep.limits import GateConfig, is_finite
 
 ORDERS = ("promising", "planned")
 

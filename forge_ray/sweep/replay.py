@@ -21,8 +21,9 @@ import numpy as np
 from scipy.stats import beta
 
 from forge_ray.errors import DataError
-from forge_ray.sweep.gate import GateConfig, GateState, decide, note_scores, record_final
+from forge_ray.sweep.gate import GateState, decide, note_scores, record_final
 from forge_ray.sweep.halving import AshaConfig, AshaState, stop_reason, value_bounds
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.order import pick
 
 

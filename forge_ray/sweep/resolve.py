@@ -14,7 +14,7 @@ from forge_ray.gr.config import GrConfig
 from forge_ray.sid.config import SidConfig
 from forge_ray.sid.resolvers import ExtraTokenConfig, PopRankConfig
 from forge_ray.sweep.config import SweepConfig
-from forge_ray.sweep.gate import infeasible_reason
+from forge_ray.sweep.limits import infeasible_reason
 from forge_ray.sweep.objectives import cutoff
 from forge_ray.sweep.searcher import Rejection, Resolved
 from forge_ray.sweep.space import Point, apply_point

@@ -19,9 +19,10 @@ from ray.tune.execution.tune_controller import TuneController
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import FIFOScheduler, TrialScheduler
 
-from forge_ray.sweep.gate import GateConfig, GateState, decide, note_scores, record_final
+from forge_ray.sweep.gate import GateState, decide, note_scores, record_final
 from forge_ray.sweep.halving import AshaConfig, AshaState, stop_reason, value_bounds
 from forge_ray.sweep.ledger import write_json
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.order import pick
 
 

@@ -35,7 +35,7 @@ from forge_ray.sweep.ledger import Ledger, TrialRecord
 from forge_ray.sweep.objectives import direction, objective_values
 from forge_ray.sweep.prices import Prices, trial_cost
 from forge_ray.sweep.space import Point, Space
-from forge_ray.sweep.study import KEY, proxy_attributes
+from forge_ray.sweep.study import KEY, begin_trial, proxy_attributes
 
 logger = logging.getLogger(__name__)
 
@@ -296,12 +296,6 @@ class PrunedAwareOptunaSearch(OptunaSearch):
             may_come = self._source.queue and self._completed_trials < set(self._specs)
             return None if may_come else str(Searcher.FINISHED)
         self._specs[trial_id] = spec
-        trial = self._ot_trials[trial_id]
-        trial.set_user_attr(KEY, spec.key)
-        trial.set_user_attr("ray_trial_id", trial_id)
-        trial.set_user_attr("number", spec.number)
-        trial.set_user_attr("point", spec.point)
-        trial.set_user_attr("config", canonical_json(spec.config))
         return spec.params()
 
     def on_trial_result(self, trial_id: str, result: dict[str, Any]) -> None:
@@ -384,12 +378,9 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         if not self._admits(spec):
             self._source.put_back(spec)
             return None
-        if self._parameters.contains(spec.point):
-            self._ot_study.enqueue_trial(self._parameters.optuna_values(spec.point))
-            self._ot_trials[trial_id] = self._ot_study.ask()
-            self._parameters.suggest(self._ot_trials[trial_id])
-        else:  # a fixed point outside the space: no parameters that a sampler could learn from
-            self._ot_trials[trial_id] = self._ot_study.ask()
+        attributes = _attributes(spec, trial_id)
+        trial = begin_trial(self._ot_study, self._parameters, spec.point, attributes)
+        self._ot_trials[trial_id] = trial
         return spec
 
     def _ask_drawn(self, trial_id: str) -> TrialSpec | None:
@@ -410,6 +401,8 @@ class PrunedAwareOptunaSearch(OptunaSearch):
                 self._source.put_back(found)
                 return None
             if isinstance(found, TrialSpec):
+                for name, value in _attributes(found, trial_id).items():
+                    trial.set_user_attr(name, value)
                 self._ot_trials[trial_id] = trial
                 return found
             if found is None:
@@ -457,3 +450,13 @@ class PrunedAwareOptunaSearch(OptunaSearch):
             # Under several objectives Optuna prunes nothing: its samplers learn from the rest.
             is_pruned = outcome.state == "pruned" and is_one
             self._ot_study.tell(trial, state=TrialState.PRUNED if is_pruned else TrialState.FAIL)
+
+
+def _attributes(spec: TrialSpec, trial_id: str) -> dict[str, Any]:
+    return {
+        KEY: spec.key,
+        "ray_trial_id": trial_id,
+        "number": spec.number,
+        "point": spec.point,
+        "config": canonical_json(spec.config),
+    }

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Literal
 
-from forge_ray.sweep.gate import GateConfig, broken_limit
 from forge_ray.sweep.ledger import SweepRecords, TrialRecord
+from forge_ray.sweep.limits import GateConfig, broken_limit
 from forge_ray.sweep.prices import Prices, stage_costs
 from forge_ray.sweep.views import STAGES
 

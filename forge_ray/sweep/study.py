@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import optuna
+from optuna.distributions import BaseDistribution
 from optuna.samplers import BaseSampler, GPSampler, NSGAIISampler, RandomSampler, TPESampler
 from optuna.storages import BaseStorage, JournalStorage
 from optuna.storages.journal import JournalFileBackend
-from optuna.trial import FrozenTrial, TrialState
+from optuna.trial import FrozenTrial, Trial, TrialState
 from sqlalchemy.exc import SQLAlchemyError
 
 from forge_ray.config import canonical_json
@@ -29,7 +30,7 @@ from forge_ray.sweep.ledger import TrialRecord
 from forge_ray.sweep.objectives import objective_values
 from forge_ray.sweep.patient_storage import PatientStorage
 from forge_ray.sweep.prices import Prices, trial_cost
-from forge_ray.sweep.space import Space
+from forge_ray.sweep.space import Point, Space
 
 KEY = "trial_key"
 """Optuna user attribute that holds the trial key."""
@@ -146,6 +147,29 @@ def close_unfinished(storage: BaseStorage, sweep: str, records: Mapping[str, Tri
     return closed
 
 
+def begin_trial(
+    study: optuna.Study, space: Space, point: Point, attributes: Mapping[str, Any]
+) -> Trial:
+    """Begins a trial whose point is decided, in one commit: each costs the disk a few milliseconds.
+
+    Args:
+        study: Gets the trial, running.
+        space: A point outside of it has no parameters that a sampler could learn from.
+        point: What the trial is.
+        attributes: User attributes.
+    """
+    params, distributions = _optuna_params(space, point) if space.contains(point) else ({}, {})
+    begun = optuna.trial.create_trial(
+        state=TrialState.RUNNING,
+        params=params,
+        distributions=distributions,
+        user_attrs=dict(attributes),
+    )
+    storage = study._storage  # Optuna's cache, which `Trial` reads
+    study_id = storage.get_study_id_from_name(study.study_name)
+    return Trial(study, storage.create_new_trial(study_id, template_trial=begun))
+
+
 def copy_finished(
     study: optuna.Study,
     space: Space,
@@ -218,14 +242,13 @@ def _frozen(
     metric: str,
     cost_usd: float,
 ) -> FrozenTrial:
-    fixed = optuna.trial.FixedTrial(space.optuna_values(record.point), number=record.number)
-    space.suggest(fixed)
+    params, distributions = _optuna_params(space, record.point)
     steps = {int(row["global_step"]): float(row[metric]) for row in record.history if metric in row}
     return optuna.trial.create_trial(
         state=_STATES[record.state],
         values=values,
-        params=fixed.params,
-        distributions=fixed.distributions,
+        params=params,
+        distributions=distributions,
         user_attrs={
             KEY: record.key,
             "number": record.number,
@@ -236,3 +259,11 @@ def _frozen(
         },
         intermediate_values=steps,
     )
+
+
+def _optuna_params(
+    space: Space, point: Point
+) -> tuple[dict[str, Any], dict[str, BaseDistribution]]:
+    fixed = optuna.trial.FixedTrial(space.optuna_values(point))
+    space.suggest(fixed)
+    return fixed.params, fixed.distributions

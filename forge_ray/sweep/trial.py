@@ -18,7 +18,7 @@ from ray import tune
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.bridge import relay
 from forge_ray.sweep.capacity import Demand
-from forge_ray.sweep.gate import GateConfig, missing_proxies
+from forge_ray.sweep.limits import GateConfig, missing_proxies
 from forge_ray.sweep.patience import outlast
 
 

@@ -15,8 +15,8 @@ from typing import Any
 
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.config import IDENTITY, without_running
-from forge_ray.sweep.gate import is_finite
 from forge_ray.sweep.ledger import Ledger, TrialRecord
+from forge_ray.sweep.limits import is_finite
 from forge_ray.sweep.searcher import Resolved
 from forge_ray.sweep.space import Point, Space
 

@@ -11,8 +11,9 @@ from typing import Any
 import numpy as np
 
 from forge_ray.sid.metrics.registry import METRICS
-from forge_ray.sweep.gate import GateConfig, GateDecision
+from forge_ray.sweep.gate import GateDecision
 from forge_ray.sweep.halving import AshaConfig
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.scheduler import GateScheduler
 
 METRIC = "ItemNDCG@10"

@@ -25,8 +25,8 @@ from ray import cloudpickle, tune
 from forge_ray.launch.connect import connect, disconnect
 from forge_ray.sweep.capacity import Demand
 from forge_ray.sweep.config import SamplerConfig, SweepConfig
-from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.runner import SweepJob, run_trials
 from forge_ray.sweep.searcher import Resolved
 from forge_ray.sweep.trial import StageReport

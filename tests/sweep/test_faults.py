@@ -14,8 +14,8 @@ from ray.tune import TuneError
 from forge_ray.errors import StorageError
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.faults import explain, explaining, is_full
-from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.ledger import Ledger
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.runner import RunOutcome, SweepJob, run_trials
 from forge_ray.sweep.study import open_storage
 from tests.sweep import stubs

@@ -8,18 +8,15 @@ import pytest
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.calibration import Assessment
 from forge_ray.sweep.gate import (
-    GateConfig,
     GateState,
-    broken_limit,
     decide,
     describe,
-    infeasible_reason,
-    missing_proxies,
     note_scores,
     passes_at_random,
     record_final,
     trained_trials,
 )
+from forge_ray.sweep.limits import GateConfig, broken_limit, infeasible_reason, missing_proxies
 
 GOOD = {"uniqueness": 0.9, "usage_min": 0.9, "backoff_gain": 0.5, "backoff_bits": 12.0}
 NO_LUCK = GateConfig(mode="quantile", warmup=2, keep_quantile=0.5, random_share=0.0)

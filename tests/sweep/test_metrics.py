@@ -10,8 +10,8 @@ import pytest
 import ray
 
 from forge_ray.sweep.config import BudgetConfig, SweepConfig
-from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.ledger import Ledger
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.metrics import GAUGES, Reading, exporting, lost_nodes, readings
 from forge_ray.sweep.prices import Prices
 from tests.sweep.records import METRIC, records, trial

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from forge_ray.sweep.gate import GateConfig, GateState, decide, record_final
+from forge_ray.sweep.gate import GateState, decide, record_final
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.order import Pick, pick
 
 GOOD = {"uniqueness": 0.9, "usage_min": 0.9, "backoff_gain": 0.5}

@@ -12,8 +12,8 @@ import pytest
 
 from forge_ray.errors import DataError
 from forge_ray.sid.metrics.registry import METRICS
-from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.replay import (
     Design,
     Evidence,

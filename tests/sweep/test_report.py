@@ -8,9 +8,9 @@ from pathlib import Path
 from forge_ray.secrets import masked
 from forge_ray.sweep.charts.space import parallel_coordinates
 from forge_ray.sweep.config import SweepConfig
-from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.importance import importances
 from forge_ray.sweep.ledger import SweepRecords, fold
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.prices import Prices
 from forge_ray.sweep.report import render_report, write_report
 from forge_ray.sweep.spending import Unit, reuse, timeline, unit_of, waterfall

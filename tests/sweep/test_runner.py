@@ -17,9 +17,9 @@ from forge_ray.errors import ConfigError
 from forge_ray.sweep import runner
 from forge_ray.sweep.budget import budget_state
 from forge_ray.sweep.config import BudgetConfig, SamplerConfig, SweepConfig
-from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.ledger import SweepRecords
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.objectives import pareto_front
 from forge_ray.sweep.plan import Sieve, make_plan
 from forge_ray.sweep.prices import Prices

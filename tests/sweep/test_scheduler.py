@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.scheduler import Decision, GateScheduler
 from tests.sweep.records import METRIC
 

@@ -12,9 +12,9 @@ import ray
 
 from forge_ray.errors import ConfigError
 from forge_ray.sweep.config import IDENTITY, SamplerConfig, SweepConfig, WarmStartConfig, identity
-from forge_ray.sweep.gate import GateConfig
 from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.ledger import Ledger, write_json
+from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.runner import SweepJob, run_trials
 from forge_ray.sweep.space import parse_space
 from forge_ray.sweep.study import KEY, open_storage
