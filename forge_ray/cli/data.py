@@ -1,4 +1,4 @@
-"""`forge-ray data`: import, synthesize, prepare, describe, validate, export."""
+"""`forge-ray data`: import, synthesize, prepare, describe, validate, export, queries."""
 
 from __future__ import annotations
 
@@ -22,6 +22,7 @@ from forge_ray.cli.console import (
     working,
 )
 from forge_ray.cli.data_export import export
+from forge_ray.cli.data_queries import queries
 from forge_ray.config import load_config
 from forge_ray.data.al_gr.importing import AlGrImportConfig, import_al_gr
 from forge_ray.data.convert import ImportConfig, import_data
@@ -38,6 +39,7 @@ app = typer.Typer(
 )
 
 app.command()(export)
+app.command()(queries)
 
 T = TypeVar("T")
 

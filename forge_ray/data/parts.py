@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow.parquet as pq
 
-from forge_ray.data.schema import Dataset, SequenceBatch, Split, sequence_batch
+from forge_ray.data.schema import SequenceBatch, Split, Users, sequence_batch
 
 
 @dataclass(frozen=True)
@@ -33,31 +33,31 @@ class Part:
 
 
 def plan_parts(
-    dataset: Dataset, split: Split, *, rows_per_part: int, limit: int | None = None
+    users: Users, split: Split, *, rows_per_part: int, limit: int | None = None
 ) -> Iterator[Part]:
     """Cut every shard of a split into parts; reads footers only, up to the limit.
 
     Args:
-        dataset: a prepared dataset.
+        users: a prepared dataset, or a query set.
         split: which part of it.
         rows_per_part: most users of a part.
         limit: stop after this many users, which are a fixed random sample; None takes all.
     """
     left = limit
-    for number, shard in enumerate(dataset.sequence_files(split)):
+    for number, shard in enumerate(users.sequence_files(split)):
         if left == 0:
             return
-        rows = pq.read_metadata(shard, filesystem=dataset.filesystem).num_rows
+        rows = pq.read_metadata(shard, filesystem=users.filesystem).num_rows
         rows = rows if left is None else min(rows, left)
         left = None if left is None else left - rows
         for start in range(0, rows, rows_per_part):
             yield Part(number, shard, start, min(rows_per_part, rows - start))
 
 
-def read_part(dataset: Dataset, part: Part) -> SequenceBatch:
+def read_part(users: Users, part: Part) -> SequenceBatch:
     """Read the users of a part, and no row group without them."""
     stop = part.start + part.rows
-    with dataset.filesystem.open_input_file(part.shard) as handle:
+    with users.filesystem.open_input_file(part.shard) as handle:
         file = pq.ParquetFile(handle)
         counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         ends = np.cumsum(counts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -56,11 +56,13 @@ class SequenceBatch:
         user_index: ``[B]`` int64.
         items: B histories of item indices, oldest first (int32).
         targets: B lists of the held-out items that follow; None in the train split.
+        queries: what each user asked for, where the rows are those of a query set.
     """
 
     user_index: NDArray[np.int64]
     items: Ragged
     targets: Ragged | None
+    queries: list[str] | None = None
 
     def __len__(self) -> int:
         return len(self.user_index)
@@ -98,6 +100,28 @@ class VectorBatch:
 
     def __len__(self) -> int:
         return len(self.indices)
+
+
+class Users(Protocol):
+    """Rows of held-out users that rankers are scored on: a dataset, or a query set of one."""
+
+    @property
+    def key(self) -> str:
+        """Content key of the rows."""
+
+    @property
+    def name(self) -> str:
+        """For people."""
+
+    @property
+    def filesystem(self) -> FileSystem:
+        """The filesystem of `sequence_files`."""
+
+    def sequence_files(self, split: Split) -> list[str]:
+        """Shards of a split, columns as in `HELD_OUT_SCHEMA` and perhaps `query`."""
+
+    def train_counts(self) -> NDArray[np.int64]:
+        """Train interactions of every item ``[N]``."""
 
 
 class Dataset:
@@ -169,6 +193,11 @@ class Dataset:
         if not np.array_equal(index, np.arange(len(index))):
             table = table.take(pc.sort_indices(table, sort_keys=[("item_index", "ascending")]))
         return table if columns is None else table.select(list(columns))
+
+    def item_columns(self) -> list[str]:
+        """Names of the columns of the items table."""
+        files = self.artifact.files("items/")
+        return list(pq.read_schema(files[0], filesystem=self.filesystem).names)
 
     def item_ids(self) -> NDArray[Any]:
         """Return the user's own item ids ``[N]`` as str objects, in index order."""
@@ -318,11 +347,12 @@ class Dataset:
 
 def sequence_batch(batch: pa.RecordBatch | pa.Table) -> SequenceBatch:
     """View the rows of a sequence shard as arrays; also of a Ray Data batch in Arrow format."""
-    held_out = "targets" in batch.schema.names
+    names = batch.schema.names
     return SequenceBatch(
         batch.column("user_index").to_numpy(),
         Ragged.from_arrow(batch.column("items")),
-        Ragged.from_arrow(batch.column("targets")) if held_out else None,
+        Ragged.from_arrow(batch.column("targets")) if "targets" in names else None,
+        batch.column("query").to_pylist() if "query" in names else None,
     )
 
 

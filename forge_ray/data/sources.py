@@ -85,16 +85,18 @@ def absolute(config: S) -> S:
     """Spell local paths in full, so that the configuration works from any directory."""
     return replace(
         config,
-        source=_absolute(config.source),
-        interactions=replace(config.interactions, path=_absolute(config.interactions.path)),
-        items=replace(config.items, path=_absolute(config.items.path)),
+        source=absolute_path(config.source),
+        interactions=replace(config.interactions, path=absolute_path(config.interactions.path)),
+        items=replace(config.items, path=absolute_path(config.items.path)),
         vectors={
-            space: replace(one, path=_absolute(one.path)) for space, one in config.vectors.items()
+            space: replace(one, path=absolute_path(one.path))
+            for space, one in config.vectors.items()
         },
     )
 
 
-def _absolute(path: str) -> str:
+def absolute_path(path: str) -> str:
+    """A local path in full; URIs and nothing stay as they are."""
     return path if not path or "://" in path else str(Path(path).resolve())
 
 

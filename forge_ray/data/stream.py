@@ -18,7 +18,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -29,9 +29,9 @@ from pyarrow import fs as pafs
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError, DataError
 
-ExampleMode = Literal["window", "prefix"]
+ExampleMode = Literal["window", "prefix", "whole"]
 """`window`: rows are pieces of sequences, every item is a target; `prefix`: rows are histories that
-end in their target."""
+end in their target; `whole`: sequences are rows as they are."""
 
 
 @dataclass(kw_only=True)
@@ -82,7 +82,7 @@ class StreamBatch:
 
     Attributes:
         rows: item indices of this rank's rows, shortest first; may be empty.
-        global_lengths: int [R], lengths of all rows of the global batch.
+        global_lengths: int [R], sizes of all rows of the global batch (`RowSource.sizes`).
         following: cursor of the batch after this one.
     """
 
@@ -168,14 +168,38 @@ def segment_rows(
 ) -> tuple[Ragged, list[NDArray[np.int64]]]:
     """Training rows of one segment, and which of them each global batch holds."""
     rng = np.random.default_rng([plan.seed, epoch, segment])
+    rows = sequences
     if plan.mode == "window":
         rows = cut_windows(sequences, plan.max_items, rng)
-    else:
+    elif plan.mode == "prefix":
         rows = cut_prefixes(sequences, plan.max_items)
     batches = batch_order(
         rows.lengths, batch_rows=plan.batch_rows, window_batches=plan.window_batches, rng=rng
     )
     return rows, batches
+
+
+class RowSource(Protocol):
+    """What the shards of a stream hold; picklable."""
+
+    def read(self, files: Sequence[str], filesystem: pafs.FileSystem) -> Ragged:
+        """Sequences of integers of all rows of Parquet shards, in file order."""
+
+    def sizes(self, rows: Ragged) -> NDArray[np.int64]:
+        """What every rank is told of each training row [R], besides its own rows."""
+
+
+@dataclass(frozen=True)
+class ItemSequences:
+    """Sequence shards of a dataset: item indices; a row's size is its length."""
+
+    def read(self, files: Sequence[str], filesystem: pafs.FileSystem) -> Ragged:
+        """See `RowSource.read`."""
+        return read_sequences(files, filesystem)
+
+    def sizes(self, rows: Ragged) -> NDArray[np.int64]:
+        """See `RowSource.sizes`."""
+        return rows.lengths
 
 
 @dataclass(frozen=True)
@@ -186,18 +210,20 @@ class SegmentReader:
     plan: BatchPlan
     rank: int
     world_size: int
+    source: RowSource = ItemSequences()
 
     def __call__(self, work: pa.Table) -> pa.Table:
         """Maps a table of segments (`epoch`, `segment`, `skip`, `files`) to a table of batches."""
         return pa.concat_tables([self._batches(**row) for row in work.to_pylist()])
 
     def _batches(self, *, epoch: int, segment: int, skip: int, files: list[str]) -> pa.Table:
-        sequences = read_sequences(files, self.filesystem)
+        sequences = self.source.read(files, self.filesystem)
         rows, batches = segment_rows(sequences, self.plan, epoch=epoch, segment=segment)
         wanted = batches[skip:]
         mine = [batch[self.rank :: self.world_size] for batch in wanted]
         flat = [rows.take(batch) for batch in mine]
         numbers = np.arange(skip, len(batches))
+        sizes = self.source.sizes(rows)
         return pa.table(
             {
                 "epoch": np.full(len(wanted), epoch),
@@ -205,7 +231,7 @@ class SegmentReader:
                 "batch": numbers,
                 "items": _lists([part.values for part in flat], pa.int32()),
                 "lengths": _lists([part.lengths for part in flat], pa.int32()),
-                "global_lengths": _lists([rows.lengths[batch] for batch in wanted], pa.int32()),
+                "global_lengths": _lists([sizes[batch] for batch in wanted], pa.int32()),
             }
         )
 
@@ -244,15 +270,17 @@ class SequenceStream:
         plan: BatchPlan,
         rank: int = 0,
         world_size: int = 1,
+        source: RowSource | None = None,
     ) -> None:
         if not files:
             raise DataError(
-                "sequences/train must hold at least one shard, got none. Run `data prepare` again."
+                "a stream must have at least one shard, got none. Make the dataset (or the query "
+                "set) again."
             )
         self.files = sorted(files)
         self.config = config
         self.plan = plan
-        self._reader = SegmentReader(filesystem, plan, rank, world_size)
+        self._reader = SegmentReader(filesystem, plan, rank, world_size, source or ItemSequences())
 
     def batches(self, cursor: Cursor) -> Iterator[StreamBatch]:
         """Yields batches for ever, epoch after epoch, starting at `cursor`."""

@@ -1,0 +1,250 @@
+"""Query sets out of prepared datasets: splits, repeats, logs with planted defects."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from forge_ray.artifacts import ArtifactStore
+from forge_ray.config import load_config
+from forge_ray.data.prepare import PrepareConfig, prepare
+from forge_ray.data.queries.build import QueriesConfig, build_queries
+from forge_ray.data.queries.query_set import QuerySet
+from forge_ray.data.schema import SPLITS, Dataset
+from forge_ray.errors import ConfigError, DataError
+
+pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
+USERS, ITEMS = 40, 60
+
+
+def interactions() -> list[tuple[str, str, int]]:
+    rng = np.random.default_rng(0)
+    rows = []
+    for user in range(USERS):
+        taken = rng.permutation(ITEMS)[: rng.integers(4, 9)].tolist()
+        rows += [(f"u{user}", f"i{item}", 100 * at) for at, item in enumerate(taken)]
+    # One user takes an item again.
+    again = ["i1", "i2", "i1", "i3", "i1"]
+    return [*rows, *(("again", item, 10 * at) for at, item in enumerate(again))]
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> ArtifactStore:
+    return ArtifactStore(tmp_path_factory.mktemp("store"))
+
+
+@pytest.fixture(scope="module")
+def dataset(
+    store: ArtifactStore, tmp_path_factory: pytest.TempPathFactory, ray_local: None
+) -> Dataset:
+    folder = tmp_path_factory.mktemp("raw")
+    write(folder / "interactions.csv", ("user_id", "item_id", "timestamp"), interactions())
+    titles = [(f"i{item}", "" if item == 7 else f"Red Soap {item} (Big)") for item in range(ITEMS)]
+    write(folder / "items.csv", ("item_id", "title"), titles)
+    (found,) = prepare(PrepareConfig(source=str(folder), num_shards=3), store)
+    return found
+
+
+def write(path: Path, names: tuple[str, ...], rows: list[tuple[object, ...]]) -> Path:
+    with path.open("w", newline="") as stream:
+        csv.writer(stream).writerows([names, *rows])
+    return path
+
+
+def rows_of(queries: QuerySet, split: str) -> list[tuple[int, tuple[int, ...], int, str]]:
+    found = []
+    for batch in queries.batches(split):
+        for row in range(len(batch)):
+            items = tuple(batch.items.row(row).tolist())
+            (target,) = batch.targets.row(row).tolist()
+            found.append((int(batch.user_index[row]), items, target, batch.queries[row]))
+    return sorted(found)
+
+
+def sequences(dataset: Dataset) -> dict[int, list[int]]:
+    """Whole sequences, train to test, by user."""
+    found: dict[int, list[int]] = {}
+    for batch in dataset.sequence_batches("test"):
+        for row, user in enumerate(batch.user_index.tolist()):
+            found[user] = [*batch.items.row(row).tolist(), *batch.targets.row(row).tolist()]
+    return found
+
+
+class TestMadeFromTexts:
+    def test_every_interaction_asks_once_in_its_own_split(self, dataset, store):
+        config = load_config(
+            QueriesConfig, overrides=["repeats=keep", "max_history=2", "derive.typo_rate=0"]
+        )
+        queries = build_queries(config, dataset, store)
+        assert queries.is_synthetic
+        assert queries.name.endswith("-synthetic")
+        nameless = int(np.flatnonzero(dataset.item_ids() == "i7")[0])
+        expected = {split: [] for split in SPLITS}
+        for user, items in sequences(dataset).items():
+            for at, item in enumerate(items):
+                split = {1: "test", 2: "validation"}.get(len(items) - at, "train")
+                history = items[max(0, at - 2) : at] if split == "train" else items[:at]
+                if item != nameless:
+                    expected[split].append((user, tuple(history), item))
+        for split in SPLITS:
+            found = rows_of(queries, split)
+            assert [row[:3] for row in found] == sorted(expected[split])
+            numbers = {item: name[1:] for item, name in enumerate(dataset.item_ids())}
+            for *_, item, query in found:
+                assert set(query.split()) <= {"red", "soap", numbers[item]}
+        counted = sum(len(rows) for rows in expected.values())
+        total = sum(map(len, sequences(dataset).values()))
+        assert queries.artifact.manifest.rows["no_text"] == total - counted
+
+    def test_no_held_out_pair_is_in_training(self, dataset, store):
+        kept = build_queries(QueriesConfig(repeats="keep"), dataset, store)
+        queries = build_queries(QueriesConfig(), dataset, store)
+        held_out = {row[2:] for split in SPLITS[1:] for row in rows_of(queries, split)}
+        trained = rows_of(queries, "train")
+        assert not held_out & {row[2:] for row in trained}
+        assert trained == [row for row in rows_of(kept, "train") if row[2:] not in held_out]
+        left_out = len(rows_of(kept, "train")) - len(trained)
+        assert 0 < left_out == queries.artifact.manifest.rows["repeated_query"]
+
+    def test_the_same_words_every_time(self, dataset, store, tmp_path):
+        queries = build_queries(QueriesConfig(), dataset, store)
+        again = build_queries(QueriesConfig(), dataset, ArtifactStore(tmp_path))
+        assert again.key == queries.key
+        for split in SPLITS:
+            assert rows_of(again, split) == rows_of(queries, split)
+        other = load_config(QueriesConfig, overrides=["derive.seed=1"])
+        assert rows_of(build_queries(other, dataset, store), "test") != rows_of(queries, "test")
+
+    def test_a_missing_column_is_named(self, dataset, store):
+        config = load_config(QueriesConfig, overrides=["derive.column=brand"])
+        with pytest.raises(DataError, match=r"item_index, item_id, train_count, title"):
+            build_queries(config, dataset, store)
+
+
+def index_of(dataset: Dataset, item: str) -> int:
+    return int(np.flatnonzero(dataset.item_ids() == item)[0])
+
+
+def user_of(dataset: Dataset, user: str) -> int:
+    import pyarrow.dataset as pads
+
+    files = dataset.artifact.files("users/")
+    table = pads.dataset(files, format="parquet").to_table()
+    return table.filter(pa.compute.equal(table["user_id"], user))["user_index"][0].as_py()
+
+
+class TestLog:
+    HEADER = ("user_id", "query", "item_id", "timestamp")
+
+    def build(self, rows, dataset, store, tmp_path, *overrides, header=HEADER) -> QuerySet:
+        path = write(tmp_path / "queries.csv", header, rows)
+        given = [f"log.path={path}", "repeats=keep", *overrides]
+        return build_queries(load_config(QueriesConfig, overrides=given), dataset, store)
+
+    def whole(self) -> list[tuple[str, str, str, int]]:
+        """One query for each interaction, a little before it."""
+        return [(user, f"{item} of {user}", item, time) for user, item, time in interactions()]
+
+    def test_queries_follow_the_interactions_they_led_to(self, dataset, store, tmp_path):
+        queries = self.build(self.whole(), dataset, store, tmp_path)
+        assert not queries.is_synthetic
+        made = build_queries(QueriesConfig(repeats="keep", max_history=50), dataset, store)
+        nameless = index_of(dataset, "i7")
+        for split in SPLITS:
+            found = [row[:3] for row in rows_of(queries, split) if row[2] != nameless]
+            assert found == [row[:3] for row in rows_of(made, split)]
+            for user, _, item, query in rows_of(queries, split):
+                assert query.split()[0] == dataset.item_ids()[item]
+                assert user_of(dataset, query.split()[2]) == user
+
+    def test_the_nearest_in_time_is_meant(self, dataset, store, tmp_path):
+        asked = [("again", f"at {time}", "i1", time) for time in (2, 13, 39, 99)]
+        queries = self.build([*self.whole()[:-5], *asked], dataset, store, tmp_path)
+        user, item = user_of(dataset, "again"), index_of(dataset, "i1")
+        lengths = {
+            query: (split, len(history))
+            for split in SPLITS
+            for who, history, target, query in rows_of(queries, split)
+            if (who, target) == (user, item)
+        }
+        # i1 i2 i1 are train, i3 is validation and i1 test, one tick after the last of train.
+        assert lengths == {
+            "at 2": ("train", 0), "at 13": ("train", 2), "at 39": ("test", 4), "at 99": ("test", 4),
+        }  # fmt: skip
+
+    def test_without_times_the_last_is_meant(self, dataset, store, tmp_path):
+        rows = [row[:3] for row in self.whole()]
+        queries = self.build(rows, dataset, store, tmp_path, header=self.HEADER[:3])
+        user = user_of(dataset, "again")
+        assert [row[1:3] for row in rows_of(queries, "train") if row[0] == user] == [
+            ((index_of(dataset, "i1"),), index_of(dataset, "i2"))
+        ]
+        assert len([row for row in rows_of(queries, "test") if row[0] == user]) == 3
+
+    def test_queries_of_nobody_are_split_by_their_words(self, dataset, store, tmp_path):
+        words = [f"word{number}" for number in range(300)]
+        rows = [("", word, f"i{number % ITEMS}", 5) for number, word in enumerate(words)]
+        rows += [("", word, f"i{(number + 1) % ITEMS}", 5) for number, word in enumerate(words)]
+        queries = self.build(rows, dataset, store, tmp_path, "log.held_out_share=0.2")
+        found = {split: rows_of(queries, split) for split in SPLITS}
+        assert sum(map(len, found.values())) == 600
+        by_split = [{row[3] for row in rows} for rows in found.values()]
+        assert sum(map(len, by_split)) == len(set().union(*by_split)) == 300
+        assert 40 < len(by_split[1]) < 80
+        for rows in found.values():
+            assert all(history == () for _, history, _, _ in rows)
+            assert all(user >= dataset.num_users for user, *_ in rows)
+        assert len({row[0] for rows in found.values() for row in rows}) == 600
+
+    DEFECTS = (
+        ("empty_query", ("u1", "  ", "i1", 5)),
+        ("empty_item", ("u1", "soap", "", 5)),
+        ("unknown_item", ("u1", "soap", "i99", 5)),
+        ("unknown_user", ("stranger", "soap", "i1", 5)),
+        ("invalid_timestamp", ("u1", "soap", "i1", "noon")),
+        ("negative_timestamp", ("u1", "soap", "i1", -5)),
+    )
+
+    @pytest.mark.parametrize(("cause", "row"), DEFECTS)
+    def test_a_bad_row_is_named(self, dataset, store, tmp_path, cause, row):
+        rows = [*self.whole()[:3], row]
+        with pytest.raises(DataError, match=rf"queries.csv row 4: .*{cause}"):
+            self.build(rows, dataset, store, tmp_path)
+
+    def test_bad_rows_are_left_out_and_counted(self, dataset, store, tmp_path):
+        taken = {item for user, item, _ in interactions() if user == "u1"}
+        never = next(f"i{item}" for item in range(ITEMS) if f"i{item}" not in taken)
+        defects = [*self.DEFECTS, ("unmatched_query", ("u1", "soap", never, 5))]
+        rows = self.whole()
+        for cause, row in defects:
+            rows[10:10] = [row] * (1 + len(cause) % 3)
+        skip = [cause for cause, _ in defects]
+        queries = self.build(rows, dataset, store, tmp_path, f"log.skip=[{','.join(skip)}]")
+        counts = queries.artifact.manifest.rows
+        assert {cause: counts[cause] for cause in skip} == {c: 1 + len(c) % 3 for c in skip}
+        whole = self.build(self.whole(), dataset, store, tmp_path)
+        for split in SPLITS:
+            assert rows_of(queries, split) == rows_of(whole, split)
+        examples = queries.artifact.manifest.metrics["examples"]
+        assert "lead to an item of its user, got 'soap'" in examples["unmatched_query"]
+
+    def test_a_split_without_queries_is_refused(self, dataset, store, tmp_path):
+        with pytest.raises(DataError, match="every split must have queries"):
+            self.build(self.whole()[:1], dataset, store, tmp_path)
+
+    def test_unknown_causes_are_refused(self):
+        with pytest.raises(ConfigError, match=r"log\.skip must name causes"):
+            load_config(QueriesConfig, overrides=["log.skip=[typo]"])
+        with pytest.raises(ConfigError, match="held_out_share"):
+            load_config(QueriesConfig, overrides=["log.held_out_share=0.6"])
+
+
+def test_queries_of_another_dataset_are_refused(dataset, store):
+    queries = build_queries(QueriesConfig(), dataset, store)
+    queries.check_dataset(dataset)
+    with pytest.raises(ConfigError, match="kind 'queries'"):
+        QuerySet(dataset.artifact, dataset)

@@ -1,0 +1,90 @@
+"""Queries made from texts: what they may hold, and that no row depends on another."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forge_ray.data.queries.words import DeriveConfig, QueryMaker
+from forge_ray.errors import ConfigError
+
+LEON = "Léon: The Professional"
+TEXTS = ["Toy Story (1995)", "Matrix, The (1999)", "(500)", None, "", "?!", LEON]
+ITEMS = np.array([0, 1, 2, 3, 4, 5, 6] * 30)
+KEYS = np.arange(210, dtype=np.int64)
+
+
+def made(**options) -> list[str]:
+    return QueryMaker(TEXTS, DeriveConfig(**options)).queries(ITEMS, KEYS)
+
+
+def test_words_of_the_text_in_order():
+    allowed = {
+        0: {"toy", "story", "toy story"},
+        1: {"matrix", "the", "matrix the"},
+        2: {"500"},  # nothing stands outside the parentheses
+        6: {"léon", "the", "professional", "léon the", "léon professional", "the professional",
+            "léon the professional"},
+    }  # fmt: skip
+    found = made(typo_rate=0)
+    for item, words in allowed.items():
+        assert {query for at, query in zip(ITEMS, found, strict=True) if at == item} == words
+    assert {found[row] for row in np.flatnonzero(np.isin(ITEMS, [3, 4, 5]))} == {""}
+
+
+def test_what_is_ignored_is_a_setting():
+    assert any("1995" in query for query in made(ignore="", typo_rate=0))
+    assert not any("story" in query for query in made(ignore="story", typo_rate=0))
+
+
+def test_typing_errors_are_inside_the_longest_word():
+    found = [query for item, query in zip(ITEMS, made(typo_rate=1), strict=True) if item == 6]
+    long = {word for query in found for word in query.split() if word.startswith("p")}
+    assert long
+    assert "professional" not in {word for word in long if sorted(word) != sorted("professional")}
+    for word in long:
+        swapped = sorted(word) == sorted("professional") and len(word) == 12
+        assert swapped or len(word) == 11
+    others = {word for query in found for word in query.split() if word.startswith("t")}
+    assert "the" in others
+    assert all(len(word) == 3 for word in others)
+
+
+def test_rates_are_kept():
+    rows = np.zeros(4000, dtype=np.int64)
+    keys = np.arange(4000, dtype=np.int64)
+    config = DeriveConfig(typo_rate=0.25, max_words=2)
+    found = QueryMaker(["wonderful spectacle"], config).queries(rows, keys)
+    words = {"wonderful", "spectacle"}
+    wrong = np.mean([not set(query.split()) <= words for query in found])
+    assert 0.22 < wrong < 0.28
+    assert 0.47 < np.mean([" " in query for query in found]) < 0.53
+
+
+@given(st.permutations(range(210)))
+def test_a_row_is_the_same_wherever_it_stands(order):
+    maker = QueryMaker(TEXTS, DeriveConfig())
+    whole = maker.queries(ITEMS, KEYS)
+    rows = np.array(order)
+    assert maker.queries(ITEMS[rows], KEYS[rows]) == [whole[row] for row in order]
+
+
+def test_another_seed_gives_other_queries():
+    assert made() == made()
+    assert made() != made(seed=1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_words": 0}, "max_words"),
+        ({"typo_rate": 1.5}, "typo_rate"),
+        ({"seed": -1}, "seed"),
+        ({"ignore": "("}, "regular expression"),
+    ],
+)
+def test_settings_that_cannot_be(options, message):
+    with pytest.raises(ConfigError, match=message):
+        DeriveConfig(**options)
