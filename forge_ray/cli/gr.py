@@ -27,6 +27,7 @@ from forge_ray.cli.console import (
 from forge_ray.cli.gr_compare import compare
 from forge_ray.cli.gr_decode import evaluate, recommend
 from forge_ray.cli.gr_stages import stages
+from forge_ray.cli.gr_untrained import untrained
 from forge_ray.cli.inputs import open_data
 from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
@@ -40,6 +41,7 @@ app.command("eval")(evaluate)
 app.command("compare")(compare)
 app.command("recommend")(recommend)
 app.command("stages")(stages)
+app.command("untrained")(untrained)
 
 SidsRef = Annotated[str, typer.Argument(help="SID table: a stored one, or an .npz file.")]
 DataRef = Annotated[

@@ -26,6 +26,10 @@ SidsRef = Annotated[
     str | None,
     typer.Option(help="SID table (artifact or .npz) where the store does not hold the model's."),
 ]
+Queries = Annotated[
+    str | None,
+    typer.Option("--queries", help="Query set: what its rows ask for is searched."),
+]
 SplitName = Annotated[str | None, typer.Option(help="validation or test.")]
 
 Output = Annotated[
@@ -46,6 +50,7 @@ def evaluate(
     overrides: Overrides = None,
     config: ConfigFile = None,
     split: SplitName = None,
+    queries: Queries = None,
     sids: SidsRef = None,
     store: StoreUri = DEFAULT_STORE,
     as_json: AsJson = False,
@@ -53,13 +58,18 @@ def evaluate(
 ) -> None:
     """Score a model at item level beside the popularity and item-kNN floors.
 
+    With --queries, on the rows of a query set: the model with and without the query, BM25 over the
+    items' texts, and the floors, which read no query.
+
     Settings: split, ks, widths, users, exclude_seen, constrained, batch_users, device,
     tail_max_count, bootstrap, num_workers, cpus_per_worker, users_per_part. `gr compare` shows more
     models and baselines.
     """
+    from forge_ray.data.queries.query_set import QuerySet
     from forge_ray.evaluate.floors import evaluate_item_knn, evaluate_popularity
     from forge_ray.evaluate.item_knn import ItemKnnConfig
     from forge_ray.gr.scoring import ModelEvaluationConfig, evaluate_model
+    from forge_ray.gr.search import search_rows, title_of
     from forge_ray.gr.source import ModelSource
 
     values = {"split": split} if split else None
@@ -68,6 +78,13 @@ def evaluate(
     )
     opened = open_store(store)
     source = ModelSource.open(opened, model, sids=sids)
+    if queries is not None:
+        asked = QuerySet.open(opened, queries)
+        with workers(settings, verbose=verbose):
+            search = search_rows([source], asked, settings, store=opened)
+        rows = {name: row.metrics for name, row in search.items()}
+        emit_rows(rows, title_of(asked), settings, as_json=as_json)
+        return
     with workers(settings, verbose=verbose):
         dataset = source.dataset
         found = {
@@ -87,6 +104,7 @@ def recommend(
     split: SplitName = None,
     allow: AllowedItems = None,
     deny: DeniedItems = None,
+    queries: Queries = None,
     sids: SidsRef = None,
     store: StoreUri = DEFAULT_STORE,
     as_json: AsJson = False,
@@ -94,9 +112,12 @@ def recommend(
 ) -> None:
     """Write item lists for every user of a split as Parquet; the same command resumes.
 
+    With --queries, for every row of a query set, which a column `query` tells.
+
     Settings: split, append_targets, top_k, widths, exclude_seen, allow, deny, bucket_order
     (popularity, dense), space, batch_users, rows_per_part, num_actors, cpus_per_actor, use_gpu.
     """
+    from forge_ray.data.queries.query_set import QuerySet
     from forge_ray.gr.recommend import RecommendConfig
     from forge_ray.gr.recommend import recommend as write_lists
     from forge_ray.gr.source import ModelSource
@@ -106,8 +127,10 @@ def recommend(
     values = {name: value for name, value in named.items() if value}
     settings = load_config(RecommendConfig, path=config, overrides=overrides or (), values=values)
     source = ModelSource.open(open_store(store), model, sids=sids)
-    target = out or f"./recommendations/{source.name}-{settings.split}"
+    words = [source.name, settings.split, *(["search"] if queries else [])]
+    target = out or f"./recommendations/{'-'.join(words)}"
     stderr.print(f"lists go to {target}; the same command continues an interrupted run")
+    asked = None if queries is None else QuerySet.open(open_store(store), queries)
     with connected(verbose=verbose):
-        report = write_lists(source, source.dataset, settings, out=target)
+        report = write_lists(source, source.dataset, settings, out=target, queries=asked)
     emit(asdict(report), title=f"Recommendations of {source.name}", as_json=as_json)

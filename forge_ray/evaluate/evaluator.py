@@ -20,7 +20,7 @@ import ray
 from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter, timed
 from forge_ray.data.parts import Part, plan_parts, read_part
 from forge_ray.data.ragged import Ragged
-from forge_ray.data.schema import Dataset, Split
+from forge_ray.data.schema import Split, Users
 from forge_ray.evaluate.board import Board, Ranked
 from forge_ray.evaluate.config import EvaluationConfig
 from forge_ray.evaluate.ranking import distinct_items
@@ -36,12 +36,15 @@ _REPLICATES = "replicates.npz"
 class Ranker(Protocol):
     """Ranks the catalogue for users."""
 
-    def rank(self, histories: Ragged, targets: Ragged) -> Ranked:
+    def rank(
+        self, histories: Ragged, targets: Ragged, queries: Sequence[str] | None = None
+    ) -> Ranked:
         """Say where targets stand.
 
         Args:
             histories: U rows of item indices, oldest first.
             targets: U rows of distinct held-out items, at least one each.
+            queries: U texts, what each user asks for; None where nobody asks.
         """
 
 
@@ -76,7 +79,7 @@ class Evaluation:
 
 def evaluate(
     open_ranker: OpenRanker,
-    dataset: Dataset,
+    users: Users,
     config: EvaluationConfig,
     *,
     gpus_per_worker: float = 0.0,
@@ -86,7 +89,7 @@ def evaluate(
     Args:
         open_ranker: makes the ranker; called once in each process that ranks, but for every part
             in tasks with GPUs: Ray ends their processes, so that the memory of the device is free.
-        dataset: a prepared dataset.
+        users: a prepared dataset, or a query set.
         config: which users and how. With more than one worker Ray must be up.
         gpus_per_worker: GPUs that one Ray task asks for.
 
@@ -94,14 +97,12 @@ def evaluate(
         The board of all users.
     """
     split = cast(Split, config.split)
-    parts = list(
-        plan_parts(dataset, split, rows_per_part=config.users_per_part, limit=config.users)
-    )
-    board = _board(dataset.train_counts(), config)
+    parts = list(plan_parts(users, split, rows_per_part=config.users_per_part, limit=config.users))
+    board = _board(users.train_counts(), config)
     if config.num_workers == 1:
-        boards = _here(open_ranker, dataset, config, parts)
+        boards = _here(open_ranker, users, config, parts)
     else:
-        boards = _on_ray(open_ranker, dataset, config, parts, gpus=gpus_per_worker)
+        boards = _on_ray(open_ranker, users, config, parts, gpus=gpus_per_worker)
     done = 0
     for part, one in zip(parts, boards, strict=True):
         board.merge(one)
@@ -113,7 +114,7 @@ def evaluate(
 def evaluated(
     name: str,
     prepare: Callable[[], OpenRanker],
-    dataset: Dataset,
+    users: Users,
     config: EvaluationConfig,
     *,
     identity: Mapping[str, Any],
@@ -126,7 +127,7 @@ def evaluated(
     Args:
         name: of the ranker, for people.
         prepare: called once, here, where the figures are new; what it returns travels to workers.
-        dataset: a prepared dataset.
+        users: a prepared dataset, or a query set.
         config: which users and how.
         identity: what decides the figures beside `config.common()`, JSON types.
         parents: keys of the artifacts that the ranker was made from.
@@ -137,7 +138,7 @@ def evaluated(
     def produce(writer: ArtifactWriter) -> ArtifactInfo:
         metrics: dict[str, Any] = {}
         with timed(metrics, "seconds"):
-            board = evaluate(prepare(), dataset, config, gpus_per_worker=gpus_per_worker)
+            board = evaluate(prepare(), users, config, gpus_per_worker=gpus_per_worker)
         if board.replicates is not None:
             with writer.open(_REPLICATES) as stream:
                 means = board.replicates.means()
@@ -149,7 +150,7 @@ def evaluated(
         KIND,
         f"{name}-{config.split}",
         {**config.common(), **identity},
-        parents=(*parents, dataset.key),
+        parents=(*parents, users.key),
         produce=produce,
         schema_version=2,  # 2: slices by target, bootstrap
     )
@@ -162,7 +163,7 @@ def evaluated(
 
 def score_part(
     ranker: Ranker,
-    dataset: Dataset,
+    users: Users,
     part: Part,
     config: EvaluationConfig,
     train_counts: npt.NDArray[np.int64],
@@ -171,16 +172,17 @@ def score_part(
 
     Args:
         ranker: ranks.
-        dataset: a prepared dataset.
+        users: a prepared dataset, or a query set.
         part: of a held-out split.
         config: how lists are scored.
         train_counts: int64 [N].
     """
-    users = read_part(dataset, part)
-    assert users.targets is not None  # held-out splits always have targets
-    wanted = distinct_items(users.targets, len(train_counts))
+    rows = read_part(users, part)
+    assert rows.targets is not None  # held-out splits always have targets
+    wanted = distinct_items(rows.targets, len(train_counts))
     board = _board(train_counts, config)
-    board.add(users.user_index, wanted, ranker.rank(users.items, wanted), train_counts)
+    ranked = ranker.rank(rows.items, wanted, rows.queries)
+    board.add(rows.user_index, wanted, ranked, train_counts)
     return board
 
 
@@ -194,16 +196,16 @@ def _board(train_counts: npt.NDArray[np.int64], config: EvaluationConfig) -> Boa
 
 
 def _here(
-    open_ranker: OpenRanker, dataset: Dataset, config: EvaluationConfig, parts: Sequence[Part]
+    open_ranker: OpenRanker, users: Users, config: EvaluationConfig, parts: Sequence[Part]
 ) -> Iterator[Board]:
-    ranker, counts = open_ranker(), dataset.train_counts()
+    ranker, counts = open_ranker(), users.train_counts()
     for part in parts:
-        yield score_part(ranker, dataset, part, config, counts)
+        yield score_part(ranker, users, part, config, counts)
 
 
 def _on_ray(
     open_ranker: OpenRanker,
-    dataset: Dataset,
+    users: Users,
     config: EvaluationConfig,
     parts: Sequence[Part],
     *,
@@ -222,14 +224,14 @@ def _on_ray(
     for part in parts:
         if len(pending) == config.num_workers:
             yield ray.get(pending.pop(0))
-        pending.append(task.remote([opener], dataset, config, part))
+        pending.append(task.remote([opener], users, config, part))
     while pending:
         yield ray.get(pending.pop(0))
 
 
 def _task(
     opener: list[ray.ObjectRef[OpenRanker]],
-    dataset: Dataset,
+    users: Users,
     config: EvaluationConfig,
     part: Part,
 ) -> Board:
@@ -237,9 +239,9 @@ def _task(
     key = opener[0].hex()
     if key not in _OPENED:
         _OPENED.clear()  # first, so that two rankers are never held
-        _OPENED[key] = ray.get(opener[0])(), dataset.train_counts()
+        _OPENED[key] = ray.get(opener[0])(), users.train_counts()
     ranker, counts = _OPENED[key]
-    return score_part(ranker, dataset, part, config, counts)
+    return score_part(ranker, users, part, config, counts)
 
 
 _OPENED: dict[str, tuple[Ranker, npt.NDArray[np.int64]]] = {}

@@ -20,7 +20,7 @@ import numpy.typing as npt
 from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.config import from_mapping, to_mapping
 from forge_ray.data.ragged import Ragged
-from forge_ray.data.schema import Dataset, Split
+from forge_ray.data.schema import Dataset, Split, Users
 from forge_ray.evaluate.board import Ranked
 from forge_ray.evaluate.config import EvaluationConfig
 from forge_ray.evaluate.evaluator import Evaluation, Ready, evaluated
@@ -58,12 +58,15 @@ class ListRanker:
     ks: Sequence[int]
     exclude_seen: bool
 
-    def rank(self, histories: Ragged, targets: Ragged) -> Ranked:
+    def rank(
+        self, histories: Ragged, targets: Ragged, queries: Sequence[str] | None = None
+    ) -> Ranked:
         """List items for some users and find their targets.
 
         Args:
             histories: U rows of item indices.
             targets: U rows of distinct held-out items, at least one each.
+            queries: not read.
         """
         started = perf_counter()
         lists = self.recommender.recommend(histories, max(self.ks), exclude_seen=self.exclude_seen)
@@ -92,7 +95,11 @@ def evaluate_floors(
 
 
 def evaluate_popularity(
-    dataset: Dataset, config: EvaluationConfig, store: ArtifactStore
+    dataset: Dataset,
+    config: EvaluationConfig,
+    store: ArtifactStore,
+    *,
+    users: Users | None = None,
 ) -> Evaluation:
     """Figures of the popularity floor.
 
@@ -100,16 +107,22 @@ def evaluate_popularity(
         dataset: a prepared dataset.
         config: which users and how.
         store: keeps the result.
+        users: a query set of the dataset, to rank for its rows instead.
     """
 
     def fit() -> Recommender:
         return Popularity(popularity_order(dataset.train_counts()))
 
-    return evaluate_lists("popularity", fit, dataset, config, store, identity={})
+    return evaluate_lists("popularity", fit, users or dataset, config, store, identity={})
 
 
 def evaluate_item_knn(
-    dataset: Dataset, config: EvaluationConfig, knn: ItemKnnConfig, store: ArtifactStore
+    dataset: Dataset,
+    config: EvaluationConfig,
+    knn: ItemKnnConfig,
+    store: ArtifactStore,
+    *,
+    users: Users | None = None,
 ) -> Evaluation:
     """Figures of item-kNN.
 
@@ -118,11 +131,12 @@ def evaluate_item_knn(
         config: which users and how.
         knn: how items vote.
         store: keeps the result.
+        users: a query set of the dataset, to rank for its rows instead.
     """
     return evaluate_lists(
         "item_knn",
         lambda: fit_item_knn(dataset, knn),
-        dataset,
+        users or dataset,
         config,
         store,
         identity=to_mapping(knn),
@@ -132,7 +146,7 @@ def evaluate_item_knn(
 def evaluate_lists(
     name: str,
     fit: Callable[[], Recommender],
-    dataset: Dataset,
+    users: Users,
     config: EvaluationConfig,
     store: ArtifactStore,
     *,
@@ -144,16 +158,16 @@ def evaluate_lists(
     Args:
         name: of the baseline.
         fit: makes the recommender; called where the figures are new. Picklable results only.
-        dataset: a prepared dataset.
+        users: a prepared dataset, or a query set.
         config: which users and how; with more than one worker Ray must be up.
         store: keeps the result.
-        identity: what decides the recommender beside the dataset, JSON types.
+        identity: what decides the recommender beside the users, JSON types.
         parents: keys of artifacts that it was made from.
     """
     return evaluated(
         name,
         lambda: Ready(ListRanker(fit(), config.ks, config.exclude_seen)),
-        dataset,
+        users,
         config,
         identity={"baseline": name, **identity},
         parents=parents,

@@ -5,6 +5,8 @@ Knows rows and the codes of items. Knows nothing about streams, models or optimi
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,8 @@ from numpy.typing import NDArray
 
 from forge_ray.data.ragged import Ragged
 from forge_ray.gr.models.base import TokenBatch
+from forge_ray.gr.scripts import ScriptBatch
+from forge_ray.gr.vocab import Vocab
 
 
 def micro_batches(
@@ -37,6 +41,25 @@ def micro_batches(
     else:
         parts = np.array_split(numbers, count)
     return [_token_batch(rows.take(part), codes) for part in parts]
+
+
+def with_scripts(
+    batches: Sequence[TokenBatch], scripts: Ragged, codes: NDArray[np.integer[Any]], vocab: Vocab
+) -> list[TokenBatch]:
+    """The same batches, with a rank's scripts spread over them by length.
+
+    Args:
+        batches: of histories.
+        scripts: rows of the tasks with text; may be fewer than batches.
+        codes: [num_items, L].
+        vocab: of the SID table.
+    """
+    order = np.argsort(scripts.lengths, kind="stable")
+    parts = np.array_split(order, len(batches))
+    return [
+        replace(batch, scripts=ScriptBatch.of(scripts.take(part), codes, vocab))
+        for batch, part in zip(batches, parts, strict=True)
+    ]
 
 
 def _token_batch(rows: Ragged, codes: NDArray[np.integer[Any]]) -> TokenBatch:

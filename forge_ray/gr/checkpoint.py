@@ -36,6 +36,8 @@ WEIGHTS_FILE = "model.safetensors"
 HISTORY_FILE = "history.json"
 LOSSES_FILE = "losses.npy"
 """Loss of every step so far, float64 [steps], mean over the target tokens of the global batch."""
+TASK_TEXT_FILE = "task_text.json"
+"""What turns texts into questions (`forge_ray.gr.scripts.TaskText`), in models that read text."""
 MANIFEST_FILE = "checkpoint.json"
 
 
@@ -68,7 +70,8 @@ class Progress:
 
     Attributes:
         step: optimiser steps done.
-        cursor: next batch of the stream.
+        cursor: next batch of the stream of histories.
+        cursors: next batch of the streams of a mixture's other tasks, by task.
         tokens: target tokens trained on.
         history: one row of metrics per validation so far.
         pending: the row of the newest validation point, while its metrics are still computed.
@@ -79,6 +82,7 @@ class Progress:
     tokens: int = 0
     history: tuple[dict[str, Any], ...] = ()
     pending: dict[str, Any] | None = None
+    cursors: dict[str, Cursor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -126,6 +130,8 @@ def parse_manifest(text: str, path: str, expected: RunIdentity) -> CheckpointMan
                 progress["tokens"],
                 tuple(progress["history"]),
                 progress["pending"],
+                # Checkpoints from before there were mixtures have none.
+                {task: Cursor(**one) for task, one in progress.get("cursors", {}).items()},
             ),
             raw["world_size"],
             raw["files"],

@@ -18,6 +18,7 @@ from forge_ray.gr.models.pretrained_decoder import PretrainedDecoderConfig
 from forge_ray.gr.models.pretrained_t5 import PretrainedT5Config
 from forge_ray.gr.models.rq_transformer import RqTransformerConfig
 from forge_ray.gr.models.t5 import T5Config
+from forge_ray.gr.tasks import ITEM_TASK, TASKS, TasksConfig
 
 ARCHITECTURES = (
     DecoderConfig,
@@ -100,6 +101,7 @@ class GrConfig:
     engine: EngineConfig = field(default_factory=EngineConfig)
     data: StreamConfig = field(default_factory=StreamConfig)
     initial: InitialConfig = field(default_factory=InitialConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
     validation: ValidationConfig = field(default_factory=ValidationConfig)
     stop: StopConfig = field(default_factory=StopConfig)
     max_steps: int = 1000
@@ -156,6 +158,12 @@ class GrConfig:
                 f"keep_checkpoints must be >= 2, got {self.keep_checkpoints}. A damaged checkpoint "
                 "needs one before it."
             )
+        if self.tasks.text_tasks and not self.model.reads_text:
+            raise ConfigError(
+                f"tasks must be next_item alone for model.kind={self.model.kind}, which reads no "
+                f"text, got {', '.join(self.tasks.text_tasks)}. Set model.kind=pretrained_decoder "
+                "or pretrained_t5."
+            )
         if self.validation.every < 1 or 10 not in self.validation.ks:
             raise ConfigError(
                 "validation.every must be >= 1 and validation.ks must contain 10, got "
@@ -167,11 +175,27 @@ class GrConfig:
     def plan(self) -> BatchPlan:
         """How the stream forms batches: a context of `max_history` items, then its target."""
         return BatchPlan(
-            batch_rows=self.engine.global_batch,
+            batch_rows=self.shares[ITEM_TASK],
             max_items=self.max_history + 1,
             mode=self.model.examples,
             window_batches=self.data.window_batches or (1 if self.model.packs else _SORTED_BATCHES),
             seed=self.seed,
+        )
+
+    @property
+    def shares(self) -> dict[str, int]:
+        """Rows of each task of the mixture in a global batch."""
+        return self.tasks.shares(self.engine.global_batch)
+
+    def script_plan(self, task: str) -> BatchPlan:
+        """How the stream of a task with text forms batches; rows come as they are."""
+        return BatchPlan(
+            batch_rows=self.shares[task],
+            max_items=0,
+            mode="whole",
+            window_batches=self.data.window_batches or _SORTED_BATCHES,
+            # Streams over the same shards must not pair their rows.
+            seed=self.seed + _STRIDE * TASKS.index(task),
         )
 
     def check_levels(self, num_levels: int) -> None:
@@ -203,6 +227,8 @@ def without_execution(mapping: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: value for name, value in mapping.items() if name not in _RUNNING}
     if not kept.get("initial", {}).get("model"):
         kept.pop("initial", None)  # says nothing, as before there was such a section
+    if not any(kept.get("tasks", {}).get(name) for name in TASKS if name != ITEM_TASK):
+        kept.pop("tasks", None)  # likewise
     for part, running in _RUNNING_PARTS.items():
         if part in kept:
             given = kept[part].items()
@@ -212,6 +238,8 @@ def without_execution(mapping: Mapping[str, Any]) -> dict[str, Any]:
 
 _SORTED_BATCHES = 64
 """Global batches among which padded rows are sorted: on amazon-beauty 5 % of them is padding."""
+
+_STRIDE = 1_000_003
 
 _RUNNING = (
     "num_workers",

@@ -10,17 +10,20 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from time import perf_counter
+from typing import Any, Protocol, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
+from torch import Tensor, nn
 
 from forge_ray.data.ragged import Ragged
+from forge_ray.errors import ConfigError
 from forge_ray.gr.beam import Beams, StepwiseGenerator, beam_search
 from forge_ray.gr.exact import ParallelGenerator, exact_search
 from forge_ray.gr.prefix_index import PrefixIndex
-from forge_ray.gr.vocab import vocab_of
+from forge_ray.gr.scripts import TaskText, script_tokens
+from forge_ray.gr.vocab import PAD, vocab_of
 from forge_ray.sid.table import SidTable
 
 _MOST_ROOM = 4096
@@ -47,6 +50,31 @@ class DecodedUsers:
     seconds: float
 
 
+class AskedGenerator(Protocol):
+    """A generator that reads text."""
+
+    def ask(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+        """Read questions [B, Q], padded on the left; logits of level 0 and the state."""
+
+    def step(self, state: Any, parents: Tensor, codes: Tensor, level: int) -> tuple[Tensor, Any]:
+        """See `StepwiseGenerator.step`."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Answering:
+    """A generator whose search begins with a question in place of a history."""
+
+    generator: AskedGenerator
+
+    def prefill(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, Any]:
+        """See `StepwiseGenerator.prefill`."""
+        return self.generator.ask(tokens, mask)
+
+    def step(self, state: Any, parents: Tensor, codes: Tensor, level: int) -> tuple[Tensor, Any]:
+        """See `StepwiseGenerator.step`."""
+        return self.generator.step(state, parents, codes, level)
+
+
 class SidDecoder:
     """A generator bound to the SIDs that it may emit.
 
@@ -67,6 +95,7 @@ class SidDecoder:
         makes_room: bool = False,
         constrained: bool = True,
         allowed: NDArray[np.bool_] | None = None,
+        text: TaskText | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         """Index the table, or the allowed part of it.
@@ -84,6 +113,7 @@ class SidDecoder:
             constrained: False decodes without the index, to measure invalid SIDs.
             allowed: bool [N], items whose SIDs may be emitted; None allows all. Beams never enter
                 a prefix without an allowed item, so lists stay as long as they can be.
+            text: turns queries into questions, of a model that learned to be asked.
             device: where the search runs.
         """
         indexed = table.codes if allowed is None else table.codes[allowed]
@@ -97,6 +127,7 @@ class SidDecoder:
         self._batch_users = batch_users
         self._makes_room = makes_room
         self._constrained = constrained
+        self._text = text
         self._device = device
 
     def item_rank(self) -> NDArray[np.int64]:
@@ -106,7 +137,7 @@ class SidDecoder:
         # A denied item may share its SID with an allowed one.
         return rank if self._allowed is None else np.where(self._allowed, rank, -1)
 
-    def decode(self, histories: Ragged) -> DecodedUsers:
+    def decode(self, histories: Ragged, queries: Sequence[str] | None = None) -> DecodedUsers:
         """Search the SIDs of every history.
 
         Users are batched by history length, so that little of a batch is padding; results do not
@@ -114,7 +145,16 @@ class SidDecoder:
 
         Args:
             histories: U rows of item indices, oldest first; empty rows are allowed.
+            queries: U texts, what each user asks for; None asks for the next item.
+
+        Raises:
+            ConfigError: there are queries, and the model did not learn to be asked.
         """
+        if queries is not None and self._text is None:
+            raise ConfigError(
+                "queries must go to a model that was trained with tasks.search, got one that was "
+                "not. Train one, or leave the queries out."
+            )
         started = perf_counter()
         width = self._last_width(histories)
         shape = (len(histories), width)
@@ -123,7 +163,8 @@ class SidDecoder:
         num_emitted = num_invalid = 0
         with evaluation_mode(self._generator):
             for rows in self._batches(histories):
-                beams = self._search(histories.take(rows), width)
+                asked = None if queries is None else [queries[row] for row in rows.tolist()]
+                beams = self._search(histories.take(rows), asked, width)
                 ranks[rows] = beams.sid_rank.cpu().numpy()
                 scores[rows] = beams.scores.cpu().numpy()
                 num_emitted += int(beams.is_live.sum())
@@ -142,19 +183,31 @@ class SidDecoder:
         surplus = int(histories.lengths.max(initial=0)) - self.widths[-1] // 2
         return self.widths[-1] + min(max(surplus, 0), _MOST_ROOM)
 
-    def _search(self, histories: Ragged, width: int) -> Beams:
+    def _search(self, histories: Ragged, queries: list[str] | None, width: int) -> Beams:
+        widths = (*self.widths[:-1], width)
+        if queries is not None:
+            tokens, mask = self._questions(histories, queries)
+            generator = _Answering(cast(AskedGenerator, self._generator))
+            return beam_search(
+                generator, tokens, mask, self.index, widths, constrained=self._constrained
+            )
         tokens, mask = self._vocab.history_tokens(histories, self._codes, self._max_history)
         tokens, mask = tokens.to(self._device), mask.to(self._device)
         if self._constrained and isinstance(self._generator, ParallelGenerator):
             return exact_search(self._generator, tokens, mask, self.index, width)
         return beam_search(
-            self._generator,
-            tokens,
-            mask,
-            self.index,
-            (*self.widths[:-1], width),
-            constrained=self._constrained,
+            self._generator, tokens, mask, self.index, widths, constrained=self._constrained
         )
+
+    def _questions(self, histories: Ragged, queries: list[str]) -> tuple[Tensor, Tensor]:
+        """Questions as token rows padded on the left, and a mask that is False on padding."""
+        assert self._text is not None  # `decode` checked it
+        scripts = self._text.questions(histories.tail(self._max_history), queries)
+        rows = script_tokens(scripts, self._codes, self._vocab)
+        tokens = torch.from_numpy(rows.padded(side="left", fill=PAD))
+        column = torch.arange(tokens.shape[1])
+        mask = column >= tokens.shape[1] - torch.from_numpy(rows.lengths).unsqueeze(1)
+        return tokens.to(self._device), mask.to(self._device)
 
 
 @contextmanager

@@ -23,6 +23,7 @@ from forge_ray.evaluate.ranking import bucket_places, distinct_items
 from forge_ray.gr.beam import StepwiseGenerator, default_widths
 from forge_ray.gr.buckets import ItemBuckets
 from forge_ray.gr.decoding import DecodedUsers, SidDecoder
+from forge_ray.gr.scripts import TaskText
 from forge_ray.sid.table import SidTable
 
 
@@ -36,8 +37,8 @@ class SidSearch(Protocol):
     def item_rank(self) -> NDArray[np.int64]:
         """SID of every item as a rank among the sorted distinct SIDs, int64 [N]."""
 
-    def decode(self, histories: Ragged) -> DecodedUsers:
-        """Rank SIDs for every history."""
+    def decode(self, histories: Ragged, queries: Sequence[str] | None = None) -> DecodedUsers:
+        """Rank SIDs for every history, and what is asked for where there are queries."""
 
 
 def evaluate_generator(
@@ -53,6 +54,8 @@ def evaluate_generator(
     exclude_seen: bool = True,
     batch_users: int = 32,
     constrained: bool = True,
+    queries: Sequence[str] | None = None,
+    text: TaskText | None = None,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Score a generator on users that fit in memory; `gr.scoring` streams them.
@@ -65,11 +68,12 @@ def evaluate_generator(
         train_counts: int [N], interactions of each item in the train part.
         max_history: newest items of a history that the model reads.
         ks: cut-offs.
-        widths: beams to keep after each level; by default `default_widths`, and at the last level
-            room for seen items.
+        widths: beams to keep after each level; by default `default_widths`, with room for seen.
         exclude_seen: whether items of the (whole) history are kept out of the lists.
         batch_users: users per search.
         constrained: False measures the model without the prefix index.
+        queries: U texts, what each user asks for; None asks for the next item.
+        text: turns queries into questions.
         device: where the search runs.
 
     Returns:
@@ -78,11 +82,7 @@ def evaluate_generator(
     Raises:
         DataError: histories and targets do not match.
     """
-    if len(histories) != len(targets):
-        raise DataError(
-            f"targets must have one row per history ({len(histories)}), got {len(targets)}. "
-            "Read both from the same split."
-        )
+    _check_rows(histories, targets)
     chosen = tuple(widths or default_widths(table.num_levels, max_k=max(ks)))
     decoder = SidDecoder(
         generator,
@@ -92,14 +92,24 @@ def evaluate_generator(
         batch_users=batch_users,
         makes_room=exclude_seen and constrained and not widths,
         constrained=constrained,
+        text=text,
         device=device,
     )
     ranker = SidRanker(decoder, train_counts=train_counts, ks=ks, exclude_seen=exclude_seen)
     wanted = distinct_items(targets, len(train_counts))
     board = Board(train_counts, ks)
-    users = np.arange(len(histories), dtype=np.int64)
-    board.add(users, wanted, ranker.rank(histories, wanted), train_counts)
+    board.add(
+        np.arange(len(histories)), wanted, ranker.rank(histories, wanted, queries), train_counts
+    )
     return board.summary()
+
+
+def _check_rows(histories: Ragged, targets: Ragged) -> None:
+    if len(histories) != len(targets):
+        raise DataError(
+            f"targets must have one row per history ({len(histories)}), got {len(targets)}. "
+            "Read both from the same split."
+        )
 
 
 class SidRanker:
@@ -112,6 +122,7 @@ class SidRanker:
         train_counts: NDArray[np.integer[Any]],
         ks: Sequence[int] = DEFAULT_KS,
         exclude_seen: bool = True,
+        reads_queries: bool = True,
     ) -> None:
         """Group the items by SID.
 
@@ -120,6 +131,7 @@ class SidRanker:
             train_counts: int [N], interactions of each item in the train part; orders a bucket.
             ks: cut-offs.
             exclude_seen: whether items of the history are kept out of the lists.
+            reads_queries: False ranks by the histories alone, whatever is asked.
 
         Raises:
             ConfigError: the beams are fewer than the longest list needs.
@@ -134,18 +146,22 @@ class SidRanker:
         self._search = search
         self._top_k = max(ks)
         self._exclude_seen = exclude_seen
+        self._reads_queries = reads_queries
         self._buckets = ItemBuckets.build(
             item_rank, num_sids=num_sids, train_counts=np.asarray(train_counts, np.int64)
         )
 
-    def rank(self, histories: Ragged, targets: Ragged) -> Ranked:
+    def rank(
+        self, histories: Ragged, targets: Ragged, queries: Sequence[str] | None = None
+    ) -> Ranked:
         """Decode some users and find their targets.
 
         Args:
             histories: U rows of item indices.
             targets: U rows of distinct held-out items, at least one each.
+            queries: U texts, what each user asks for; None where nobody asks.
         """
-        decoded = self._search.decode(histories)
+        decoded = self._search.decode(histories, queries if self._reads_queries else None)
         lists = self._buckets.expand(
             decoded.sid_rank,
             decoded.scores,

@@ -13,11 +13,9 @@ Knows nothing about Ray: what it tells and asks goes through `LoopHooks`.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Callable, Mapping
-from collections.abc import Generator as Iterating
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
@@ -27,10 +25,10 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 from torch import Tensor
 
+from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
-from forge_ray.data.stream import SequenceStream, StreamBatch, prefetched
 from forge_ray.errors import ArtifactError
-from forge_ray.gr.batches import micro_batches
+from forge_ray.gr.batches import micro_batches, with_scripts
 from forge_ray.gr.checkpoint import (
     HISTORY_FILE,
     LOSSES_FILE,
@@ -44,7 +42,8 @@ from forge_ray.gr.config import GrConfig
 from forge_ray.gr.engine import TAG, Engine, expected_shards
 from forge_ray.gr.health import SELECTION_METRIC, LossWatch, best_row, has_settled
 from forge_ray.gr.initial import INITIAL_FILE
-from forge_ray.gr.models.base import Generator
+from forge_ray.gr.mixture import MixedBatch, Mixture, TextData
+from forge_ray.gr.models.base import Generator, TokenBatch
 from forge_ray.gr.run_folder import (
     BEST,
     CHECKPOINTS,
@@ -53,6 +52,7 @@ from forge_ray.gr.run_folder import (
     RunFolder,
     checkpoint_name,
 )
+from forge_ray.gr.tasks import ITEM_TASK
 from forge_ray.gr.vocab import vocab_of
 
 logger = logging.getLogger(__name__)
@@ -74,6 +74,7 @@ class TrainJob:
         folder: of the run.
         started: `time.time()` at which the run was asked for; measures the start-up.
         group: what the counters of several runs have in common.
+        text: what the tasks with text read; None for a training on histories alone.
     """
 
     config: GrConfig
@@ -83,6 +84,7 @@ class TrainJob:
     folder: RunFolder
     started: float
     group: str = ""
+    text: TextData | None = None
 
 
 class Validation(Protocol):
@@ -189,11 +191,12 @@ class TrainLoop:
         self._engine = Engine(
             generator, config.engine, max_steps=config.max_steps, seed=config.seed
         )
-        self._stream = SequenceStream(
-            job.dataset.sequence_files("train"),
-            job.dataset.filesystem,
-            config.data,
-            plan=config.plan,
+        self._vocab = vocab_of(job.codebook_sizes)
+        self._mixture = Mixture(
+            config,
+            job.dataset,
+            job.text,
+            num_levels=self._vocab.num_levels,
             rank=self._engine.rank,
             world_size=self._engine.world_size,
         )
@@ -250,6 +253,12 @@ class TrainLoop:
     def _is_first(self) -> bool:
         return self._engine.rank == 0
 
+    @property
+    def _epoch(self) -> int:
+        """Of the histories; of the first other task where there are none."""
+        others = [one.epoch for one in self._progress.cursors.values()]
+        return self._progress.cursor.epoch if ITEM_TASK in self._config.shares else others[0]
+
     def _is_point(self) -> bool:
         step = self._progress.step
         return step % self._config.validation.every == 0 or step >= self._config.max_steps
@@ -264,10 +273,8 @@ class TrainLoop:
     def _train(self) -> Ending:
         """Steps until the last validation point, or until something else ends the run."""
         self._interval, self._uncounted = _Interval(), _Interval()
-        stream = prefetched(
-            self._stream.batches(self._progress.cursor), self._config.data.prefetch_batches
-        )
-        with contextlib.closing(stream) as batches:
+        cursors = {**self._progress.cursors, ITEM_TASK: self._progress.cursor}
+        with self._mixture.batches(cursors) as batches:
             while True:
                 self._step(batches)
                 if not self._is_point() and self._progress.step % _CHECKUP_STEPS:
@@ -295,28 +302,24 @@ class TrainLoop:
             return Ending("finished" if is_last else "settled")
         return Ending("stopped", "a request to stop") if signs.is_stopping else None
 
-    def _step(self, batches: Iterating[StreamBatch, None, None]) -> None:
+    def _step(self, batches: Iterator[MixedBatch]) -> None:
         """One optimiser step on the next global batch."""
         began = time.perf_counter()
         batch = next(batches)
         waited = time.perf_counter() - began
-        targets = self._engine.module.num_targets(torch.from_numpy(batch.global_lengths))
+        targets = batch.script_targets
+        if batch.items is not None:
+            lengths = torch.from_numpy(batch.items.global_lengths)
+            targets += self._engine.module.num_targets(lengths)
         step = self._progress.step + 1
-        loss = self._engine.step(
-            micro_batches(
-                batch.rows,
-                self._codes,
-                self._engine.accumulation,
-                is_packed=self._config.model.packs,
-            ),
-            num_targets=targets,
-            step=step,
-        )
+        loss = self._engine.step(self._passes(batch), num_targets=targets, step=step)
+        others = dict(batch.following)
         self._progress = replace(
             self._progress,
             step=step,
-            cursor=batch.following,
+            cursor=others.pop(ITEM_TASK, self._progress.cursor),
             tokens=self._progress.tokens + targets,
+            cursors=others,
         )
         self._unshared.append(loss)
         for one in (self._interval, self._uncounted):
@@ -324,6 +327,16 @@ class TrainLoop:
             one.wait_s += waited
         if self._startup_s is None:
             self._startup_s = time.time() - self._job.started
+
+    def _passes(self, batch: MixedBatch) -> list[TokenBatch]:
+        """This worker's rows of a step, as its forward passes."""
+        rows = Ragged.from_lists([], dtype="int32") if batch.items is None else batch.items.rows
+        found = micro_batches(
+            rows, self._codes, self._engine.accumulation, is_packed=self._config.model.packs
+        )
+        if batch.scripts is None:
+            return found
+        return with_scripts(found, batch.scripts, self._codes, self._vocab)
 
     def _check_up(self) -> _Signs:
         """Shares losses and requests; every worker calls it at the same steps."""
@@ -429,7 +442,7 @@ class TrainLoop:
         return {
             "stage": "gr",
             "global_step": self._progress.step,
-            "epoch": self._progress.cursor.epoch,
+            "epoch": self._epoch,
             "train_tokens": self._progress.tokens,
             "loss": float(np.mean(self._losses[last["global_step"] :])),
             "tokens_per_s": round(interval.tokens / seconds, 1),

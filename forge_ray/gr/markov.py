@@ -16,6 +16,7 @@ Shapes: U users, S distinct SIDs, P_l prefixes of length l.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
@@ -94,11 +95,12 @@ class MarkovBackoff:
         """SID of every item as a rank among the sorted distinct SIDs, int64 [N]."""
         return self.model.prefixes.ids[-1]
 
-    def decode(self, histories: Ragged) -> DecodedUsers:
+    def decode(self, histories: Ragged, queries: Sequence[str] | None = None) -> DecodedUsers:
         """Rank the best SIDs of every history.
 
         Args:
             histories: U rows of item indices, oldest first.
+            queries: not read.
         """
         started = perf_counter()
         num_sids = self.model.prefixes.counts[-1]

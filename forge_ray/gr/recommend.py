@@ -35,12 +35,14 @@ from forge_ray.artifacts import open_filesystem
 from forge_ray.config import to_mapping
 from forge_ray.data import tasks
 from forge_ray.data.parts import Part, plan_parts, read_part
+from forge_ray.data.queries.query_set import QuerySet
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import (
     DEFAULT_SPACE,
     SPLITS,
     Dataset,
     SequenceBatch,
+    Users,
 )
 from forge_ray.errors import ConfigError
 from forge_ray.gr.beam import default_widths
@@ -145,10 +147,21 @@ class _Job:
     dataset: Dataset
     out: str
     allowed: NDArray[np.bool_] | None
+    queries: QuerySet | None = None
+
+    @property
+    def users(self) -> Users:
+        """Whose rows get lists."""
+        return self.queries or self.dataset
 
 
 def recommend(
-    source: GeneratorSource, dataset: Dataset, config: RecommendConfig, *, out: str
+    source: GeneratorSource,
+    dataset: Dataset,
+    config: RecommendConfig,
+    *,
+    out: str,
+    queries: QuerySet | None = None,
 ) -> RecommendReport:
     """Write a list of items for every user of a split; needs a running Ray.
 
@@ -159,6 +172,7 @@ def recommend(
         out: folder or URI for ``lists/*.parquet`` (`user_index`, `user_id`, `items`, `item_ids`,
             `scores`), with `request.json` and, at the end, `summary.json`. The same call continues
             a run that was killed.
+        queries: a query set of the dataset; a list for every row of it, with a column `query`.
 
     Raises:
         ConfigError: ``out`` holds the lists of another request, or no item is allowed.
@@ -171,10 +185,12 @@ def recommend(
     if config.bucket_order == "dense":
         dataset.vector_files(config.space)  # a wrong name fails here, not in an actor
     allowed = allowed_items(_item_ids(dataset), allow=config.allow, deny=config.deny)
-    job = _Job(config, source, dataset, out, allowed)
+    if queries is not None:
+        _check_queries(queries, dataset, config)
+    job = _Job(config, source, dataset, out, allowed, queries)
     _claim(filesystem, root, _request(job))
     split: Any = config.split
-    parts = list(plan_parts(dataset, split, rows_per_part=config.rows_per_part))
+    parts = list(plan_parts(job.users, split, rows_per_part=config.rows_per_part))
     finished = _finished(filesystem, root)
     pending = [part for part in parts if _file(part) not in finished]
     logger.info(
@@ -193,6 +209,15 @@ def recommend(
     return report
 
 
+def _check_queries(queries: QuerySet, dataset: Dataset, config: RecommendConfig) -> None:
+    queries.check_dataset(dataset)
+    if config.append_targets:
+        raise ConfigError(
+            "append_targets must be false with --queries, got true. What a query asks for is no "
+            "history of it: leave it out."
+        )
+
+
 def _request(job: _Job) -> dict[str, Any]:
     """What decides the bytes of the lists (resources do not)."""
     given = to_mapping(job.config)
@@ -201,6 +226,8 @@ def _request(job: _Job) -> dict[str, Any]:
     kept = {name: value for name, value in given.items() if name not in other}
     if job.allowed is not None:
         kept["allowed"] = hashlib.sha256(np.packbits(job.allowed).tobytes()).hexdigest()
+    if job.queries is not None:
+        kept["queries"] = job.queries.key
     return {"model": job.source.key, "dataset": job.dataset.key, "config": kept}
 
 
@@ -279,6 +306,7 @@ class _PartWriter:
             batch_users=job.config.batch_users,
             makes_room=job.config.exclude_seen and not job.config.widths,
             allowed=job.allowed,
+            text=loaded.text,
             device=device,
         )
         self._buckets = ItemBuckets.build(
@@ -300,9 +328,9 @@ class _PartWriter:
         return pa.table({"name": [_file(part) for part in parts]})
 
     def _write(self, part: Part) -> None:
-        users = read_part(self._job.dataset, part)
+        users = read_part(self._job.users, part)
         histories = _known(users, append_targets=self._job.config.append_targets)
-        decoded = self._decoder.decode(histories)
+        decoded = self._decoder.decode(histories, users.queries)
         lists = self._buckets.expand(
             decoded.sid_rank,
             decoded.scores,
@@ -342,8 +370,12 @@ def _user_ids(dataset: Dataset, users: SequenceBatch) -> pa.Array:
         dataset.artifact.files("users/"), filesystem=dataset.filesystem, format="parquet"
     ).to_table(filter=(column >= int(index.min())) & (column <= int(index.max())))
     order = np.argsort(found["user_index"].to_numpy())
-    slots = np.searchsorted(found["user_index"].to_numpy()[order], index)
-    return found["user_id"].combine_chunks().take(pa.array(order[slots]))
+    known = found["user_index"].to_numpy()[order]
+    slots = np.searchsorted(known, index)
+    # Queries need not have a user.
+    is_known = index < dataset.num_users
+    rows = np.where(is_known, order[np.minimum(slots, len(order) - 1)], 0) if len(order) else slots
+    return found["user_id"].combine_chunks().take(pa.array(rows, mask=~is_known))
 
 
 def _table(
@@ -352,10 +384,12 @@ def _table(
     is_item = lists.items >= 0
     items = Ragged.from_lengths(lists.items[is_item].astype(np.int32), lists.lengths)
     offsets = pa.array(items.offsets.astype(np.int32))
+    asked = {} if users.queries is None else {"query": pa.array(users.queries, pa.string())}
     return pa.table(
         {
             "user_index": pa.array(users.user_index),
             "user_id": user_ids,
+            **asked,
             "items": items.to_arrow(),
             "item_ids": pa.ListArray.from_arrays(offsets, item_ids.take(pa.array(items.values))),
             "scores": Ragged(lists.scores[is_item], items.offsets).to_arrow(),

@@ -11,6 +11,7 @@ from typing import Any
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import to_mapping
+from forge_ray.data.queries.query_set import QuerySet
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate.config import EvaluationConfig
@@ -61,6 +62,7 @@ class OpenModel:
     source: GeneratorSource
     dataset: Dataset
     config: ModelEvaluationConfig
+    reads_queries: bool = True
 
     def __call__(self) -> SidRanker:
         """Read the weights and index the table."""
@@ -75,6 +77,7 @@ class OpenModel:
             batch_users=config.batch_users,
             makes_room=config.makes_room,
             constrained=config.constrained,
+            text=loaded.text,
             device=config.device,
         )
         return SidRanker(
@@ -82,6 +85,7 @@ class OpenModel:
             train_counts=self.dataset.train_counts(),
             ks=config.ks,
             exclude_seen=config.exclude_seen,
+            reads_queries=self.reads_queries,
         )
 
 
@@ -92,6 +96,8 @@ def evaluate_model(
     *,
     store: ArtifactStore,
     name: str = "model",
+    queries: QuerySet | None = None,
+    reads_queries: bool = True,
 ) -> Evaluation:
     """Item-level figures of a model, from the store when they were computed before.
 
@@ -101,13 +107,22 @@ def evaluate_model(
         config: which users and how; with more than one worker Ray must be up.
         store: where the result is kept, as an artifact of kind `evaluation`.
         name: of the artifact.
+        queries: a query set of the dataset, to rank for its rows instead of the users.
+        reads_queries: False ranks for those rows by their histories alone.
+
+    Raises:
+        ConfigError: the queries belong to another dataset.
     """
+    identity = config.identity()
+    if queries is not None:
+        queries.check_dataset(dataset)
+        identity |= {"reads_queries": reads_queries}
     return evaluated(
         name,
-        lambda: OpenModel(source, dataset, config),
-        dataset,
+        lambda: OpenModel(source, dataset, config, reads_queries),
+        queries or dataset,
         config,
-        identity=config.identity(),
+        identity=identity,
         parents=(source.key,),
         store=store,
         gpus_per_worker=1.0 if config.device.startswith("cuda") else 0.0,

@@ -14,17 +14,26 @@ from forge_ray.artifacts import Artifact, ArtifactStore
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ArtifactError
 from forge_ray.gr.beam import StepwiseGenerator
-from forge_ray.gr.checkpoint import MODEL_KIND, load_generator, model_config
+from forge_ray.gr.checkpoint import MODEL_KIND, TASK_TEXT_FILE, load_generator, model_config
+from forge_ray.gr.scripts import TaskText
 from forge_ray.sid.table import SidTable
 
 
 @dataclass(frozen=True)
 class LoadedGenerator:
-    """A model ready to decode, with the SIDs that it was trained on."""
+    """A model ready to decode, with the SIDs that it was trained on.
+
+    Attributes:
+        generator: the model.
+        table: its SIDs.
+        max_history: newest items of a history that it reads.
+        text: turns queries into questions; None for a model that reads no text.
+    """
 
     generator: StepwiseGenerator
     table: SidTable
     max_history: int
+    text: TaskText | None = None
 
 
 class GeneratorSource(Protocol):
@@ -94,7 +103,15 @@ class ModelSource:
         """Read weights and codes; a table other than the model's own is refused."""
         table = self.load_table()
         generator = load_generator(self.artifact, table).to(device)
-        return LoadedGenerator(generator, table, model_config(self.artifact).max_history)
+        return LoadedGenerator(
+            generator, table, model_config(self.artifact).max_history, self._text()
+        )
+
+    def _text(self) -> TaskText | None:
+        if not self.artifact.exists(TASK_TEXT_FILE):
+            return None
+        content = self.artifact.local(TASK_TEXT_FILE).read_text(encoding="utf-8")
+        return TaskText.from_json(content)
 
 
 def _find_table(store: ArtifactStore, sids: str | None, key: str) -> Artifact | Path:

@@ -31,12 +31,14 @@ from forge_ray.artifacts import (
     ArtifactWriter,
     open_filesystem,
 )
+from forge_ray.data.queries.query_set import QuerySet
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError, ForgeError, StoppedError, TrainingError, worker_error
 from forge_ray.gr.checkpoint import (
     HISTORY_FILE,
     LOSSES_FILE,
     MODEL_KIND,
+    TASK_TEXT_FILE,
     WEIGHTS_FILE,
     RunIdentity,
     config_hash,
@@ -47,6 +49,8 @@ from forge_ray.gr.health import best_row
 from forge_ray.gr.initial import resolved_initial, write_initial
 from forge_ray.gr.loop import LoopHooks, TrainJob, TrainLoop, Validation, reported
 from forge_ray.gr.meters import TrainMeters
+from forge_ray.gr.mixture import TextData
+from forge_ray.gr.models.pretrained import PretrainedConfig
 from forge_ray.gr.run_folder import (
     BEST,
     CHECKPOINTS,
@@ -56,6 +60,7 @@ from forge_ray.gr.run_folder import (
     RunFolder,
     checkpoint_name,
 )
+from forge_ray.gr.tasks import CATALOGUE_TASKS
 from forge_ray.sid.table import SidTable
 from forge_ray.threads import set_threads
 
@@ -119,8 +124,7 @@ def train_generator(
     Raises:
         ConfigError: The name belongs to a run with another configuration.
         TrainingError: The loss diverged, or workers were lost more often than allowed.
-        StoppedError: SIGTERM or a file `stop` in the run's folder asked for the end; a checkpoint
-            was saved, and the same call continues from it.
+        StoppedError: SIGTERM or a file `stop` asked for the end; the same call continues.
     """
     config = _resolved(config, dataset, table, store)
     content: dict[str, Any] = {"gr": config.identity(), "table_key": table_key(table)}
@@ -137,20 +141,26 @@ def train_generator(
             folder=folder,
             started=time.time(),
             group=group,
+            text=_text_data(config, dataset, store),
         )
         outcome = _fit(job, table, run_dir=run_dir, name=name, callbacks=callbacks)
         _check_outcome(outcome, job, name=name, command=command)
-        return _publish(writer, folder, outcome)
+        return _publish(writer, folder, outcome, job.text)
 
     artifact = store.build(
         MODEL_KIND,
         name.replace("/", "-"),
         content,
-        parents=[one for one in (dataset.key, table_key(table), config.initial.model) if one],
+        parents=[one for one in _parents(config, dataset, table) if one],
         produce=produce,
         command=command,
     )
     return train_result(artifact)
+
+
+def _parents(config: GrConfig, dataset: Dataset, table: SidTable) -> tuple[str, ...]:
+    queries = config.tasks.queries if config.tasks.needs_queries else ""
+    return dataset.key, table_key(table), config.initial.model, queries
 
 
 def _resolved(
@@ -159,7 +169,33 @@ def _resolved(
     """The configuration with what it names looked up."""
     _check_table(config, dataset, table)
     initial = resolved_initial(config.initial, store, table)
-    return replace(config, model=config.model.resolved(), initial=initial)
+    tasks = config.tasks
+    if tasks.needs_queries:
+        tasks = replace(tasks, queries=QuerySet.open(store, tasks.queries).key)
+    return replace(config, model=config.model.resolved(), initial=initial, tasks=tasks)
+
+
+def _text_data(config: GrConfig, dataset: Dataset, store: ArtifactStore) -> TextData | None:
+    """What the tasks with text read, checked.
+
+    Raises:
+        ConfigError: the queries belong to another dataset, or the items have no such column.
+    """
+    tasks = config.tasks
+    if not tasks.text_tasks:
+        return None
+    assert isinstance(config.model, PretrainedConfig)  # the configuration lets no other read text
+    queries = None
+    if tasks.needs_queries:
+        queries = QuerySet.open(store, tasks.queries)
+        queries.check_dataset(dataset)
+    columns = dataset.item_columns()
+    if any(task in CATALOGUE_TASKS for task in tasks.text_tasks) and tasks.column not in columns:
+        raise ConfigError(
+            f"tasks.column must be a column of the items of {dataset.name}, got {tasks.column!r}. "
+            f"There are {', '.join(columns)}."
+        )
+    return TextData(config.model.task_text(tasks), queries)
 
 
 def _check_table(config: GrConfig, dataset: Dataset, table: SidTable) -> None:
@@ -351,7 +387,9 @@ def _run_config(
     )
 
 
-def _publish(writer: ArtifactWriter, folder: RunFolder, outcome: dict[str, Any]) -> ArtifactInfo:
+def _publish(
+    writer: ArtifactWriter, folder: RunFolder, outcome: dict[str, Any], text: TextData | None
+) -> ArtifactInfo:
     """Copies the best weights into the artifact; DeepSpeed's shards stay behind."""
     history = folder.read_json(HISTORY_FILE)
     best = history[best_row(history)]
@@ -362,6 +400,9 @@ def _publish(writer: ArtifactWriter, folder: RunFolder, outcome: dict[str, Any])
         sink.write(json.dumps(history).encode())
     with writer.local_path(LOSSES_FILE) as target:
         np.save(target, np.array(outcome["losses"]))
+    if text is not None:
+        with writer.open(TASK_TEXT_FILE) as sink:
+            sink.write(text.text.to_json().encode())
     return ArtifactInfo(rows={"steps": outcome["step"]}, metrics=best)
 
 

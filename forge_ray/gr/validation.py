@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +20,7 @@ from numpy.typing import NDArray
 from safetensors.torch import load_file
 
 from forge_ray.data.ragged import Ragged
-from forge_ray.data.schema import Dataset
+from forge_ray.data.schema import Dataset, SequenceBatch
 from forge_ray.errors import ConfigError
 from forge_ray.gr.checkpoint import WEIGHTS_FILE, build_generator
 from forge_ray.gr.evaluation import evaluate_generator
@@ -47,7 +49,7 @@ class CheckpointValidator:
         self._job = job
         self._device = device
         self._table = SidTable(codes, job.codebook_sizes, resolver="", key=job.identity.table_key)
-        self._sample: tuple[Ragged, Ragged] | None = None
+        self._sample: Sample | None = None
 
     def run(self, step: int, best: float) -> dict[str, Any]:
         """Decodes the users with the checkpoint of a step.
@@ -62,14 +64,17 @@ class CheckpointValidator:
         began = time.perf_counter()
         job, config, name = self._job, self._job.config, checkpoint_name(step)
         if self._sample is None:
-            self._sample = validation_sample(job.dataset, config.validation.users)
+            self._sample = _sample(job)
         generator = build_generator(config.model, self._table)
         with job.folder.local(CHECKPOINTS, name, WEIGHTS_FILE) as path:
             generator.load_state_dict(load_file(str(path)))
         metrics: dict[str, Any] = evaluate_generator(
             generator.eval().to(self._device),
             self._table,
-            *self._sample,
+            self._sample.histories,
+            self._sample.targets,
+            queries=self._sample.queries,
+            text=None if job.text is None else job.text.text,
             train_counts=job.dataset.train_counts(),
             max_history=config.max_history,
             ks=config.validation.ks,
@@ -173,17 +178,55 @@ def _is_done(reference: Any) -> bool:
     return bool(ray.wait([reference], timeout=0)[0])
 
 
-def validation_sample(dataset: Dataset, limit: int) -> tuple[Ragged, Ragged]:
+@dataclass(frozen=True)
+class Sample:
+    """Validation rows.
+
+    Attributes:
+        histories: U rows of item indices.
+        targets: U rows of held-out items.
+        queries: U texts; None where the task is the next item.
+    """
+
+    histories: Ragged
+    targets: Ragged
+    queries: list[str] | None = None
+
+
+def _sample(job: TrainJob) -> Sample:
+    config = job.config
+    if config.tasks.validate == "next_item":
+        return validation_sample(job.dataset, config.validation.users)
+    assert job.text is not None  # the configuration asked for queries
+    assert job.text.queries is not None
+    return sampled(job.text.queries.batches("validation", limit=config.validation.users))
+
+
+def validation_sample(dataset: Dataset, limit: int) -> Sample:
     """Histories and targets of the first `limit` validation users, a fixed random sample.
 
     Raises:
         ConfigError: The dataset has no validation users.
     """
-    batches = list(dataset.sequence_batches("validation", limit=limit))
-    targets = [batch.targets for batch in batches if batch.targets is not None]
+    return sampled(dataset.sequence_batches("validation", limit=limit))
+
+
+def sampled(batches: Iterable[SequenceBatch]) -> Sample:
+    """All rows of some batches of a held-out split.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    found = list(batches)
+    targets = [batch.targets for batch in found if batch.targets is not None]
     if not targets:
         raise ConfigError(
             "dataset must have validation users, got none. Prepare it with a split that leaves "
             "some."
         )
-    return Ragged.concatenate([batch.items for batch in batches]), Ragged.concatenate(targets)
+    queries = [text for batch in found for text in batch.queries or ()]
+    return Sample(
+        Ragged.concatenate([batch.items for batch in found]),
+        Ragged.concatenate(targets),
+        queries or None,
+    )

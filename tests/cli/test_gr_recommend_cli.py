@@ -25,8 +25,8 @@ def test_options_reach_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     source = SimpleNamespace(name="chain-model", dataset="chains")
     told: dict[str, Any] = {}
 
-    def stage(source: Any, dataset: Any, config: Any, *, out: str) -> RecommendReport:
-        told.update(source=source, dataset=dataset, config=config, out=out)
+    def stage(source: Any, dataset: Any, config: Any, *, out: str, queries: Any) -> RecommendReport:
+        told.update(source=source, dataset=dataset, config=config, out=out, queries=queries)
         return REPORT
 
     monkeypatch.setattr("forge_ray.launch.connect.connected", lambda **_: nullcontext())
@@ -44,3 +44,4 @@ def test_options_reach_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert config.widths == [200, 400, 1200]
     assert (told["source"], told["dataset"]) == (source, "chains")
     assert told["out"] == "./recommendations/chain-model-validation"
+    assert told["queries"] is None

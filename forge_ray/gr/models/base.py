@@ -24,6 +24,7 @@ from forge_ray.data.stream import ExampleMode
 from forge_ray.errors import ConfigError
 from forge_ray.gr.models.code_tables import CodeTable, code_rows, token_rows
 from forge_ray.gr.models.discrec import DiscRec
+from forge_ray.gr.scripts import ScriptBatch
 from forge_ray.gr.vocab import BOS, Vocab
 
 Competitors: TypeAlias = Literal["level", "full"]
@@ -74,6 +75,11 @@ class GeneratorConfig(Component):
     @property
     def packs(self) -> bool:
         """Whether training rows of any lengths share a pass without padding."""
+        return False
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether rows of text can be learned and asked."""
         return False
 
     @property
@@ -170,15 +176,20 @@ class TokenBatch:
     Attributes:
         codes: int64 [B, N, L], right padded with any valid code.
         lengths: int64 [B], items of each row; 0 is a row that counts for nothing.
+        scripts: rows of text and codes beside them, for models that read text; None for a training
+            on histories alone.
     """
 
     codes: Tensor
     lengths: Tensor
+    scripts: ScriptBatch | None = None
 
     def to(self, device: torch.device) -> TokenBatch:
         """The batch on another device."""
         return TokenBatch(
-            self.codes.to(device, non_blocking=True), self.lengths.to(device, non_blocking=True)
+            self.codes.to(device, non_blocking=True),
+            self.lengths.to(device, non_blocking=True),
+            None if self.scripts is None else self.scripts.to(device),
         )
 
 
@@ -309,9 +320,22 @@ class Generator(nn.Module, ABC):
             float32 logits [B, W, K_level], and the next state.
         """
 
+    def script_loss_sum(self, scripts: ScriptBatch) -> Tensor:
+        """Cross-entropy summed over all answers; of models that read text.
+
+        Raises:
+            ConfigError: this one does not.
+        """
+        raise ConfigError(
+            f"tasks must be next_item alone for {type(self).__name__}, which reads no text, got "
+            "rows of text. Use a pretrained model."
+        )
+
     def forward(self, batch: TokenBatch) -> Tensor:
-        """Same as `loss_sum`; training engines wrap `forward`."""
-        return self.loss_sum(batch)
+        """`loss_sum`, and that of the scripts of a mixture; training engines wrap `forward`."""
+        loss = self.loss_sum(batch)
+        # Both parts always run: with ZeRO-3 a rank that left one out would keep others waiting.
+        return loss if batch.scripts is None else loss + self.script_loss_sum(batch.scripts)
 
     def loss(self, batch: TokenBatch) -> Tensor:
         """Mean cross-entropy per target token; ln(codes of a level) before training."""

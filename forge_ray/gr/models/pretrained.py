@@ -21,8 +21,10 @@ from torch.nn import functional
 
 from forge_ray.embed.encoders.model import find_model
 from forge_ray.errors import ConfigError
-from forge_ray.gr.models.base import Generator, GeneratorConfig, TokenTable
+from forge_ray.gr.models.base import Generator, GeneratorConfig, Objective, TokenTable
 from forge_ray.gr.models.prompt import PromptConfig, PromptTokens, tokenize_prompt
+from forge_ray.gr.scripts import TaskText, make_task_text
+from forge_ray.gr.tasks import TasksConfig
 from forge_ray.gr.vocab import BOS, Vocab
 
 _NEEDLESS = ("_name_or_path", "architectures", "dtype", "id2label", "label2id")
@@ -81,6 +83,11 @@ class PretrainedConfig(GeneratorConfig):
             )
 
     @property
+    def reads_text(self) -> bool:
+        """See `GeneratorConfig.reads_text`."""
+        return True
+
+    @property
     @abstractmethod
     def families(self) -> tuple[str, ...]:
         """Transformers' `model_type` of the checkpoints that fit."""
@@ -96,6 +103,34 @@ class PretrainedConfig(GeneratorConfig):
     def prompt_tokens(self, tokenizer: Any) -> PromptTokens:
         """The prompt as this architecture wants it."""
         return tokenize_prompt(self.prompt, tokenizer)
+
+    @abstractmethod
+    def question_sides(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        """Entries of a script before and after every question, as this architecture wants them."""
+
+    def task_text(self, tasks: TasksConfig) -> TaskText:
+        """What turns texts into scripts of these tasks, by the checkpoint's tokenizer.
+
+        Raises:
+            ConfigError: the tokenizer is none of the library `tokenizers`.
+        """
+        folder = find_model(self.pretrained, revision=self.revision)
+        tokenizer = _tokenizer(folder.path)
+        if not tokenizer.is_fast:
+            raise ConfigError(
+                "model.pretrained must have a tokenizer.json for tasks with text, got "
+                f"{type(tokenizer).__name__} in {folder.path}. Save a fast tokenizer there."
+            )
+        head, tail = self.question_sides(tokenizer)
+        return make_task_text(
+            tasks,
+            tokenizer=tokenizer.backend_tokenizer.to_str(),
+            tokenize=lambda text: tokenizer(text, add_special_tokens=False)["input_ids"],
+            head=head,
+            tail=tail,
+            end=self.checkpoint.end,
+            closes=self.end_token,
+        )
 
     def resolved(self: Pretrained) -> Pretrained:
         """The config with the checkpoint's own configuration and the prompt's tokens in it.
@@ -236,6 +271,41 @@ class ExtendedTable(TokenTable):
         return functional.cross_entropy(
             logits, targets, reduction="sum", label_smoothing=label_smoothing
         )
+
+    def answer_loss_sum(self, hidden: Tensor, tokens: Tensor, objective: Objective) -> Tensor:
+        """Cross-entropy of the tokens of answers, summed.
+
+        With `softmax=level` a code competes with its level and a text token with all text: which of
+        them comes next is known. With `full` all compete.
+
+        Args:
+            hidden: [M, D], states that predict them.
+            tokens: int64 [M], ids of codes or text.
+            objective: competitors and label smoothing.
+        """
+        vocab, smoothing = self.vocab, objective.label_smoothing
+        if objective.softmax == "full":
+            logits = self(hidden, 0, competitors="full")
+            return functional.cross_entropy(
+                logits, tokens - vocab.num_special, reduction="sum", label_smoothing=smoothing
+            )
+        num_codes = vocab.size - vocab.num_special
+        groups = torch.where(tokens < vocab.size, vocab.levels_of(tokens), 0)
+        losses = []
+        for group in range(vocab.num_levels + 1):
+            is_here = groups == group
+            if group:
+                first = vocab.num_special + vocab.level_offsets[group - 1]
+                logits = self(hidden[is_here], group - 1)
+            else:
+                first = vocab.size
+                logits = self(hidden[is_here], 0, competitors="full")[:, num_codes:]
+            losses.append(
+                functional.cross_entropy(
+                    logits, tokens[is_here] - first, reduction="sum", label_smoothing=smoothing
+                )
+            )
+        return torch.stack(losses).sum()
 
     def load_rows(
         self, embedding: Tensor, head: Tensor, *, start: int | None, has_codes: bool

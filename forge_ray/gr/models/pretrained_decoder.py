@@ -13,7 +13,7 @@ and after a history.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -26,7 +26,8 @@ from forge_ray.gr.models.base import Generator, TokenBatch
 from forge_ray.gr.models.decoder import Decoder, DecoderState
 from forge_ray.gr.models.packing import KERNEL, register_kernel
 from forge_ray.gr.models.pretrained import ExtendedTable, PretrainedConfig, load_checkpoint
-from forge_ray.gr.models.prompt import surround
+from forge_ray.gr.models.prompt import surround, tokenize_prompt
+from forge_ray.gr.scripts import START, ScriptBatch, text_entries
 from forge_ray.gr.vocab import BOS, PAD, Vocab
 
 
@@ -71,6 +72,14 @@ class PretrainedDecoderConfig(PretrainedConfig):
     def is_tied(self) -> bool:
         """See `PretrainedConfig.is_tied`."""
         return bool(self.checkpoint.architecture["tie_word_embeddings"])
+
+    def question_sides(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        """See `PretrainedConfig.question_sides`: BOS, or a chat around a user's message."""
+        if not self.prompt.chat:
+            return [START], []
+        bare = replace(self.prompt, before="", after="")
+        sides = tokenize_prompt(bare, tokenizer)
+        return text_entries(sides.before), text_entries(sides.after)
 
     def build(self, vocab: Vocab) -> PretrainedDecoder:
         """Creates the model with fresh weights."""
@@ -149,6 +158,24 @@ class PretrainedDecoder(Decoder):
     def prefill(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, DecoderState]:
         """See `Generator.prefill`."""
         return super().prefill(*surround(tokens, mask.bool(), self.before, self.after))
+
+    def ask(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, DecoderState]:
+        """`prefill` for questions [B, Q], padded on the left: nothing is put around them."""
+        return super().prefill(tokens, mask)
+
+    def script_loss_sum(self, scripts: ScriptBatch) -> Tensor:
+        """See `Generator.script_loss_sum`; rows are padded on the right, as in `_rows`."""
+        answers = scripts.answers
+        tokens = torch.cat([scripts.questions, torch.full_like(answers, PAD)], dim=1)
+        column = torch.arange(answers.shape[1], device=answers.device)
+        place = scripts.question_lengths.unsqueeze(1) + column
+        tokens = tokens.scatter(1, place, answers)
+        states = self.blocks(
+            inputs_embeds=self.dropout(self.table(tokens)), use_cache=False
+        ).last_hidden_state
+        place = (place - 1).unsqueeze(-1).expand(-1, -1, states.shape[-1])
+        hidden, is_target = states.gather(1, place), scripts.is_target
+        return self.table.answer_loss_sum(hidden[is_target], answers[is_target], self.objective)
 
     def _rows(self, codes: Tensor, lengths: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Training rows: prompt, history, prompt, target.

@@ -20,10 +20,11 @@ from torch import Tensor, nn
 
 from forge_ray.data.stream import ExampleMode
 from forge_ray.errors import ConfigError
-from forge_ray.gr.models.base import Generator, TokenBatch
+from forge_ray.gr.models.base import Generator, TokenBatch, shift_right
 from forge_ray.gr.models.pretrained import ExtendedTable, PretrainedConfig, load_checkpoint
 from forge_ray.gr.models.prompt import PromptTokens, surround
 from forge_ray.gr.models.t5 import T5, T5State
+from forge_ray.gr.scripts import ScriptBatch, text_entries
 from forge_ray.gr.vocab import BOS, PAD, Vocab
 
 
@@ -61,6 +62,11 @@ class PretrainedT5Config(PretrainedConfig):
         tokens = super().prompt_tokens(tokenizer)
         end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
         return PromptTokens(tokens.before, tokens.after + end)
+
+    def question_sides(self, tokenizer: Any) -> tuple[list[int], list[int]]:
+        """See `PretrainedConfig.question_sides`: T5's inputs end in its end token."""
+        end = [] if tokenizer.eos_token_id is None else [int(tokenizer.eos_token_id)]
+        return [], text_entries(end)
 
     def build(self, vocab: Vocab) -> PretrainedT5:
         """Creates the model with fresh weights."""
@@ -135,6 +141,24 @@ class PretrainedT5(T5):
     def prefill(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, T5State]:
         """See `Generator.prefill`."""
         return super().prefill(*surround(tokens, mask.bool(), self.before, self.after))
+
+    def ask(self, tokens: Tensor, mask: Tensor) -> tuple[Tensor, T5State]:
+        """`prefill` for questions [B, Q], padded on the left: nothing is put around them."""
+        return super().prefill(tokens, mask)
+
+    def script_loss_sum(self, scripts: ScriptBatch) -> Tensor:
+        """See `Generator.script_loss_sum`."""
+        questions, answers = scripts.questions, scripts.answers
+        column = torch.arange(questions.shape[1], device=questions.device)
+        mask = column < scripts.question_lengths.unsqueeze(1)
+        hidden = self.decoder(
+            inputs_embeds=self.table(shift_right(answers)),
+            encoder_hidden_states=self._states(questions, mask),
+            encoder_attention_mask=mask,
+            use_cache=False,
+        ).last_hidden_state
+        is_target = scripts.is_target
+        return self.table.answer_loss_sum(hidden[is_target], answers[is_target], self.objective)
 
     def _histories(self, codes: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """BOS and the codes of all items but each row's last: [B, 1 + (N - 1) * L], and a mask."""

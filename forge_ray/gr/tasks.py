@@ -1,0 +1,137 @@
+"""What a generator learns at once: a mixture of tasks, each with a share of every global batch.
+
+`next_item` is generative retrieval as ever. The others need a model that reads text: `search` (a
+history and a query to the item that was wanted), `query_to_sid` (the same without the history),
+`item_to_sid` (an item's text to its SID) and `sid_to_text` (back).
+
+Source: the task families of LC-Rec (arXiv 2311.09049) as far as texts and queries allow. We differ
+in fixed shares of each batch, where LC-Rec shuffles all examples, and in one template per task.
+"""
+
+from __future__ import annotations
+
+import string
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+
+from forge_ray.errors import ConfigError
+
+ITEM_TASK = "next_item"
+QUERY_TASKS = ("search", "query_to_sid")
+CATALOGUE_TASKS = ("item_to_sid", "sid_to_text")
+TASKS = (ITEM_TASK, *QUERY_TASKS, *CATALOGUE_TASKS)
+_PLACES = {
+    "search_prompt": ("history", "query"),
+    "item_prompt": ("text",),
+    "text_prompt": ("item",),
+}
+
+
+@dataclass(kw_only=True)
+class TasksConfig:
+    """Weights of the tasks, and how they are put into words.
+
+    A weight is a share of the rows of every global batch, relative to the sum; 0 leaves a task out.
+    """
+
+    next_item: float = 1.0
+    """Histories to their next item; see `model.*` for its rows and prompt."""
+    search: float = 0.0
+    """Histories and queries to the item that was wanted."""
+    query_to_sid: float = 0.0
+    """Queries alone to the item that was wanted."""
+    item_to_sid: float = 0.0
+    """Texts of items to their SIDs."""
+    sid_to_text: float = 0.0
+    """SIDs to the texts of their items."""
+    queries: str = ""
+    """Query set of the dataset, for `search` and `query_to_sid`."""
+    column: str = "title"
+    """Column of the items that `item_to_sid` reads and `sid_to_text` writes."""
+    search_prompt: str = "{history} query: {query} item:"
+    """Template of `search` and `query_to_sid`, in training and in decoding."""
+    item_prompt: str = "text: {text} item:"
+    """Template of `item_to_sid`."""
+    text_prompt: str = "item: {item} text:"
+    """Template of `sid_to_text`."""
+    max_tokens: int = 32
+    """Leading text tokens that are kept of a query or of an item's text."""
+    validate: Literal["next_item", "search"] = "next_item"
+    """Task whose validation rows choose the published weights: users, or the query set's rows."""
+
+    def __post_init__(self) -> None:
+        """Checks weights and templates."""
+        if min(self.weights.values()) < 0 or sum(self.weights.values()) <= 0:
+            raise ConfigError(
+                f"tasks must have weights >= 0 and one above, got {self.weights}. Use e.g. "
+                "tasks.next_item=1 tasks.search=1."
+            )
+        if self.max_tokens < 1:
+            raise ConfigError(f"tasks.max_tokens must be >= 1, got {self.max_tokens}. Use e.g. 32.")
+        if self.needs_queries and not self.queries:
+            raise ConfigError(
+                "tasks.queries must name a query set for tasks.search, tasks.query_to_sid and "
+                "tasks.validate=search, got none. Make one with `forge-ray data queries`."
+            )
+        if self.validate == "search" and not any(self.weights[one] for one in QUERY_TASKS):
+            raise ConfigError(
+                "tasks.validate must be next_item where no query is learned, got search. Give "
+                "tasks.search a weight."
+            )
+        for name, places in _PLACES.items():
+            _check_template(name, getattr(self, name), places)
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Weight by task."""
+        return {name: float(getattr(self, name)) for name in TASKS}
+
+    @property
+    def text_tasks(self) -> tuple[str, ...]:
+        """Tasks of the mixture with text in them."""
+        return tuple(name for name in TASKS[1:] if self.weights[name])
+
+    @property
+    def needs_queries(self) -> bool:
+        """Whether a query set is read."""
+        return self.validate == "search" or any(self.weights[name] for name in QUERY_TASKS)
+
+    def shares(self, global_batch: int) -> dict[str, int]:
+        """Rows of each task of the mixture in a global batch, at least one each.
+
+        Args:
+            global_batch: rows of one optimiser step.
+
+        Raises:
+            ConfigError: there are fewer rows than tasks.
+        """
+        names = [name for name in TASKS if self.weights[name]]
+        if global_batch < len(names):
+            raise ConfigError(
+                f"engine.global_batch must be >= {len(names)} for as many tasks, got "
+                f"{global_batch}. Raise it."
+            )
+        weights = np.array([self.weights[name] for name in names])
+        wanted = 1 + (global_batch - len(names)) * weights / weights.sum()
+        rows = np.floor(wanted).astype(int)
+        # Largest remainders; the first of equal ones.
+        order = np.argsort(-(wanted - rows), kind="stable")
+        rows[order[: global_batch - int(rows.sum())]] += 1
+        return dict(zip(names, rows.tolist(), strict=True))
+
+
+def _check_template(name: str, template: str, places: tuple[str, ...]) -> None:
+    try:
+        found = [place for _, place, _, _ in string.Formatter().parse(template) if place]
+    except ValueError as error:
+        raise ConfigError(
+            f"tasks.{name} must be a template, got {template!r}: {error}. Double a brace that is "
+            "meant."
+        ) from error
+    if sorted(found) != sorted(places):
+        wanted = " and ".join(f"{{{place}}}" for place in places)
+        raise ConfigError(
+            f"tasks.{name} must hold {wanted} once each, got {template!r}. Write it in."
+        )

@@ -1,0 +1,67 @@
+"""Shares of a mixture, and the settings that are refused."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from forge_ray.config import load_config
+from forge_ray.errors import ConfigError
+from forge_ray.gr.config import GrConfig
+from forge_ray.gr.tasks import TASKS, TasksConfig
+
+
+def test_without_other_tasks_every_row_is_a_history():
+    assert TasksConfig().shares(64) == {"next_item": 64}
+    assert not TasksConfig().text_tasks
+
+
+@given(st.lists(st.floats(0, 5), min_size=5, max_size=5), st.integers(5, 300))
+def test_shares_fill_the_batch_in_proportion(weights, rows):
+    if not sum(weights):
+        return
+    config = TasksConfig(queries="q", **dict(zip(TASKS, weights, strict=True)))
+    shares = config.shares(rows)
+    assert sum(shares.values()) == rows
+    assert list(shares) == [task for task in TASKS if config.weights[task]]
+    left = rows - len(shares)
+    for task, share in shares.items():
+        wanted = 1 + left * config.weights[task] / sum(weights)
+        assert abs(share - wanted) < 1
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["tasks.next_item=-1"], "weights >= 0"),
+        (["tasks.next_item=0"], "one above"),
+        (["tasks.search=1"], "tasks.queries must name"),
+        (["tasks.validate=search"], "tasks.queries must name"),
+        (["tasks.validate=search", "tasks.queries=q"], "no query is learned"),
+        (["tasks.max_tokens=0"], "tasks.max_tokens"),
+        (["tasks.search_prompt='{query}'"], "{history} and {query}"),
+        (["tasks.item_prompt='{text} {text}'"], "{text} once"),
+        (["tasks.text_prompt='{item'"], "must be a template"),
+        (["tasks.item_to_sid=1"], "model.kind=decoder, which reads no text"),
+    ],
+)
+def test_settings_that_cannot_be(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(GrConfig, overrides=overrides)
+    assert message in str(error.value)
+
+
+def test_a_batch_below_the_tasks_is_refused():
+    with pytest.raises(ConfigError, match="global_batch must be >= 3"):
+        TasksConfig(item_to_sid=1, sid_to_text=1).shares(2)
+
+
+def test_a_training_on_histories_is_what_it_was():
+    """Models that were published before there were mixtures keep their keys."""
+    assert "tasks" not in load_config(GrConfig, overrides=["tasks.column=brand"]).identity()
+    mixed = GrConfig(
+        model=load_config(GrConfig, overrides=["model.kind=pretrained_decoder"]).model,
+        tasks=TasksConfig(item_to_sid=0.5),
+    )
+    assert mixed.identity()["tasks"]["item_to_sid"] == 0.5
