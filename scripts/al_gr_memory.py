@@ -2,9 +2,8 @@
 
 Usage: python scripts/al_gr_memory.py FOLDER [--sizes-mb 100,5000] [--layout gr]      prints JSON
 
-Each size is written on the fly below FOLDER, imported and exported under one Ray, compared with the
-original less its defects, and deleted. Memory is the peak of the largest process, workers and
-driver alike.
+Each size is written on the fly below FOLDER, imported and exported by the command line, compared
+with the original less its defects, and deleted. Memory is the peak of each kind of process.
 """
 
 from __future__ import annotations
@@ -14,20 +13,14 @@ import base64
 import hashlib
 import json
 import shutil
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
-import psutil
+from scaling.plan import CLI
+from scaling.watching import Peaks, Stage, Watch
 
-from forge_ray.data.al_gr.exporting import export_al_gr
-from forge_ray.data.al_gr.importing import AlGrImportConfig, import_al_gr
-from forge_ray.launch.connect import connect, disconnect
-
-T = TypeVar("T")
 BEFORE, AFTER = "当前用户的历史行为如下：", "，请预测用户在电商推荐场景后续行为的语义编码"
 SYSTEM = "你是一个推荐系统，每个行为用三个词表示。"
 MIB = 2**20
@@ -41,9 +34,8 @@ def main() -> None:
     parser.add_argument("--layout", choices=BLOCKS, default="gr")
     options = parser.parse_args()
     sizes = [int(size) for size in options.sizes_mb.split(",")]
-    connect(address="local", num_cpus=2, dashboard=False)
-    rows = [measure(options.folder / str(size), options.layout, size) for size in sizes]
-    disconnect()
+    folder = options.folder.resolve()
+    rows = [measure(folder / str(size), options.layout, size) for size in sizes]
     print(json.dumps(rows, indent=1))
 
 
@@ -53,12 +45,12 @@ def measure(folder: Path, layout: str, size_mb: int) -> dict[str, Any]:
     (folder / "raw").mkdir(parents=True)
     good, bad, digest = generate(folder / "raw/rows.csv", layout, size_mb * MIB)
     raw, inside, out = (str(folder / name) for name in ("raw", "in", "out"))
-    config = AlGrImportConfig(source=raw, output=inside, version="final")
-    report, import_peak, import_s = watched(lambda: import_al_gr(config))
-    _, export_peak, export_s = watched(lambda: export_al_gr(inside, out))
+    words = ["import", raw, "--format", "al-gr", "version=final", f"output={inside}"]
+    report, imported = watched("import", words, folder)
+    _, exported = watched("export", ["export", inside, out], folder)
     back = digest_of(folder / "out/rows.csv")
     shutil.rmtree(folder)
-    counted = sum(report.rows.values()), sum(report.skipped.values())
+    counted = sum(report["rows"].values()), sum(report["skipped"].values())
     if counted != (good, bad) or back != digest:
         raise SystemExit(f"{size_mb} MB: {counted} rows for {(good, bad)}, same: {back == digest}")
     return {
@@ -66,10 +58,9 @@ def measure(folder: Path, layout: str, size_mb: int) -> dict[str, Any]:
         "input_mb": size_mb,
         "rows": good,
         "skipped": bad,
-        "import_peak_mb": round(import_peak / MIB),
-        "export_peak_mb": round(export_peak / MIB),
-        "import_s": round(import_s, 1),
-        "export_s": round(export_s, 1),
+        "identical": True,
+        "import": imported.figures(),
+        "export": exported.figures(),
     }
 
 
@@ -110,32 +101,12 @@ BLOCKS: dict[str, tuple[bytes, Callable[[np.random.Generator], list[str]]]] = {
 DEFECTS = {"gr": f"{SYSTEM},{BEFORE}C1C2{AFTER},C1\n".encode(), "item_emb": b"SFk9B,c2hvcnQ=\n"}
 
 
-def watched(call: Callable[[], T]) -> tuple[T, int, float]:
-    """What a call returns, the peak of the largest process meanwhile, and its seconds."""
-    peak, is_over, start = [0], threading.Event(), time.monotonic()
-    watcher = threading.Thread(target=watch, args=(is_over, peak))
-    watcher.start()
-    try:
-        return call(), peak[0], time.monotonic() - start
-    finally:
-        is_over.set()
-        watcher.join()
-
-
-def watch(is_over: threading.Event, peak: list[int]) -> None:
-    """Keep the largest memory seen of this process or of one below it."""
-    root = psutil.Process()
-    while not is_over.wait(0.2):
-        for one in [root, *root.children(recursive=True)]:
-            peak[0] = max(peak[0], memory(one))
-
-
-def memory(process: psutil.Process) -> int:
-    """Resident bytes; 0 for one that has just ended."""
-    try:
-        return int(process.memory_info().rss)
-    except psutil.NoSuchProcess:
-        return 0
+def watched(name: str, command: list[str], folder: Path) -> tuple[dict[str, Any], Peaks]:
+    """Run a command of the CLI; what it prints as JSON, and what its processes held."""
+    watch, out = Watch(), folder / f"{name}.json"
+    stage = Stage(name, 0, "", is_done=lambda: False, is_at_work=lambda: False)
+    watch.run([*CLI, "data", *command, "--json"], [stage], folder / f"{name}.log", out=out)
+    return json.loads(out.read_text()), watch.peaks[name]
 
 
 def digest_of(path: Path) -> str:

@@ -114,8 +114,9 @@ def recommend(
 
     With --queries, for every row of a query set, which a column `query` tells.
 
-    Settings: split, append_targets, top_k, widths, exclude_seen, allow, deny, bucket_order
-    (popularity, dense), space, batch_users, rows_per_part, num_actors, cpus_per_actor, use_gpu.
+    Settings: split, append_targets, max_users, top_k, widths, exclude_seen, allow, deny,
+    bucket_order (popularity, dense), space, batch_users, rows_per_part, num_actors, cpus_per_actor,
+    use_gpu.
     """
     from forge_ray.data.queries.query_set import QuerySet
     from forge_ray.gr.recommend import RecommendConfig

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import ray
+import ray.data
 from numpy.typing import NDArray
 
 from forge_ray.artifacts import ArtifactWriter
@@ -35,7 +36,7 @@ from forge_ray.data.importers import (
     read_chunks,
 )
 from forge_ray.data.schema import vectors_schema
-from forge_ray.data.sources import SourcesConfig, VectorsConfig
+from forge_ray.data.sources import SourcesConfig, VectorsConfig, event_columns
 from forge_ray.errors import DataError
 
 _IDS = tasks.with_ledger({"id": pa.string(), "file": pa.int32(), "row": pa.int64()})
@@ -90,11 +91,11 @@ def index_items(config: SourcesConfig, inputs: Inputs) -> Catalogue:
         wanted={"item_id": config.items.item_id},
         skip=frozenset(config.skip),
     )
-    table = tasks.split_ledger(tasks.results(dataset), ledger)
-    if not table.num_rows:
+    found = _collected(dataset, ledger)
+    if not len(found.ids):
         where = inputs.items[0].uri
         raise DataError(f"{where} must list at least one item, got none. Add rows to it.")
-    catalogue = _index(table, inputs.items, skip=config.skip)
+    catalogue = _index(found, inputs.items, skip=config.skip)
     catalogue.ledger.update(ledger)
     return _drop_without_vector(catalogue, config, inputs)
 
@@ -105,7 +106,7 @@ def _ids_in_log(config: SourcesConfig, inputs: Inputs) -> NDArray[np.bytes_]:
         range(len(inputs.interactions)),
         _read_distinct_ids,
         files=inputs.interactions,
-        wanted={"item_id": config.interactions.item_id},
+        wanted={"item_id": event_columns(config)["item_id"]},
     )
     ids = np.empty(0, dtype="S1")
     for table in tasks.tables(dataset):
@@ -140,10 +141,31 @@ def _read_ids(
         yield tasks.ledger_rows(_IDS, screen.ledger)
 
 
-def _index(table: pa.Table, files: Sequence[RawFile], *, skip: Sequence[str]) -> Catalogue:
-    file, row = table["file"].to_numpy(), table["row"].to_numpy()
+@dataclass(frozen=True, slots=True)
+class _Listed:
+    """Items as the files list them, ``[n]`` each, in no particular order."""
+
+    ids: NDArray[np.bytes_]
+    file: NDArray[np.int32]
+    row: NDArray[np.int64]
+
+
+def _collected(dataset: ray.data.Dataset, ledger: tasks.Ledger) -> _Listed:
+    """Bring the ids to the driver as packed bytes, a table at a time."""
+    ids, file, row = [np.empty(0, "S1")], [np.empty(0, np.int32)], [np.empty(0, np.int64)]
+    for table in tasks.tables(dataset):
+        rows = tasks.split_ledger(table, ledger)
+        if rows.num_rows:
+            ids.append(to_bytes(rows["id"].combine_chunks()).copy())
+            file.append(rows["file"].to_numpy().copy())
+            row.append(rows["row"].to_numpy().copy())
+    return _Listed(np.concatenate(ids), np.concatenate(file), np.concatenate(row))
+
+
+def _index(found: _Listed, files: Sequence[RawFile], *, skip: Sequence[str]) -> Catalogue:
+    file, row = found.file, found.row
     order = np.lexsort((row, file))
-    ids, first = np.unique(to_bytes(table["id"].combine_chunks())[order], return_index=True)
+    ids, first = np.unique(found.ids[order], return_index=True)
     catalogue = Catalogue(ItemIndex(ids))
     if len(ids) == len(order):
         return catalogue
@@ -151,7 +173,7 @@ def _index(table: pa.Table, files: Sequence[RawFile], *, skip: Sequence[str]) ->
     is_repeat[first] = False
     repeats = order[is_repeat]
     again = repeats[0]
-    name = table["id"][int(again)].as_py()
+    name = found.ids[again].decode()
     other = order[first[np.searchsorted(ids, name.encode())]]
     broken = (
         f"{files[file[again]].uri} row {row[again]}: item_id must be unique, got {name!r}, "

@@ -17,8 +17,8 @@ from forge_ray.data import tasks
 from forge_ray.data.catalogue import RESERVED, Inputs, vector_dim
 from forge_ray.data.checks import Screen, TimeUnit, as_ids, as_matrix, as_timestamps, is_empty
 from forge_ray.data.importers import Chunk, RawFile, extra_schema, read_chunks
-from forge_ray.data.log import event_columns, find_inputs
-from forge_ray.data.sources import SourcesConfig, resolve
+from forge_ray.data.log import find_inputs
+from forge_ray.data.sources import SourcesConfig, event_columns, resolve
 from forge_ray.errors import ConfigError, DataError
 
 _ROWS = tasks.with_ledger({"part": pa.string(), "rows": pa.int64()})

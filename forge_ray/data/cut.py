@@ -14,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 from numpy.typing import NDArray
@@ -43,7 +42,7 @@ from forge_ray.data.splits import (
 )
 from forge_ray.errors import DataError
 
-# A row with an item counts its train events; one without counts the users of the split.
+# A row with an item counts its train events; one with a split counts that split's users.
 _STATS = pa.schema({"split": pa.string(), "item": pa.int32(), "count": pa.int64()})
 
 
@@ -85,13 +84,8 @@ def write_dataset(
     Raises:
         DataError: the split leaves no user for training or for a held-out part.
     """
-    stats = _cut_all(split, log, stage, writer)
-    users = stats.filter(stats["item"].is_null())
-    num_users = {str(name): _total(users, name) for name in SPLITS}
+    num_users, counts = _counted(_cut_all(split, log, stage, writer), log.manifest.rows["items"])
     _require_users(num_users, stage)
-    train = stats.filter(stats["item"].is_valid())
-    counts = np.zeros(log.manifest.rows["items"], dtype=np.int64)
-    np.add.at(counts, train["item"].to_numpy(), train["count"].to_numpy())
     _write_items(log, counts, writer)
     _copy_vectors(log, writer)
     num_pairs = _write_pairs(pairs, counts, writer, shards=len(log.files("log")))
@@ -106,7 +100,24 @@ def write_dataset(
     )
 
 
-def _cut_all(split: SplitConfig, log: Artifact, stage: Stage, writer: ArtifactWriter) -> pa.Table:
+def _counted(stats: Iterator[pa.Table], num_items: int) -> tuple[dict[str, int], NDArray[np.int64]]:
+    """Users by split, and train events by item ``[N]``; a table is added up and let go at a time.
+
+    All tables together have a row per item and shard, which grows with the log.
+    """
+    num_users, counts = dict.fromkeys(SPLITS, 0), np.zeros(num_items, dtype=np.int64)
+    for table in stats:
+        rows = table.filter(table["split"].is_null())
+        # Items are distinct within a table of a shard, but a batch may hold several.
+        np.add.at(counts, rows["item"].to_numpy(), rows["count"].to_numpy())
+        for row in table.filter(table["split"].is_valid()).to_pylist():
+            num_users[row["split"]] += row["count"]
+    return {str(name): count for name, count in num_users.items()}, counts
+
+
+def _cut_all(
+    split: SplitConfig, log: Artifact, stage: Stage, writer: ArtifactWriter
+) -> Iterator[pa.Table]:
     for part in (*(("sequences", name) for name in SPLITS), ("users",)):
         writer.path(*part, "part")
     sizes = np.array(log.manifest.metrics["users_per_shard"], dtype=np.int64)
@@ -123,7 +134,7 @@ def _cut_all(split: SplitConfig, log: Artifact, stage: Stage, writer: ArtifactWr
         target=writer.filesystem,
         root=writer.root,
     )
-    return tasks.results(tasks.for_each(range(len(files)), _cut_shard, cut=cut))
+    return tasks.tables(tasks.for_each(range(len(files)), _cut_shard, cut=cut))
 
 
 def _cut_shard(number: int, *, cut: _Cut) -> Iterator[pa.Table]:
@@ -139,9 +150,9 @@ def _cut_shard(number: int, *, cut: _Cut) -> Iterator[pa.Table]:
             columns = [index[part.rows], part.items.to_arrow(), part.following.to_arrow()]
             path = f"{cut.root}/sequences/{name}/part-{number:05d}.parquet"
             tasks.write_shard(pa.table(columns, schema=schema), path, cut.target)
-        yield _stats(name, [None], [len(part.rows)])
+        yield pa.table([[name], [None], [len(part.rows)]], schema=_STATS)
     items, counts = np.unique(splits.train.items.values, return_counts=True)
-    yield _stats("train", items, counts)
+    yield pa.table([pa.nulls(len(items), pa.string()), items, counts], schema=_STATS)
 
 
 def _shuffled(table: pa.Table) -> pa.Table:
@@ -167,19 +178,6 @@ def _apply(cut: _Cut, table: pa.Table) -> Splits:
         is_validation=draw < cut.split.validation_share,
         targets=cut.split.targets,
     )
-
-
-def _stats(split: str, items: Any, counts: Any) -> pa.Table:
-    columns = [
-        pa.array([split] * len(items), pa.string()),
-        pa.array(items, pa.int32()),
-        pa.array(counts, pa.int64()),
-    ]
-    return pa.table(columns, schema=_STATS)
-
-
-def _total(stats: pa.Table, split: str) -> int:
-    return int(pc.sum(stats.filter(pc.equal(stats["split"], split))["count"]).as_py() or 0)
 
 
 def _require_users(num_users: dict[str, int], stage: Stage) -> None:

@@ -73,6 +73,23 @@ def hash_ids(ids: NDArray[Any] | pa.Array | pa.ChunkedArray) -> NDArray[np.uint6
     return out
 
 
+def fixed_width(ids: pa.Array | pa.ChunkedArray) -> NDArray[np.bytes_]:
+    """Strings without nulls ``[n]`` as UTF-8 bytes of one width, zero-padded, in byte order."""
+    if isinstance(ids, pa.ChunkedArray):
+        ids = ids.combine_chunks()
+    texts = ids.cast(pa.large_binary())
+    _, offsets_buffer, data = texts.buffers()
+    offsets = np.frombuffer(offsets_buffer, np.int64)[texts.offset : texts.offset + len(texts) + 1]
+    lengths = np.diff(offsets)
+    width = max(1, int(lengths.max(initial=0)))
+    packed = np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]] if data else np.empty(0, "u1")
+    if (lengths == width).all():
+        return packed.view(f"S{width}")
+    letters = np.zeros((len(texts), width), dtype=np.uint8)
+    letters[np.arange(width) < lengths[:, None]] = packed
+    return letters.view(f"S{width}").reshape(-1)
+
+
 def distinct_hashes(ids: NDArray[Any] | pa.Array | pa.ChunkedArray) -> NDArray[np.uint64]:
     """Hash distinct ids ``[n]`` to distinct uint64, so that they order rows without a tie.
 
@@ -123,21 +140,7 @@ def _spelled(ids: NDArray[Any] | pa.Array | pa.ChunkedArray) -> NDArray[np.bytes
         ids = pa.array(ids.tolist() if ids.dtype.kind == "U" else ids)
     if not pa.types.is_string(ids.type) and not pa.types.is_large_string(ids.type):
         return np.asarray(ids.to_numpy(zero_copy_only=False)).astype("S")
-    return _padded(ids.cast(pa.large_binary()))
-
-
-def _padded(texts: pa.LargeBinaryArray) -> NDArray[np.bytes_]:
-    """Arrow's packed bytes as one fixed-width, zero-padded row each."""
-    _, offsets_buffer, data = texts.buffers()
-    offsets = np.frombuffer(offsets_buffer, np.int64)[texts.offset : texts.offset + len(texts) + 1]
-    lengths = np.diff(offsets)
-    width = max(1, int(lengths.max(initial=0)))
-    packed = np.frombuffer(data, np.uint8)[offsets[0] : offsets[-1]] if data else np.empty(0, "u1")
-    if (lengths == width).all():
-        return packed.view(f"S{width}")
-    letters = np.zeros((len(texts), width), dtype=np.uint8)
-    letters[np.arange(width) < lengths[:, None]] = packed
-    return letters.view(f"S{width}").reshape(-1)
+    return fixed_width(ids)
 
 
 def _separate(

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
 from forge_ray.artifacts import open_filesystem
+from forge_ray.data.sequences import EVENTS, SEQUENCE_COLUMNS, events_of
 from forge_ray.errors import DataError
 
 CHUNK_ROWS = 65536
@@ -36,6 +37,9 @@ FORMATS = {
     ".parquet": "parquet",
     ".npz": "npz",
 }
+SEQUENCES = "sequences"
+"""Format of Parquet files with a row per sequence, read as events; no file name tells it."""
+_SEQUENCES_AT_ONCE = 1024
 # What Arrow raises on a file that is cut off or not what its name says.
 _UNREADABLE = (pa.ArrowException, OSError, ValueError, zipfile.BadZipFile, EOFError)
 
@@ -46,7 +50,7 @@ class RawFile:
 
     Attributes:
         uri: what the user would type to find it again.
-        format: one of the values of `FORMATS`.
+        format: one of the values of `FORMATS`, or `SEQUENCES`.
         ordinal: place in the input; files are ordered by name.
         size_bytes: its size.
     """
@@ -261,6 +265,8 @@ def _names(file: RawFile, source: Any) -> list[str]:
 
 
 def _schema(file: RawFile, source: Any) -> pa.Schema:
+    if file.format == SEQUENCES:
+        return _sequence_schema(file, source)
     if file.format == "parquet":
         return pq.ParquetFile(source).schema_arrow
     if file.format == "jsonl":
@@ -272,6 +278,27 @@ def _schema(file: RawFile, source: Any) -> pa.Schema:
         )
     names = pacsv.open_csv(source, parse_options=_csv_options(file)).schema.names
     return pa.schema([(name, pa.string()) for name in names])
+
+
+def _sequence_schema(file: RawFile, source: Any) -> pa.Schema:
+    """The columns that the rows are read as, once it is sure that they can be."""
+    names = pq.ParquetFile(source).schema_arrow.names
+    if not set(SEQUENCE_COLUMNS) <= set(names):
+        raise DataError(
+            f"{file.uri} must have columns {list(SEQUENCE_COLUMNS)} to be read as sequences, got "
+            f"{names}. Set interactions.layout=events for one row per interaction."
+        )
+    return EVENTS
+
+
+def _sequence_batches(file: RawFile, source: Any, names: list[str]) -> Iterator[pa.RecordBatch]:
+    prefix = file.uri.rpartition("/")[2].partition(".")[0].removeprefix("part-")
+    first_row = 1
+    for batch in pq.ParquetFile(source).iter_batches(
+        _SEQUENCES_AT_ONCE, columns=list(SEQUENCE_COLUMNS)
+    ):
+        yield events_of(batch, first_row=first_row, prefix=prefix).select(names)
+        first_row += batch.num_rows
 
 
 def _csv_options(file: RawFile) -> pacsv.ParseOptions:
@@ -310,6 +337,9 @@ def _tables(
 def _batches(
     file: RawFile, source: Any, names: list[str], carried: list[pa.Field], chunk_rows: int
 ) -> Iterator[pa.RecordBatch]:
+    if file.format == SEQUENCES:
+        yield from _sequence_batches(file, source, names)
+        return
     if file.format == "parquet":
         yield from pq.ParquetFile(source).iter_batches(chunk_rows, columns=names)
         return

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -35,9 +36,16 @@ from forge_ray.data.checks import (
     to_strings,
 )
 from forge_ray.data.hashing import hash_ids
-from forge_ray.data.importers import RawFile, fingerprint, list_files, read_chunks, require_columns
+from forge_ray.data.importers import (
+    SEQUENCES,
+    RawFile,
+    fingerprint,
+    list_files,
+    read_chunks,
+    require_columns,
+)
 from forge_ray.data.ragged import Ragged
-from forge_ray.data.sources import SourcesConfig
+from forge_ray.data.sources import SourcesConfig, event_columns
 from forge_ray.errors import DataError
 
 KIND = "log"
@@ -80,8 +88,11 @@ def find_inputs(config: SourcesConfig) -> Inputs:
     Raises:
         DataError: a path leads nowhere, a folder has no shards, a column is missing.
     """
+    events = list_files(config.interactions.path, field="interactions.path")
+    if config.interactions.layout == "sequences":
+        events = [replace(file, format=SEQUENCES) for file in events]
     inputs = Inputs(
-        interactions=tuple(list_files(config.interactions.path, field="interactions.path")),
+        interactions=tuple(events),
         items=tuple(list_files(config.items.path, field="items.path") if config.items.path else ()),
         vectors={
             space: tuple(list_files(source.path, field=f"vectors.{space}.path"))
@@ -98,16 +109,6 @@ def find_inputs(config: SourcesConfig) -> Inputs:
             wanted = {"item_id": source.item_id, "vector": source.vector}
             require_columns(file, wanted, field=f"vectors.{space}")
     return inputs
-
-
-def event_columns(config: SourcesConfig) -> dict[str, str]:
-    """Return the mapping of the interaction columns, ours to theirs."""
-    section = config.interactions
-    return {
-        "user_id": section.user_id,
-        "item_id": section.item_id,
-        "timestamp": section.timestamp,
-    }
 
 
 def build_log(
@@ -159,6 +160,8 @@ def _identity(config: SourcesConfig, inputs: Inputs, shards: int) -> dict[str, A
     """What decides the content: settings and file contents, but not where the files lie."""
     plain = to_mapping(config)
     plain.pop("source")
+    if plain["interactions"]["layout"] == "events":
+        del plain["interactions"]["layout"]  # as before there was a choice
     sections = [plain["interactions"], plain["items"], *plain["vectors"].values()]
     groups = [inputs.interactions, inputs.items, *(inputs.vectors[s] for s in plain["vectors"])]
     for section, files in zip(sections, groups, strict=True):

@@ -2,7 +2,8 @@
 
 A folder follows the conventions when it holds `interactions.{csv,tsv,jsonl,parquet}` (or a folder
 `interactions/` of shards), optionally `items.*` (or `items/`), and vectors as `*.npz` or
-`vectors.{parquet,jsonl}` beside them, or as shards in `vectors/` or `vectors/<space>/`.
+`vectors.{parquet,jsonl}` beside them, or as shards in `vectors/` or `vectors/<space>/`. So does an
+import of AL-GR files with `sequences/`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,12 @@ from forge_ray.artifacts import open_filesystem
 from forge_ray.data.checks import TimeUnit, check_skip
 from forge_ray.data.importers import FORMATS
 from forge_ray.data.schema import DEFAULT_SPACE
+from forge_ray.data.sequences import EVENTS
 from forge_ray.errors import ConfigError, DataError
 
 S = TypeVar("S", bound="SourcesConfig")
+AL_GR_MANIFEST = "al-gr.json"
+"""What tells a folder of imported AL-GR files."""
 
 
 @dataclass(kw_only=True)
@@ -36,6 +40,10 @@ class InteractionsConfig:
     """Name of the column with the time."""
     timestamp_unit: TimeUnit = "s"
     """Unit of whole-number times; date-time columns are converted to it."""
+    layout: Literal["events", "sequences"] = "events"
+    """Whether a row is one interaction, or a sequence: Parquet with lists of item ids, oldest
+    first, in columns `history` and `targets`, as an AL-GR import has them. A sequence is taken as
+    a user, and the place in it as the time."""
     unsorted: Literal["error", "sort"] = "error"
     """What to do when a user's rows are not in time order within the files, taken in name order."""
 
@@ -115,18 +123,50 @@ def resolve(config: SourcesConfig) -> SourcesConfig:
     if not config.source:
         return config
     entries = _entries(config.source)
-    interactions = config.interactions.path or _find(entries, "interactions")
-    if not interactions:
+    interactions = replace(
+        config.interactions, path=config.interactions.path or _find(entries, "interactions")
+    )
+    if not interactions.path and _has(entries, AL_GR_MANIFEST):
+        interactions = _sequences_of(config, entries)
+    if not interactions.path:
         raise DataError(
             f"{config.source} must hold interactions.csv, .jsonl, .parquet or a folder "
             f"interactions/, got {sorted(entries)}. Rename the file, or set interactions.path."
         )
     return replace(
         config,
-        interactions=replace(config.interactions, path=interactions),
+        interactions=interactions,
         items=replace(config.items, path=config.items.path or _find(entries, "items")),
         vectors=config.vectors or _find_vectors(config.source, entries),
     )
+
+
+def event_columns(config: SourcesConfig) -> dict[str, str]:
+    """Return the mapping of the interaction columns, ours to theirs."""
+    section = config.interactions
+    if section.layout == "sequences":
+        return {name: name for name in EVENTS.names}
+    return {
+        "user_id": section.user_id,
+        "item_id": section.item_id,
+        "timestamp": section.timestamp,
+    }
+
+
+def _sequences_of(config: SourcesConfig, entries: dict[str, pafs.FileInfo]) -> InteractionsConfig:
+    """The sequences of an AL-GR import, which has no file of interactions."""
+    path = _find(entries, "sequences")
+    if not path:
+        raise DataError(
+            f"{config.source} must hold sequences/ to be prepared, got an AL-GR import of "
+            f"{sorted(one.base_name for one in entries.values())}. Import FORGE's "
+            "Origin-Sequence-Data as well: rows for training hold SIDs, not items."
+        )
+    return replace(config.interactions, path=path, layout="sequences")
+
+
+def _has(entries: dict[str, pafs.FileInfo], name: str) -> bool:
+    return any(one.base_name == name for one in entries.values())
 
 
 def _entries(folder: str) -> dict[str, pafs.FileInfo]:

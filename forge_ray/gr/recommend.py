@@ -69,6 +69,8 @@ class RecommendConfig:
     """Whose histories to read: `train`, `validation` or `test`."""
     append_targets: bool = False
     """Whether the held-out items of the split count as known history too."""
+    max_users: int = 0
+    """Users who get a list, the same random ones every time; 0 means all."""
     top_k: int = 100
     """Items of a list."""
     widths: list[int] | None = None
@@ -106,6 +108,10 @@ class RecommendConfig:
         for name in ("top_k", "batch_users", "rows_per_part"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}. Raise it.")
+        if self.max_users < 0:
+            raise ConfigError(
+                f"max_users must be >= 0, got {self.max_users}. Use 0 for all users of the split."
+            )
         if self.append_targets and self.split == "train":
             raise ConfigError(
                 "append_targets must be false for split=train, got true. "
@@ -190,7 +196,8 @@ def recommend(
     job = _Job(config, source, dataset, out, allowed, queries)
     _claim(filesystem, root, _request(job))
     split: Any = config.split
-    parts = list(plan_parts(job.users, split, rows_per_part=config.rows_per_part))
+    limit = config.max_users or None
+    parts = list(plan_parts(job.users, split, rows_per_part=config.rows_per_part, limit=limit))
     finished = _finished(filesystem, root)
     pending = [part for part in parts if _file(part) not in finished]
     logger.info(
@@ -224,6 +231,8 @@ def _request(job: _Job) -> dict[str, Any]:
     # Files count by what they say, not by where they lie.
     other = ("num_actors", "cpus_per_actor", "use_gpu", "batch_users", "allow", "deny")
     kept = {name: value for name, value in given.items() if name not in other}
+    if not kept["max_users"]:
+        del kept["max_users"]  # as before there was such a field
     if job.allowed is not None:
         kept["allowed"] = hashlib.sha256(np.packbits(job.allowed).tobytes()).hexdigest()
     if job.queries is not None:

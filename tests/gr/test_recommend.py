@@ -78,6 +78,16 @@ def test_lists_of_all_users_with_their_own_ids(dataset: Dataset, tmp_path: Path)
     assert json.loads((out / "summary.json").read_text())["users"] == 90
 
 
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_lists_for_some_users_are_those_of_all(dataset: Dataset, tmp_path: Path) -> None:
+    recommend(HashSource(), dataset, config_of(), out=str(tmp_path / "all"))
+    report = recommend(HashSource(), dataset, config_of(max_users=25), out=str(tmp_path / "some"))
+    assert report.users == 25
+    everyone = {row["user_index"]: row for row in read(tmp_path / "all")}
+    assert all(row == everyone[row["user_index"]] for row in read(tmp_path / "some"))
+
+
 def test_seen_items_do_not_shorten_lists(
     dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

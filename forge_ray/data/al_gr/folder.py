@@ -18,9 +18,9 @@ from forge_ray.artifacts import open_filesystem
 from forge_ray.data.al_gr.layouts import Layout
 from forge_ray.data.al_gr.rows import Reading
 from forge_ray.data.al_gr.sid_text import SidFormat
+from forge_ray.data.sources import AL_GR_MANIFEST
 from forge_ray.errors import DataError
 
-MANIFEST = "al-gr.json"
 _RECORDS = "_files"
 
 
@@ -97,7 +97,7 @@ class AlGrFolder:
 
     def settings(self) -> Settings | None:
         """The settings of the import; None where there is none."""
-        text = self._read(MANIFEST)
+        text = self._read(AL_GR_MANIFEST)
         if text is None:
             return None
         raw = json.loads(text)
@@ -114,7 +114,7 @@ class AlGrFolder:
         settings = self.settings()
         if settings is None:
             raise DataError(
-                f"{self.root} must be an import of AL-GR files, got no {MANIFEST} in it. "
+                f"{self.root} must be an import of AL-GR files, got no {AL_GR_MANIFEST} in it. "
                 "Run `forge-ray data import --format al-gr` first."
             )
         records = [self.record(number) for number in range(len(settings.files))]
@@ -133,7 +133,7 @@ class AlGrFolder:
     def save(self, settings: Settings) -> None:
         """Write the settings."""
         plain = {"format": "al-gr", **asdict(settings)}
-        self._write(MANIFEST, json.dumps(plain, indent=1, ensure_ascii=False))
+        self._write(AL_GR_MANIFEST, json.dumps(plain, indent=1, ensure_ascii=False))
 
     def record(self, number: int) -> FileRecord | None:
         """The record of a file; None before its first shard."""

@@ -1,0 +1,46 @@
+"""What `data prepare` is held against: one process that sorts and groups one shard set with Arrow.
+
+Usage: python scripts/scaling/arrow_baseline.py FOLDER ROWS      prints JSON
+
+Reads shards of `interactions/` up to so many rows, sorts them by user and time, and gathers each
+user's items and times in lists, on one thread. Nothing is checked, indexed or written.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+def main() -> None:
+    """Prints rows, seconds and rows per second."""
+    folder, limit = Path(sys.argv[1]), int(sys.argv[2])
+    pa.set_cpu_count(1)
+    start = time.perf_counter()
+    table = read(folder, limit)
+    ordered = table.sort_by([("user_id", "ascending"), ("timestamp", "ascending")])
+    groups = ordered.group_by("user_id", use_threads=False)
+    users = groups.aggregate([("item_id", "list"), ("timestamp", "list")])
+    seconds = time.perf_counter() - start
+    rows = table.num_rows
+    found = {"rows": rows, "users": users.num_rows, "seconds": round(seconds, 2)}
+    print(json.dumps({**found, "rows_per_s": round(rows / seconds)}))
+
+
+def read(folder: Path, limit: int) -> pa.Table:
+    """The first shards that together hold no more than the limit, at least one."""
+    parts: list[pa.Table] = []
+    for path in sorted((folder / "interactions").glob("*.parquet")):
+        if parts and sum(part.num_rows for part in parts) + pq.read_metadata(path).num_rows > limit:
+            break
+        parts.append(pq.read_table(path, use_threads=False))
+    return pa.concat_tables(parts)
+
+
+if __name__ == "__main__":
+    main()

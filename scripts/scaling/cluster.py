@@ -1,0 +1,83 @@
+"""Node-hours and money for a benchmark-sized log, from the figures of one measured size.
+
+Every number that is no measurement is an assumption in `ASSUMED` and goes into the record.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+NODE = "16 vCPU, 64 GiB (AWS m7i.4xlarge, us-east-1, on demand)"
+ASSUMED: dict[str, float] = {
+    "items": 250_000_000,
+    "interactions": 14_000_000_000,
+    "vector_dim": 512,
+    "codebook_size": 8192,
+    "levels": 3,
+    "nodes": 16,
+    "node_cpus": 16,
+    "node_gib": 64,
+    "node_usd_per_hour": 0.8064,
+    "efficiency": 0.7,
+    "measured_dim": 64,
+    "measured_codebook": 1024,
+    "measured_cpus": 2,
+}
+"""`efficiency`: share of a node's CPUs that a stage keeps busy where it kept two busy here. A core
+there is taken to be worth one here."""
+# What one row of work costs more there, and whether all nodes share the stage or one does it. Fit
+# works on a sample of fixed size, so that it grows with width and codes only.
+_WIDER = ASSUMED["vector_dim"] / ASSUMED["measured_dim"]
+_MORE_CODES = ASSUMED["codebook_size"] / ASSUMED["measured_codebook"]
+_STAGES: dict[str, tuple[str, float, bool]] = {
+    "index_and_order": ("interactions", 1.0, True),
+    "cut": ("interactions", 1.0, True),
+    "fit": ("sample", _WIDER * _MORE_CODES, False),
+    "encode": ("items", _WIDER * _MORE_CODES, True),
+    "resolve": ("items", 1.0, False),
+    "score": ("items", 1.0, False),
+}
+
+
+def projection(run: dict[str, Any]) -> dict[str, Any]:
+    """Hours, node-hours and USD of every CPU stage, and the first bottleneck.
+
+    Args:
+        run: figures of the largest size.
+    """
+    rows = [_stage(name, run) for name in _STAGES]
+    short = [row for row in rows if row["node_gib_needed"] > ASSUMED["node_gib"]]
+    first = max(short or rows, key=lambda row: row["node_gib_needed" if short else "hours"])
+    why = "memory of one node" if short else "time"
+    return {
+        "assumed": {"node": NODE, **ASSUMED},
+        "stages": rows,
+        "hours": round(sum(row["hours"] for row in rows), 1),
+        "node_hours": round(sum(row["node_hours"] for row in rows), 1),
+        "usd": round(sum(row["usd"] for row in rows), 2),
+        "first_bottleneck": f"{first['stage']}: {why}",
+    }
+
+
+def _stage(name: str, run: dict[str, Any]) -> dict[str, Any]:
+    grows_with, dearer, is_shared = _STAGES[name]
+    more = {"sample": 1.0}.get(grows_with) or ASSUMED[grows_with] / run["rows"][grows_with]
+    seen = run["stages"][name]
+    core_s = seen["seconds"] * ASSUMED["measured_cpus"] * more * dearer
+    nodes = ASSUMED["nodes"] if is_shared else 1
+    cpus = nodes * ASSUMED["node_cpus"] * ASSUMED["efficiency"]
+    hours = core_s / cpus / 3600
+    # What does not share its work holds its data in one place; a shard does not grow.
+    items_more = ASSUMED["items"] / run["rows"]["items"]
+    driver = seen["driver_rss_mib"] / 1024 * items_more
+    worker = seen["largest_worker_own_mib"] / 1024 * (1.0 if is_shared else items_more)
+    return {
+        "stage": name,
+        "grows_with": grows_with,
+        "times_more_work": round(more * dearer, 1),
+        "nodes": nodes,
+        "hours": round(hours, 2),
+        "node_hours": round(hours * nodes, 1),
+        "usd": round(hours * nodes * ASSUMED["node_usd_per_hour"], 2),
+        "node_gib_needed": round(max(driver, worker), 1),
+    }

@@ -1,0 +1,54 @@
+"""How time and memory grow from one size to the next: the exponent of a power law.
+
+An exponent of 1 is growth in step with the data. Small amounts say nothing: seconds less than
+`LEAST_S` and memory less than `LEAST_MIB` are those of a process that has just started.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from typing import Any
+
+LEAST_S, LEAST_MIB = 5.0, 64
+MEMORY = ("driver_rss_mib", "largest_worker_own_mib", "object_store_mib", "spilled_mib")
+
+
+def growth(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One row for each stage and pair of neighbouring sizes.
+
+    Args:
+        runs: figures by growing size. The start of a command and its Ray is taken off the seconds.
+    """
+    rows: list[dict[str, Any]] = []
+    for small, large in itertools.pairwise(runs):
+        factors = [large["rows"][one] / small["rows"][one] for one in ("items", "interactions")]
+        pair = {"items_x": round(factors[0], 2), "interactions_x": round(factors[1], 2)}
+        rows += [
+            {"stage": name, **pair, **_exponents(name, small, large, max(factors))}
+            for name in small["stages"]
+        ]
+    return rows
+
+
+def _exponents(
+    name: str, small: dict[str, Any], large: dict[str, Any], factor: float
+) -> dict[str, Any]:
+    before, after = small["stages"][name], large["stages"][name]
+    found = {"seconds": _exponent(_worked(name, small), _worked(name, large), factor, LEAST_S)}
+    for key in MEMORY:
+        found[key.removesuffix("_mib")] = _exponent(before[key], after[key], factor, LEAST_MIB)
+    driver = {"driver_mib_before": before["driver_rss_mib"], "driver_mib": after["driver_rss_mib"]}
+    return {**found, **driver}
+
+
+def _worked(name: str, run: dict[str, Any]) -> float:
+    """Seconds of a stage less those of its command's start, which the first stage bears."""
+    starts = name not in ("cut", "encode", "resolve")
+    return float(run["stages"][name]["seconds"]) - (run["start_s"] if starts else 0.0)
+
+
+def _exponent(before: float, after: float, factor: float, least: float) -> float | None:
+    if after < least:
+        return None
+    return round(math.log(after / max(before, least)) / math.log(factor), 2)
