@@ -4,11 +4,13 @@
 PYTHON ?= python3
 VENV ?= .venv
 STORE ?= forge-store
+SCALE_DIR ?= ../scale
+SCALE_SIZES ?= 1000000x1000000,1000000x10000000,10000000x100000000
 BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export FORGE_RAY_STORE := $(STORE)
 
-.PHONY: demo test test-slow test-services lint docs-check setup clean
+.PHONY: demo test test-slow test-services scale lint docs-check setup clean
 .DEFAULT_GOAL := demo
 
 setup:
@@ -37,6 +39,11 @@ test-services: setup
 	  { echo "chromium, postgresql and prometheus must be installed for these tests." \
 	  "Run apt-get install chromium postgresql prometheus."; exit 1; }
 	$(BIN)/python -m pytest -m services
+
+# Ten million items and a hundred million interactions through every stage: hours on two cores, 40 GB
+# below SCALE_DIR. It goes on where it was stopped, and writes docs/results/scale.json.
+scale: setup
+	$(BIN)/python scripts/record.py scale -- $(BIN)/python scripts/scale.py $(SCALE_DIR) --sizes $(SCALE_SIZES)
 
 lint: setup
 	$(BIN)/ruff check .
