@@ -1,7 +1,7 @@
 """The whole path at growing sizes through the command line: time, memory and how both grow.
 
 Usage: python scripts/scale.py FOLDER [--sizes 1000000x1000000,1000000x10000000,10000000x100000000]
-       [--window 0] [--kill]                                                        prints JSON
+       [--window 0] [--kill] [--report]                                             prints JSON
 
 For each size (items x interactions): generate, prepare, fit, encode, resolve, score, stream to a
 trainer, recommend. Every stage that ends is written to FOLDER/SIZE/figures.json at once, and the
@@ -36,32 +36,30 @@ def main() -> None:
     parser.add_argument("--sizes", default=SIZES, help="ITEMSxINTERACTIONS, by growing size")
     parser.add_argument("--window", type=int, default=0, help="of pairs; 0 counts none")
     parser.add_argument("--kill", action="store_true")
+    parser.add_argument("--report", action="store_true")
     given = parser.parse_args()
     sizes = [Size(*map(int, one.split("x"))) for one in given.sizes.split(",")]
-    runs = [
-        run_size(given.folder.resolve() / size.name, size, given.window, kill=given.kill)
-        for size in sizes
-    ]
+    folders = [given.folder.resolve() / size.name for size in sizes]
+    if not given.report:
+        for folder, size in zip(folders, sizes, strict=True):
+            run_size(folder, size, given.window, kill=given.kill)
+    runs = [{**json.loads((one / "figures.json").read_text()), **measured(one)} for one in folders]
     grown = growth(runs)
     print(json.dumps({"sizes": runs, "growth": grown, "projection": projection(runs[-1])}))
 
 
-def run_size(folder: Path, size: Size, window: int, *, kill: bool) -> dict[str, Any]:
-    """Run the commands of one size that are not done; its figures."""
+def run_size(folder: Path, size: Size, window: int, *, kill: bool) -> None:
+    """Run the commands of one size that are not done."""
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "figures.json"
     figures = json.loads(file.read_text()) if file.exists() else new_figures(folder, size, window)
     for command, stages in plan(folder, size, window):
         if not all(stage.name in figures["stages"] for stage in stages):
-            watched = watch(folder, command, stages, kill=kill)
-            figures["stages"] |= {
-                stage.name: row for stage, row in zip(stages, watched, strict=True)
-            }
+            figures["stages"] |= watch(folder, command, stages, kill=kill)
             file.write_text(json.dumps(figures, indent=1))
         if stages[0].name == "synthesize" and "arrow" not in figures:
             figures["arrow"] = arrow(folder / "raw")
             file.write_text(json.dumps(figures, indent=1))
-    return {**figures, **measured(folder)}
 
 
 def new_figures(folder: Path, size: Size, window: int) -> dict[str, Any]:

@@ -45,7 +45,7 @@ def projection(run: dict[str, Any]) -> dict[str, Any]:
     Args:
         run: figures of the largest size.
     """
-    rows = [_stage(name, run) for name in _STAGES]
+    rows = [_stage(name, run) for name in _STAGES if name in run["stages"]]
     short = [row for row in rows if row["node_gib_needed"] > ASSUMED["node_gib"]]
     first = max(short or rows, key=lambda row: row["node_gib_needed" if short else "hours"])
     why = "memory of one node" if short else "time"

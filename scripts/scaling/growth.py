@@ -27,6 +27,7 @@ def growth(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         rows += [
             {"stage": name, **pair, **_exponents(name, small, large, max(factors))}
             for name in small["stages"]
+            if name in large["stages"]
         ]
     return rows
 

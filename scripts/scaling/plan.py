@@ -124,23 +124,21 @@ def _seen(folder: Path, pattern: str, count: int = 1) -> Callable[[], bool]:
 
 
 def measured(folder: Path) -> dict[str, object]:
-    """What the stages counted of themselves, from their manifests and reports."""
-    store = folder / "store"
-    rows = _manifest(store, "dataset")["rows"]
-    names = ("items", "users", "interactions", "train_interactions", "pairs")
-    sids, model = _manifest(store, "sids")["metrics"], _manifest(store, "model")["metrics"]
-    lists = json.loads((folder / "lists/summary.json").read_text())
-    return {
-        "rows": {name: rows[name] for name in names},
-        "encode_s": _manifest(store, "codes")["metrics"]["seconds_encode"],
-        "fit_s": _manifest(store, "quantizer")["metrics"]["seconds_fit"],
-        "items_moved": sids["moved"],
-        "train": {name: model[name] for name in ("tokens_per_s", "input_wait_share")},
-        "recommend": {name: lists[name] for name in ("users", "users_per_s", "invalid_rate")},
+    """What the finished stages counted of themselves, from their manifests and reports."""
+    wanted = {
+        "rows": ("dataset", "rows", ("items", "users", "interactions", "pairs")),
+        "fit": ("quantizer", "metrics", ("seconds_fit",)),
+        "encode": ("codes", "metrics", ("seconds_encode",)),
+        "resolve": ("sids", "metrics", ("moved",)),
+        "train": ("model", "metrics", ("tokens_per_s", "input_wait_share")),
     }
-
-
-def _manifest(store: Path, kind: str) -> dict[str, dict[str, object]]:
-    path = next(store.glob(f"{kind}/*/manifest.json"))
-    found: dict[str, dict[str, object]] = json.loads(path.read_text())
+    found: dict[str, object] = {}
+    for name, (kind, part, keys) in wanted.items():
+        for path in (folder / "store").glob(f"{kind}/*/manifest.json"):
+            values = json.loads(path.read_text())[part]
+            found[name] = {key: values[key] for key in keys}
+    summary = folder / "lists/summary.json"
+    if summary.exists():
+        lists = json.loads(summary.read_text())
+        found["recommend"] = {key: lists[key] for key in ("users", "users_per_s", "invalid_rate")}
     return found
