@@ -16,7 +16,7 @@ DATASET, MODEL = "scale-data", "scale-model"
 DIM, EVENTS = 64, 15.8
 """Width of the vectors; interactions of a user of this generator once repeats are taken out."""
 SIDS = ["quantizer.levels=3", "quantizer.codebook_size=1024", "resolver.kind=knn_cap"]
-STEPS, BATCH, USERS = 100, 256, 100_000
+STEPS, BATCH, USERS = 40, 256, 100_000
 DECODER = ["model.hidden_size=64", "model.num_layers=2", "model.intermediate_size=128"]
 LISTS = ["top_k=10", "widths=[10,10,10]", "batch_users=64"]
 

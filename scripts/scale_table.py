@@ -1,0 +1,116 @@
+"""Writes the tables of the scale run in docs/performance.md from docs/results/scale.json.
+
+Usage: python scripts/scale_table.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+DOCS = Path(__file__).resolve().parents[1] / "docs"
+PAGE, RECORD = DOCS / "performance.md", DOCS / "results" / "scale.json"
+MARKS = {
+    "stages": ("<!-- scale -->\n", "<!-- end of scale -->"),
+    "growth": ("<!-- growth -->\n", "<!-- end of growth -->"),
+    "projection": ("<!-- projection -->\n", "<!-- end of projection -->"),
+}
+
+
+def main() -> None:
+    """Replaces what stands between each pair of marks."""
+    result = json.loads(RECORD.read_text(encoding="utf-8"))["result"]
+    text = PAGE.read_text(encoding="utf-8")
+    for name, (start, end) in MARKS.items():
+        before, _, rest = text.partition(start)
+        text = before + start + TABLES[name](result) + end + rest.partition(end)[2]
+    PAGE.write_text(text, encoding="utf-8")
+
+
+def stages(result: dict[str, Any]) -> str:
+    """Every stage of every size, and how `prepare` compares with Arrow."""
+    head = ["stage", "seconds", "rows/s", "driver", "largest worker", "workers", "store", "spilled"]
+    text = ""
+    for run in result["sizes"]:
+        rows = [_stage(name, row) for name, row in run["stages"].items()]
+        asked = f"{run['items']:,} items, {run['interactions_asked']:,} interactions asked for"
+        made = f"{run['rows']['interactions']:,} made" if "rows" in run else "not prepared"
+        text += f"{asked}, {made}; a command and its Ray start in {run['start_s']} s.\n\n"
+        text += _table(head, rows) + "\n" + _arrow(run)
+    return text
+
+
+def _stage(name: str, row: dict[str, Any]) -> list[str]:
+    rate = f"{row['rows_per_s']:,} {row['unit']}" if row["rows_per_s"] else ""
+    gib = [_gib(row[f"{key}_mib"]) for key in ("driver_rss", "largest_worker_own")]
+    more = [_gib(row[f"{key}_mib"]) for key in ("all_workers_own", "object_store", "spilled")]
+    return [name, f"{row['seconds']:,}", rate, *gib, *more]
+
+
+def _arrow(run: dict[str, Any]) -> str:
+    if "cut" not in run["stages"]:
+        return ""
+    seconds = sum(run["stages"][name]["seconds"] for name in ("index_and_order", "cut"))
+    ours, theirs = run["rows"]["interactions"] / seconds, run["arrow"]["rows_per_s"]
+    return (
+        f"`prepare`: {ours:,.0f} interactions/s, Arrow's sort and group-by of "
+        f"{run['arrow']['rows']:,} rows in one process {theirs:,}/s: {ours / theirs:.2f} ×.\n\n"
+    )
+
+
+def growth(result: dict[str, Any]) -> str:
+    """The exponents."""
+    names = ("seconds", "driver_rss", "largest_worker_own", "object_store", "spilled")
+    rows = [
+        [
+            row["stage"],
+            f"{row['items_x']:g} ×, {row['interactions_x']:g} ×",
+            *("" if row[name] is None else f"{row[name]:g}" for name in names),
+            f"{_gib(row['driver_mib_before'])} → {_gib(row['driver_mib'])}",
+        ]
+        for row in result["growth"]
+    ]
+    head = ["seconds", "driver", "largest worker", "store", "spilled", "driver, GiB"]
+    return _table(["stage", "items, interactions", *head], rows)
+
+
+def projection(result: dict[str, Any]) -> str:
+    """Assumptions, and what each stage would take."""
+    found = result["projection"]
+    words = [
+        f"{name.replace('_', ' ')} {value:,}" for name, value in list(found["assumed"].items())[1:]
+    ]
+    names = ("stage", "grows_with", "times_more_work", "nodes", "hours", "node_hours", "usd")
+    rows = [[str(row[name]) for name in (*names, "node_gib_needed")] for row in found["stages"]]
+    head = [
+        "stage",
+        "grows with",
+        "× work",
+        "nodes",
+        "hours",
+        "node-hours",
+        "USD",
+        "GiB in one process",
+    ]
+    return (
+        f"Node: {found['assumed']['node']}. Assumed: {'; '.join(words)}.\n\n{_table(head, rows)}\n"
+        f"Together {found['hours']:,} h, {found['node_hours']:,} node-hours, {found['usd']:,} USD. "
+        f"First bottleneck: **{found['first_bottleneck']}**.\n"
+    )
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _gib(mib: float) -> str:
+    return f"{mib / 1024:.2f}"
+
+
+TABLES = {"stages": stages, "growth": growth, "projection": projection}
+
+
+if __name__ == "__main__":
+    main()
