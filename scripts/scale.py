@@ -64,12 +64,14 @@ def run_size(folder: Path, size: Size, window: int, *, kill: bool) -> None:
 
 def new_figures(folder: Path, size: Size, window: int) -> dict[str, Any]:
     """The head of a size's figures, with what it costs to start a command and its Ray."""
-    start = time.monotonic()
-    tiny = ["num_items=64", "num_users=64"]
-    command = [*CLI, "data", "synthesize", str(folder / f"start-{time.time_ns()}"), *tiny]
-    subprocess.run(command, check=True, capture_output=True)
+    watch, target = Watch(), folder / f"start-{time.time_ns()}"
+    words = ["data", "synthesize", str(target), "num_items=64", "num_users=64"]
+    stage = Stage("start", 0, "", is_done=lambda: False, is_at_work=lambda: False)
+    watch.run([*CLI, *words], [stage], folder / "commands.log")
+    seen = watch.peaks["start"].figures()
     head = {"items": size.items, "interactions_asked": size.interactions, "window": window}
-    return {**head, "start_s": round(time.monotonic() - start, 1), "stages": {}}
+    start = {"start_s": seen["seconds"], "start_cpu_s": seen["cpu_seconds"]}
+    return {**head, **start, "stages": {}}
 
 
 def watch(folder: Path, command: list[str], stages: list[Stage], *, kill: bool) -> dict[str, Any]:

@@ -21,10 +21,8 @@ ASSUMED: dict[str, float] = {
     "efficiency": 0.7,
     "measured_dim": 64,
     "measured_codebook": 1024,
-    "measured_cpus": 2,
 }
-"""`efficiency`: share of a node's CPUs that a stage keeps busy where it kept two busy here. A core
-there is taken to be worth one here."""
+"""`efficiency`: share of a node's CPU time that a stage puts to use; a core there is one here."""
 # What one row of work costs more there, and whether all nodes share the stage or one does it. Fit
 # works on a sample of fixed size, so that it grows with width and codes only.
 _WIDER = ASSUMED["vector_dim"] / ASSUMED["measured_dim"]
@@ -63,7 +61,7 @@ def _stage(name: str, run: dict[str, Any]) -> dict[str, Any]:
     grows_with, dearer, is_shared = _STAGES[name]
     more = {"sample": 1.0}.get(grows_with) or ASSUMED[grows_with] / run["rows"][grows_with]
     seen = run["stages"][name]
-    core_s = seen["seconds"] * ASSUMED["measured_cpus"] * more * dearer
+    core_s = seen["cpu_seconds"] * more * dearer
     nodes = ASSUMED["nodes"] if is_shared else 1
     cpus = nodes * ASSUMED["node_cpus"] * ASSUMED["efficiency"]
     hours = core_s / cpus / 3600

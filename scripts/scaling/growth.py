@@ -36,17 +36,20 @@ def _exponents(
     name: str, small: dict[str, Any], large: dict[str, Any], factor: float
 ) -> dict[str, Any]:
     before, after = small["stages"][name], large["stages"][name]
-    found = {"seconds": _exponent(_worked(name, small), _worked(name, large), factor, LEAST_S)}
+    found: dict[str, float | None] = {}
+    for key, start in (("seconds", "start_s"), ("cpu_seconds", "start_cpu_s")):
+        worked = [_worked(name, run, key, start) for run in (small, large)]
+        found[key] = _exponent(*worked, factor, LEAST_S)
     for key in MEMORY:
         found[key.removesuffix("_mib")] = _exponent(before[key], after[key], factor, LEAST_MIB)
     driver = {"driver_mib_before": before["driver_rss_mib"], "driver_mib": after["driver_rss_mib"]}
     return {**found, **driver}
 
 
-def _worked(name: str, run: dict[str, Any]) -> float:
+def _worked(name: str, run: dict[str, Any], key: str, start: str) -> float:
     """Seconds of a stage less those of its command's start, which the first stage bears."""
     starts = name not in ("cut", "encode", "resolve")
-    return float(run["stages"][name]["seconds"]) - (run["start_s"] if starts else 0.0)
+    return float(run["stages"][name][key]) - (run[start] if starts else 0.0)
 
 
 def _exponent(before: float, after: float, factor: float, least: float) -> float | None:

@@ -26,9 +26,13 @@ _DAEMONS = ("raylet", "gcs_server", "dashboard", "log_monitor", "runtime_env", "
 
 @dataclass
 class Peaks:
-    """Largest values seen during one stage, in bytes; `seconds` it was watched for."""
+    """Largest values seen during one stage, in bytes, and the time that it was watched for.
+
+    `cpu_seconds` is that of all processes together, which other work on the machine hardly changes.
+    """
 
     seconds: float = 0.0
+    cpu_seconds: float = 0.0
     driver_rss: int = 0
     driver_own: int = 0
     largest_worker_rss: int = 0
@@ -47,7 +51,8 @@ class Peaks:
     def figures(self) -> dict[str, Any]:
         """Rounded, in MiB where bytes were counted."""
         plain = asdict(self)
-        counts = {"seconds": round(plain.pop("seconds"), 1), "workers": plain.pop("workers")}
+        counts = {name: round(plain.pop(name), 1) for name in ("seconds", "cpu_seconds")}
+        counts["workers"] = plain.pop("workers")
         return {**counts, **{f"{name}_mib": round(value / 2**20) for name, value in plain.items()}}
 
 
@@ -70,6 +75,7 @@ class Watch:
 
     peaks: dict[str, Peaks] = field(default_factory=dict)
     killed: list[str] = field(default_factory=list)
+    _cpu: float = field(default=0.0, init=False, repr=False)
 
     @classmethod
     def of(cls, file: Path) -> Watch:
@@ -81,7 +87,8 @@ class Watch:
 
     def save(self, file: Path) -> None:
         """Keeps what was seen so far."""
-        file.write_text(json.dumps(asdict(self)))
+        kept = {"peaks": {name: asdict(one) for name, one in self.peaks.items()}}
+        file.write_text(json.dumps({**kept, "killed": self.killed}))
 
     def run(
         self,
@@ -103,7 +110,7 @@ class Watch:
         """
         with log.open("ab") as sink, (out or log).open("ab") as output:
             process = subprocess.Popen(command, stdout=output, stderr=sink)
-            looked = time.monotonic()
+            looked, self._cpu = time.monotonic(), 0.0
             try:
                 while process.poll() is None:
                     stage = next((one for one in stages if not one.is_done()), stages[-1])
@@ -126,17 +133,32 @@ class Watch:
         peaks = self.peaks.setdefault(stage.name, Peaks())
         now = time.monotonic()
         peaks.seconds += now - looked
-        peaks.take(look(pid))
+        processes = family(pid)
+        peaks.take(look(pid, processes))
+        total = cpu_seconds(processes)
+        # A process that has ended is in nobody's count until its parent asks for it.
+        peaks.cpu_seconds += max(0.0, total - self._cpu)
+        self._cpu = max(total, self._cpu)
         return now
 
 
-def look(pid: int) -> dict[str, int]:
+def look(pid: int, processes: Sequence[psutil.Process]) -> dict[str, int]:
     """What the processes of a command hold at this moment, by role."""
-    seen = dict.fromkeys((one for one in Peaks.__dataclass_fields__ if one != "seconds"), 0)
-    for one in family(pid):
+    names = [one for one in Peaks.__dataclass_fields__ if not one.endswith("seconds")]
+    seen = dict.fromkeys(names, 0)
+    for one in processes:
         with contextlib.suppress(psutil.Error):  # it ended between listing and looking
             _add(seen, one, is_driver=one.pid == pid)
     return seen
+
+
+def cpu_seconds(processes: Sequence[psutil.Process]) -> float:
+    """CPU time that processes and those of their children that have ended took so far."""
+    total = 0.0
+    for one in processes:
+        with contextlib.suppress(psutil.Error):
+            total += sum(one.cpu_times()[:4])
+    return total
 
 
 def _add(seen: dict[str, int], process: psutil.Process, *, is_driver: bool) -> None:
