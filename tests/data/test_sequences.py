@@ -1,0 +1,51 @@
+"""Rows of sequences as events."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from forge_ray.data.importers import SEQUENCES, RawFile, read_chunks
+from forge_ray.data.sequences import EVENTS, events_of
+from forge_ray.errors import DataError
+
+ROWS = pa.table(
+    {
+        "history": pa.array([["a", "b"], [], None, ["c"]], pa.list_(pa.string())),
+        "targets": pa.array([["x"], ["y", "z"], ["w"], []], pa.list_(pa.string())),
+    }
+)
+
+
+def test_a_row_is_a_user_and_a_place_a_time() -> None:
+    (batch,) = ROWS.to_batches()
+    events = events_of(batch, first_row=5, prefix="f").to_pydict()
+    assert events == {
+        "user_id": ["f:5", "f:5", "f:5", "f:6", "f:6", "f:7", "f:8"],
+        "item_id": ["a", "b", "x", "y", "z", "w", "c"],
+        "timestamp": [0, 1, 2, 0, 1, 0, 0],
+    }
+
+
+def test_a_file_is_read_in_chunks_of_events(tmp_path: Path) -> None:
+    many = pa.concat_tables([ROWS] * 700)
+    pq.write_table(many, tmp_path / "part-00003-00001.parquet")
+    file = RawFile(str(tmp_path / "part-00003-00001.parquet"), SEQUENCES, 0, 0)
+    wanted = {name: name for name in EVENTS.names}
+    chunks = list(read_chunks(file, wanted, field="interactions", chunk_rows=500))
+    assert max(chunk.table.num_rows for chunk in chunks) == 500
+    whole = pa.concat_tables([chunk.table for chunk in chunks])
+    assert whole["user_id"].to_pylist()[-1] == f"00003-00001:{4 * 700}"
+    # A user for every row that is not empty, none of them twice.
+    assert len(whole) == 7 * 700
+    assert len(set(whole["user_id"].to_pylist())) == 4 * 700
+
+
+def test_other_columns_are_no_sequences(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user_id": ["u"]}), tmp_path / "a.parquet")
+    file = RawFile(str(tmp_path / "a.parquet"), SEQUENCES, 0, 0)
+    with pytest.raises(DataError, match=r"interactions\.layout=events"):
+        list(read_chunks(file, {"item_id": "item_id"}, field="interactions"))
