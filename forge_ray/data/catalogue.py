@@ -1,7 +1,8 @@
 """The catalogue: which items exist, their dense index, and their vectors under that index.
 
-Part of building the log. The driver holds the item ids (16 bytes for a 16-letter id) and one byte
-per item; titles and vectors stream through workers, one output shard per chunk read.
+Part of building the log. The ids are sorted in one worker and lie in the object store, once a
+machine; the driver holds a few bytes per item. Titles and vectors stream through workers, one
+output shard per chunk read.
 """
 
 from __future__ import annotations
@@ -64,14 +65,22 @@ class Catalogue:
     """What later steps need to know of the items.
 
     Attributes:
-        index: ids to dense indices.
+        shared: ids to dense indices, in the object store.
+        num_items: how many there are.
         duplicates: row numbers of repeated items to pass over, by file ordinal.
         ledger: rows left out so far.
     """
 
-    index: ItemIndex
+    shared: ray.ObjectRef[ItemIndex]
+    num_items: int
     duplicates: dict[int, NDArray[np.int64]] = field(default_factory=dict)
     ledger: tasks.Ledger = field(default_factory=tasks.Ledger)
+
+    @property
+    def ids(self) -> NDArray[np.bytes_]:
+        """Sorted ids ``[N]``, read in place: what is not looked at takes no memory here."""
+        index: ItemIndex = ray.get(self.shared)
+        return index.ids
 
 
 def index_items(config: SourcesConfig, inputs: Inputs) -> Catalogue:
@@ -80,10 +89,12 @@ def index_items(config: SourcesConfig, inputs: Inputs) -> Catalogue:
     Raises:
         DataError: an id is empty or double, or the catalogue is empty.
     """
-    if not inputs.items:
-        catalogue = Catalogue(ItemIndex(_ids_in_log(config, inputs)))
-        return _drop_without_vector(catalogue, config, inputs)
-    ledger = tasks.Ledger()
+    catalogue = _listed(config, inputs) if inputs.items else _implied(config, inputs)
+    return _drop_without_vector(catalogue, config, inputs)
+
+
+def _listed(config: SourcesConfig, inputs: Inputs) -> Catalogue:
+    """The items that the files of the catalogue list."""
     dataset = tasks.for_each(
         range(len(inputs.items)),
         _read_ids,
@@ -91,31 +102,39 @@ def index_items(config: SourcesConfig, inputs: Inputs) -> Catalogue:
         wanted={"item_id": config.items.item_id},
         skip=frozenset(config.skip),
     )
-    found = _collected(dataset, ledger)
-    if not len(found.ids):
-        where = inputs.items[0].uri
-        raise DataError(f"{where} must list at least one item, got none. Add rows to it.")
-    catalogue = _index(found, inputs.items, skip=config.skip)
-    catalogue.ledger.update(ledger)
-    return _drop_without_vector(catalogue, config, inputs)
+    index, found = tasks.gathered(dataset, _index, files=inputs.items, skip=config.skip)
+    return Catalogue(index, found.num_items, found.duplicates, found.ledger)
 
 
-def _ids_in_log(config: SourcesConfig, inputs: Inputs) -> NDArray[np.bytes_]:
-    """Collect the distinct item ids of the interactions, sorted; bad rows are counted later."""
+def _implied(config: SourcesConfig, inputs: Inputs) -> Catalogue:
+    """The items that occur in the interactions; bad rows are counted later."""
     dataset = tasks.for_each(
         range(len(inputs.interactions)),
         _read_distinct_ids,
         files=inputs.interactions,
         wanted={"item_id": event_columns(config)["item_id"]},
     )
+    index, found = tasks.gathered(dataset, _distinct, where=inputs.interactions[0].uri)
+    return Catalogue(index, found.num_items)
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """What comes back to the driver beside the index."""
+
+    num_items: int
+    duplicates: dict[int, NDArray[np.int64]] = field(default_factory=dict)
+    ledger: tasks.Ledger = field(default_factory=tasks.Ledger)
+
+
+def _distinct(tables: Iterator[pa.Table], *, where: str) -> tuple[ItemIndex, _Found]:
     ids = np.empty(0, dtype="S1")
-    for table in tasks.tables(dataset):
+    for table in tables:
         if table.num_rows:
             ids = np.union1d(ids, to_bytes(table["id"].combine_chunks()))
     if not len(ids):
-        where = inputs.interactions[0].uri
         raise DataError(f"{where} must hold at least one item id, got none. Add rows to it.")
-    return ids
+    return ItemIndex(ids), _Found(len(ids))
 
 
 def _read_distinct_ids(
@@ -141,70 +160,60 @@ def _read_ids(
         yield tasks.ledger_rows(_IDS, screen.ledger)
 
 
-@dataclass(frozen=True, slots=True)
-class _Listed:
-    """Items as the files list them, ``[n]`` each, in no particular order."""
-
-    ids: NDArray[np.bytes_]
-    file: NDArray[np.int32]
-    row: NDArray[np.int64]
-
-
-def _collected(dataset: ray.data.Dataset, ledger: tasks.Ledger) -> _Listed:
-    """Bring the ids to the driver as packed bytes, a table at a time."""
-    ids, file, row = [np.empty(0, "S1")], [np.empty(0, np.int32)], [np.empty(0, np.int64)]
-    for table in tasks.tables(dataset):
-        rows = tasks.split_ledger(table, ledger)
-        if rows.num_rows:
-            ids.append(to_bytes(rows["id"].combine_chunks()).copy())
-            file.append(rows["file"].to_numpy().copy())
-            row.append(rows["row"].to_numpy().copy())
-    return _Listed(np.concatenate(ids), np.concatenate(file), np.concatenate(row))
-
-
-def _index(found: _Listed, files: Sequence[RawFile], *, skip: Sequence[str]) -> Catalogue:
-    file, row = found.file, found.row
+def _index(
+    tables: Iterator[pa.Table], *, files: Sequence[RawFile], skip: Sequence[str]
+) -> tuple[ItemIndex, _Found]:
+    """Sort the ids that all files list, and find the repeated ones."""
+    ledger = tasks.Ledger()
+    parts = [part for one in tables if (part := tasks.split_ledger(one, ledger)).num_rows]
+    if not parts:
+        where = files[0].uri
+        raise DataError(f"{where} must list at least one item, got none. Add rows to it.")
+    listed = np.concatenate([to_bytes(part["id"].combine_chunks()) for part in parts])
+    file = np.concatenate([part["file"].to_numpy() for part in parts])
+    row = np.concatenate([part["row"].to_numpy() for part in parts])
     order = np.lexsort((row, file))
-    ids, first = np.unique(found.ids[order], return_index=True)
-    catalogue = Catalogue(ItemIndex(ids))
+    ids, first = np.unique(listed[order], return_index=True)
+    index = ItemIndex(ids)
     if len(ids) == len(order):
-        return catalogue
+        return index, _Found(len(ids), ledger=ledger)
     is_repeat = np.ones(len(order), dtype=bool)
     is_repeat[first] = False
     repeats = order[is_repeat]
     again = repeats[0]
-    name = found.ids[again].decode()
-    other = order[first[np.searchsorted(ids, name.encode())]]
+    name = listed[again]
+    other = order[first[np.searchsorted(ids, name)]]
     broken = (
-        f"{files[file[again]].uri} row {row[again]}: item_id must be unique, got {name!r}, "
-        f"which row {row[other]} of {files[file[other]].uri} holds already"
+        f"{files[file[again]].uri} row {row[again]}: item_id must be unique, got "
+        f"{name.decode()!r}, which row {row[other]} of {files[file[other]].uri} holds already"
     )
     if "duplicate_item" not in skip:
         raise DataError(
             f"{broken} ({len(repeats)} repeated ids). Remove the repeats, or add duplicate_item "
             "to `skip` to keep the first of each."
         )
-    catalogue.duplicates = {int(f): row[repeats][file[repeats] == f] for f in set(file[repeats])}
-    catalogue.ledger.add("duplicate_item", len(repeats), broken)
-    return catalogue
+    duplicates = {int(f): row[repeats][file[repeats] == f] for f in set(file[repeats])}
+    ledger.add("duplicate_item", len(repeats), broken)
+    return index, _Found(len(ids), duplicates, ledger)
 
 
 def _drop_without_vector(catalogue: Catalogue, config: SourcesConfig, inputs: Inputs) -> Catalogue:
     """Leave items out that lack a usable vector in some space, when that is asked for."""
     if not inputs.vectors or not {"missing_vector", "null_vector"} & set(config.skip):
         return catalogue
-    drop = np.zeros(len(catalogue.index), dtype=bool)
+    drop = np.zeros(catalogue.num_items, dtype=bool)
     for space, files in inputs.vectors.items():
         found = _vector_pass(space, config, files, catalogue, output=None)
         if "missing_vector" in config.skip:
-            drop |= found.seen + found.nulls == 0
+            drop |= (found.seen == 0) & (found.nulls == 0)
         if "null_vector" in config.skip:
             drop |= (found.seen == 0) & (found.nulls > 0)
-    ids = catalogue.index.ids
+    ids = catalogue.ids
     if drop.any():
         example = f"item_id must have a usable vector, got none of {ids[drop][0].decode()!r}"
         catalogue.ledger.add("items_without_vector", int(drop.sum()), example)
-    catalogue.index = ItemIndex(ids[~drop], ids[drop])
+    catalogue.shared = ray.put(ItemIndex(ids[~drop], ids[drop]))
+    catalogue.num_items = int((~drop).sum())
     return catalogue
 
 
@@ -215,12 +224,11 @@ def write_items(
     config: SourcesConfig, inputs: Inputs, catalogue: Catalogue, writer: ArtifactWriter
 ) -> None:
     """Write `items/` (`item_index`, `item_id`, then what came along), one shard per chunk read."""
-    index = catalogue.index
+    output = tasks.Output.below(writer, "items")
     if not inputs.items:
-        table = pa.table(
-            {"item_index": np.arange(len(index), dtype=np.int32), "item_id": to_strings(index.ids)}
+        tasks.results(
+            tasks.for_each(range(1), _write_implied, index=catalogue.shared, output=output)
         )
-        tasks.write_shard(table, writer.path("items", "part-00000.parquet"), writer.filesystem)
         return
     extra = extra_schema(inputs.items, exclude=[config.items.item_id, *RESERVED])
     dataset = tasks.for_each(
@@ -229,11 +237,20 @@ def write_items(
         files=inputs.items,
         wanted={"item_id": config.items.item_id},
         extra=extra,
-        index=ray.put(index),
+        index=catalogue.shared,
         duplicates=catalogue.duplicates,
-        output=tasks.Output.below(writer, "items"),
+        output=output,
     )
     tasks.results(dataset)
+
+
+def _write_implied(
+    number: int, *, index: ray.ObjectRef[ItemIndex], output: tasks.Output
+) -> Iterator[pa.Table]:
+    ids = ray.get(index).ids
+    places = np.arange(len(ids), dtype=np.int32)
+    output.write(pa.table({"item_index": places, "item_id": to_strings(ids)}), number)
+    yield pa.table({"number": [number]})
 
 
 def _write_items_of(
@@ -267,11 +284,16 @@ def _write_items_of(
 
 @dataclass(frozen=True, slots=True)
 class _Seen:
-    """Usable and unusable vectors of each item ``[N]``, and the rows left out."""
+    """Usable and unusable vectors of each item ``[N]``, up to 255, and the rows left out."""
 
-    seen: NDArray[np.int64]
-    nulls: NDArray[np.int64]
+    seen: NDArray[np.uint8]
+    nulls: NDArray[np.uint8]
     ledger: tasks.Ledger
+
+
+def _count(counts: NDArray[np.uint8], index: NDArray[np.int32]) -> None:
+    items, times = np.unique(index, return_counts=True)
+    counts[items] = np.minimum(counts[items] + times, 255)
 
 
 def write_vectors(
@@ -291,8 +313,8 @@ def write_vectors(
         output = tasks.Output.below(writer, "vectors", space)
         found = _vector_pass(space, config, files, catalogue, output=output)
         catalogue.ledger.update(found.ledger)
-        _require_single(space, files, catalogue.index, found.seen)
-        _require_every(space, files, catalogue.index, found.seen)
+        _require_single(space, files, catalogue, found.seen)
+        _require_every(space, files, catalogue, found.seen)
         dims[space] = vector_dim(files[0], config.vectors[space], f"vectors.{space}")
     return dims
 
@@ -307,10 +329,10 @@ def check_vectors(
     """
     files = inputs.vectors[space]
     found = _vector_pass(space, config, files, catalogue, output=None)
-    _require_single(space, files, catalogue.index, found.seen)
-    missing = found.seen + found.nulls == 0
+    _require_single(space, files, catalogue, found.seen)
+    missing = (found.seen == 0) & (found.nulls == 0)
     if missing.any():
-        first = catalogue.index.ids[int(np.argmax(missing))].decode()
+        first = catalogue.ids[int(np.argmax(missing))].decode()
         example = f"{files[0].uri} (vectors.{space}) must hold a vector of every item, got 0 of "
         found.ledger.add("missing_vector", int(missing.sum()), f"{example}item {first!r}")
     return found.ledger
@@ -334,18 +356,18 @@ def _vector_pass(
         section=f"vectors.{space}",
         dim=vector_dim(files[0], source, f"vectors.{space}"),
         skip=frozenset(config.skip),
-        index=ray.put(catalogue.index),
-        chunk_rows=max(1, min(CHUNK_ROWS, -(-len(catalogue.index) // 8))),
+        index=catalogue.shared,
+        chunk_rows=max(1, min(CHUNK_ROWS, -(-catalogue.num_items // 8))),
         output=output,
     )
-    items = len(catalogue.index)
-    found = _Seen(np.zeros(items, dtype=np.int64), np.zeros(items, dtype=np.int64), tasks.Ledger())
+    items = catalogue.num_items
+    found = _Seen(np.zeros(items, dtype=np.uint8), np.zeros(items, dtype=np.uint8), tasks.Ledger())
     for table in tasks.tables(dataset):
         rows = tasks.split_ledger(table, found.ledger)
         if rows.num_rows:
             index, usable = rows["index"].to_numpy(), rows["is_usable"].to_numpy()
-            np.add.at(found.seen, index[usable], 1)
-            np.add.at(found.nulls, index[~usable], 1)
+            _count(found.seen, index[usable])
+            _count(found.nulls, index[~usable])
     return found
 
 
@@ -406,20 +428,22 @@ def vector_dim(file: RawFile, source: VectorsConfig, section: str) -> int:
 
 
 def _require_single(
-    space: str, files: Sequence[RawFile], index: ItemIndex, seen: NDArray[np.int64]
+    space: str, files: Sequence[RawFile], catalogue: Catalogue, seen: NDArray[np.uint8]
 ) -> None:
     if (seen > 1).any():
         rule = "hold one vector per item"
         raise DataError(
-            _vector_count(space, files, index, seen, seen > 1, rule) + "Remove repeats."
+            _vector_count(space, files, catalogue, seen, seen > 1, rule) + "Remove repeats."
         )
 
 
 def _require_every(
-    space: str, files: Sequence[RawFile], index: ItemIndex, seen: NDArray[np.int64]
+    space: str, files: Sequence[RawFile], catalogue: Catalogue, seen: NDArray[np.uint8]
 ) -> None:
     if (seen == 0).any():
-        place = _vector_count(space, files, index, seen, seen == 0, "hold a vector of every item")
+        place = _vector_count(
+            space, files, catalogue, seen, seen == 0, "hold a vector of every item"
+        )
         raise DataError(
             f"{place}Add the vectors, or add missing_vector to `skip` to leave such items out."
         )
@@ -428,8 +452,8 @@ def _require_every(
 def _vector_count(
     space: str,
     files: Sequence[RawFile],
-    index: ItemIndex,
-    seen: NDArray[np.int64],
+    catalogue: Catalogue,
+    seen: NDArray[np.uint8],
     bad: NDArray[np.bool_],
     rule: str,
 ) -> str:
@@ -437,5 +461,5 @@ def _vector_count(
     first = int(np.argmax(bad))
     return (
         f"{files[0].uri}{more} (vectors.{space}) must {rule}, got {seen[first]} of item "
-        f"{index.ids[first].decode()!r} ({int(bad.sum())} such items of {len(seen)}). "
+        f"{catalogue.ids[first].decode()!r} ({int(bad.sum())} such items of {len(seen)}). "
     )

@@ -100,16 +100,16 @@ def write_dataset(
     )
 
 
-def _counted(stats: Iterator[pa.Table], num_items: int) -> tuple[dict[str, int], NDArray[np.int64]]:
+def _counted(stats: Iterator[pa.Table], num_items: int) -> tuple[dict[str, int], NDArray[np.int32]]:
     """Users by split, and train events by item ``[N]``; a table is added up and let go at a time.
 
     All tables together have a row per item and shard, which grows with the log.
     """
-    num_users, counts = dict.fromkeys(SPLITS, 0), np.zeros(num_items, dtype=np.int64)
+    num_users, counts = dict.fromkeys(SPLITS, 0), np.zeros(num_items, dtype=np.int32)
     for table in stats:
         rows = table.filter(table["split"].is_null())
         # Items are distinct within a table of a shard, but a batch may hold several.
-        np.add.at(counts, rows["item"].to_numpy(), rows["count"].to_numpy())
+        np.add.at(counts, rows["item"].to_numpy(), rows["count"].to_numpy().astype(np.int32))
         for row in table.filter(table["split"].is_valid()).to_pylist():
             num_users[row["split"]] += row["count"]
     return {str(name): count for name, count in num_users.items()}, counts
@@ -193,7 +193,7 @@ def _require_users(num_users: dict[str, int], stage: Stage) -> None:
 # ---- what does not depend on users ----
 
 
-def _write_items(log: Artifact, counts: NDArray[np.int64], writer: ArtifactWriter) -> None:
+def _write_items(log: Artifact, counts: NDArray[np.int32], writer: ArtifactWriter) -> None:
     files = log.files("items")
     dataset = tasks.for_each(
         range(len(files)),
@@ -212,12 +212,12 @@ def _count_items_of(
     *,
     files: Sequence[str],
     source: Any,
-    counts: ray.ObjectRef[NDArray[np.int64]],
+    counts: ray.ObjectRef[NDArray[np.int32]],
     folder: str,
     target: Any,
 ) -> Iterator[pa.Table]:
     table = pq.read_table(files[number], filesystem=source)
-    column = pa.array(ray.get(counts)[table["item_index"].to_numpy()])
+    column = pa.array(ray.get(counts)[table["item_index"].to_numpy()].astype(np.int64))
     table = table.add_column(2, "train_count", column)
     tasks.write_shard(table, f"{folder}/{files[number].rsplit('/', 1)[-1]}", target)
     yield pa.table({"number": [number]})
@@ -246,7 +246,7 @@ def _link_or_copy(source: str, target: str) -> None:
 
 
 def _write_pairs(
-    config: PairsConfig, counts: NDArray[np.int64], writer: ArtifactWriter, *, shards: int
+    config: PairsConfig, counts: NDArray[np.int32], writer: ArtifactWriter, *, shards: int
 ) -> int:
     folder = writer.path("pairs", "part").removesuffix("/part")
     train = writer.path("sequences", "train", "part").removesuffix("/part")

@@ -2,8 +2,8 @@
 
 The log holds the catalogue with its dense item index, the vectors under that index, and every
 user's interactions in time order, users placed in shards by a hash of their id. Changing the split
-does not read the raw files again. No process ever holds more than one shard of the log; the driver
-holds the item ids.
+does not read the raw files again. No process ever holds more than one shard of the log; the item
+ids lie in the object store.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ def _write_log(
     write_items(config, inputs, catalogue, writer)
     dims = write_vectors(config, inputs, catalogue, writer)
     output = tasks.Output.below(writer, "log")
-    stats = order_events(config, inputs, catalogue.index, shards=shards, output=output)
+    stats = order_events(config, inputs, catalogue.shared, shards=shards, output=output)
     ledger = catalogue.ledger
     rows = tasks.split_ledger(stats, ledger)
     if not rows.num_rows:
@@ -192,7 +192,7 @@ def _write_log(
     skipped = {f"skipped_{cause}": count for cause, count in sorted(ledger.counts.items())}
     return ArtifactInfo(
         rows={
-            "items": len(catalogue.index),
+            "items": catalogue.num_items,
             "users": int(users.sum()),
             "interactions": int(rows["events"].to_numpy().sum()),
             "reordered_interactions": reordered,
@@ -211,7 +211,7 @@ def _write_log(
 def order_events(
     config: SourcesConfig,
     inputs: Inputs,
-    index: ItemIndex,
+    index: ray.ObjectRef[ItemIndex],
     *,
     shards: int,
     output: tasks.Output | None,
@@ -233,7 +233,7 @@ def order_events(
         _events_of,
         files=inputs.interactions,
         wanted=event_columns(config),
-        index=ray.put(index),
+        index=index,
         skip=frozenset(config.skip),
         unit=config.interactions.timestamp_unit,
         shards=shards,

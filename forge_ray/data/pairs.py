@@ -48,7 +48,7 @@ class PairsConfig:
                 )
 
 
-def strongest(pairs: PairCounts, train_counts: NDArray[np.int64], config: PairsConfig) -> pa.Table:
+def strongest(pairs: PairCounts, train_counts: NDArray[np.int32], config: PairsConfig) -> pa.Table:
     """Keep the ``top_k`` partners of each anchor.
 
     The weight of a pair is ``count / sqrt(train_count(anchor) * train_count(positive))``, the
@@ -74,7 +74,7 @@ def strongest(pairs: PairCounts, train_counts: NDArray[np.int64], config: PairsC
 def write_pairs(
     config: PairsConfig,
     train_files: Sequence[str],
-    train_counts: NDArray[np.int64],
+    train_counts: NDArray[np.int32],
     *,
     folder: str,
     filesystem: Any,
@@ -139,7 +139,7 @@ def _write_range(
     table: pa.Table,
     *,
     config: PairsConfig,
-    train_counts: ray.ObjectRef[NDArray[np.int64]],
+    train_counts: ray.ObjectRef[NDArray[np.int32]],
     folder: str,
     filesystem: Any,
 ) -> pa.Table:

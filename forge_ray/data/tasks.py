@@ -11,8 +11,9 @@ import logging
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -24,6 +25,7 @@ from ray.exceptions import RayError
 from forge_ray.artifacts import ArtifactWriter
 from forge_ray.errors import ArtifactError, ConfigError, DataError, TrainingError
 
+T = TypeVar("T")
 TaskFunction = Callable[..., Iterable[pa.Table]]
 
 _OURS = {cls.__name__: cls for cls in (DataError, ConfigError, ArtifactError, TrainingError)}
@@ -106,16 +108,25 @@ def tables(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
     Raises:
         ForgeError: the error that a task raised, as itself and not wrapped by Ray.
     """
-    # Ray logs a traceback for every failed task; ours are addressed to the user and end up once,
-    # at the rim.
+    with _quiet():
+        try:
+            yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+        except RayError as error:
+            raise _unwrapped(error) from None
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Keep Ray from logging a traceback for every failed task.
+
+    Ours are addressed to the user and end up once, at the rim.
+    """
     loggers = [logging.getLogger(name) for name in ("ray.data", "ray.data.exceptions")]
     levels = [one.level for one in loggers]
     for one in loggers:
         one.setLevel(max(one.getEffectiveLevel(), logging.CRITICAL))
     try:
-        yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-    except RayError as error:
-        raise _unwrapped(error) from None
+        yield
     finally:
         for one, level in zip(loggers, levels, strict=True):
             one.setLevel(level)
@@ -125,6 +136,39 @@ def results(dataset: ray.data.Dataset) -> pa.Table:
     """Execute, and return all rows as one table; for results that are small by design."""
     parts = [table for table in tables(dataset) if table.num_rows]
     return pa.concat_tables(parts, promote_options="permissive") if parts else pa.table({})
+
+
+def gathered(
+    dataset: ray.data.Dataset, fn: Callable[..., tuple[Any, T]], **arguments: Any
+) -> tuple[ray.ObjectRef[Any], T]:
+    """Execute, and call ``fn(tables, **arguments)`` in one worker, for what the driver cannot hold.
+
+    Args:
+        dataset: its tables come to the worker in no particular order.
+        fn: module-level function of an iterator of tables, of a large result and a small one.
+        arguments: sent along with the function.
+
+    Returns:
+        A reference to the large result, and the small one.
+
+    Raises:
+        ForgeError: the error that a task raised, as itself and not wrapped by Ray.
+    """
+    with _quiet():
+        try:
+            blocks = dataset.to_arrow_refs()
+            large, small = _gather.remote(fn, arguments, blocks)
+            return large, ray.get(small)
+        except RayError as error:
+            raise _unwrapped(error) from None
+
+
+@ray.remote(num_returns=2)
+def _gather(
+    fn: Callable[..., tuple[Any, Any]], arguments: Mapping[str, Any], blocks: list[Any]
+) -> tuple[Any, Any]:
+    limit_threads()
+    return fn((ray.get(block) for block in blocks), **arguments)
 
 
 def ledger_rows(schema: pa.Schema, ledger: Ledger) -> pa.Table:

@@ -116,7 +116,7 @@ def _vectors_are_broken(dataset: Dataset, space: str) -> bool:
 
 def _check_events(config: SourcesConfig, inputs: Inputs, catalogue: Catalogue) -> tasks.Ledger:
     ledger = tasks.Ledger()
-    stats = order_events(config, inputs, catalogue.index, shards=MIN_SHARDS, output=None)
+    stats = order_events(config, inputs, catalogue.shared, shards=MIN_SHARDS, output=None)
     tasks.split_ledger(stats, ledger)
     return ledger
 
