@@ -190,7 +190,9 @@ def recommend(
     filesystem, root = open_filesystem(out)
     if config.bucket_order == "dense":
         dataset.vector_files(config.space)  # a wrong name fails here, not in an actor
-    allowed = allowed_items(_item_ids(dataset), allow=config.allow, deny=config.deny)
+    allowed = None
+    if config.allow is not None or config.deny is not None:  # else the ids are not read here
+        allowed = allowed_items(_item_ids(dataset), allow=config.allow, deny=config.deny)
     if queries is not None:
         _check_queries(queries, dataset, config)
     job = _Job(config, source, dataset, out, allowed, queries)
