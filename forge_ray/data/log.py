@@ -8,6 +8,7 @@ ids lie in the object store.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -55,16 +56,18 @@ MIN_SHARDS = 8
 MAX_SHARDS = 4096
 TICKS_PER_DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000, "day": 1}
 
-_EVENTS = tasks.with_ledger(
+# Exchanged between all workers, so every byte of a row counts: `place` is file and row in one
+# number, and ledger rows are spelled out as the users of shard -1.
+_EVENTS = pa.schema(
     {
         "shard": pa.int32(),
         "user_id": pa.string(),
         "item": pa.int32(),
         "timestamp": pa.int64(),
-        "file": pa.int32(),
-        "row": pa.int64(),
+        "place": pa.int64(),
     }
 )
+_ROW_BITS = 40
 LOG_SCHEMA = pa.schema(
     {"user_id": pa.string(), "items": pa.list_(pa.int32()), "timestamps": pa.list_(pa.int64())}
 )
@@ -279,17 +282,29 @@ def _events_of(
             "user_id": users,
             "item": places[keep],
             "timestamp": times[keep],
-            "file": np.full(int(keep.sum()), number, dtype=np.int32),
-            "row": np.flatnonzero(keep) + chunk.first_row,
+            "place": (number << _ROW_BITS) + chunk.first_row + np.flatnonzero(keep),
         }
-        yield tasks.data_rows(_EVENTS, columns)
-        yield _shard_ledger(screen.ledger)
+        yield pa.table(columns, schema=_EVENTS)
+        yield _spelled(screen.ledger)
 
 
-def _shard_ledger(ledger: tasks.Ledger) -> pa.Table:
+def _spelled(ledger: tasks.Ledger) -> pa.Table:
     """Ledger rows that the exchange brings together as shard -1."""
-    table = tasks.ledger_rows(_EVENTS, ledger)
-    return table.set_column(0, "shard", pa.array(np.full(len(table), -1, dtype=np.int32)))
+    rows = [
+        json.dumps([cause, count, ledger.examples[cause]]) for cause, count in ledger.counts.items()
+    ]
+    nothing = np.zeros(len(rows), dtype=np.int64)
+    columns = [nothing - 1, pa.array(rows, pa.string()), nothing, nothing, nothing]
+    arrays = [pa.array(one).cast(to.type) for one, to in zip(columns, _EVENTS, strict=True)]
+    return pa.table(arrays, schema=_EVENTS)
+
+
+def _ledger_of(rows: pa.Table) -> tasks.Ledger:
+    """Undo `_spelled`."""
+    ledger = tasks.Ledger()
+    for text in rows["user_id"].to_pylist():
+        ledger.add(*json.loads(text))
+    return ledger
 
 
 def shard_of(users: pa.Array, shards: int) -> NDArray[np.int32]:
@@ -309,22 +324,22 @@ def _write_shard_of(
     """Order the events of one shard and write it; one row of statistics comes back."""
     shard = table["shard"][0].as_py()
     if shard < 0:
-        ledger = tasks.Ledger()
-        tasks.split_ledger(table, ledger)
-        return tasks.ledger_rows(_SHARD_STATS, ledger)
+        return tasks.ledger_rows(_SHARD_STATS, _ledger_of(table))
     encoded = table["user_id"].combine_chunks().dictionary_encode()
     ids, rank = np.unique(to_bytes(encoded.dictionary), return_inverse=True)
     user = rank[encoded.indices.to_numpy()]
     time = table["timestamp"].to_numpy()
-    file, row = table["file"].to_numpy(), table["row"].to_numpy()
-    found = _unsorted(table, np.lexsort((row, file, user)), user, files)
+    place = table["place"].to_numpy()
+    order = np.lexsort((place, user))
+    found = _unsorted(table, order, user, files)
     if must_be_sorted and found.counts:
         raise DataError(
             f"{found.examples[UNSORTED]} ({found.counts[UNSORTED]} such rows in this shard). Sort "
             "the log, or set interactions.unsorted=sort to order it here."
         )
-    # Ties in time keep the order of the files: many logs have day resolution.
-    order = np.lexsort((row, file, time, user))
+    if found.counts:
+        # Ties in time keep the order of the files: many logs have day resolution.
+        order = np.lexsort((place, time, user))
     lengths = np.bincount(user, minlength=len(ids))
     if output is not None:
         columns = [
@@ -355,8 +370,9 @@ def _unsorted(
         return found
     after = int(np.argmax(falls)) + 1
     event = table.slice(int(order[after]), 1).to_pylist()[0]
+    file, row = divmod(event["place"], 1 << _ROW_BITS)
     message = (
-        f"{files[event['file']].uri} row {event['row']}: timestamp must not fall within a user's "
+        f"{files[file].uri} row {row}: timestamp must not fall within a user's "
         f"rows, got {event['timestamp']} after {time[after - 1]} for user {event['user_id']!r}"
     )
     found.add(UNSORTED, int(falls.sum()), message)

@@ -169,8 +169,9 @@ def _add(seen: dict[str, int], process: psutil.Process, *, is_driver: bool) -> N
     elif any(name in words for name in _DAEMONS):
         seen["daemons_own"] += own
         if "raylet/raylet" in words:
-            seen["object_store"] += store_bytes(process.pid)
-            seen["spilled"] += spilled_bytes(process)
+            # The larger one: for a moment, a worker that is being started is a second raylet.
+            seen["object_store"] = max(seen["object_store"], store_bytes(process.pid))
+            seen["spilled"] = max(seen["spilled"], spilled_bytes(process))
     else:
         seen["workers"] += 1
         seen["all_workers_own"] += own
