@@ -136,9 +136,9 @@ class Watch:
         processes = family(pid)
         peaks.take(look(pid, processes))
         total = cpu_seconds(processes)
-        # A process that has ended is in nobody's count until its parent asks for it.
+        # Less than before where a Ray has ended: its processes are in nobody's count any more.
         peaks.cpu_seconds += max(0.0, total - self._cpu)
-        self._cpu = max(total, self._cpu)
+        self._cpu = total
         return now
 
 
