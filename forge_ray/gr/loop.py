@@ -9,6 +9,7 @@ Knows nothing about Ray: what it tells and asks goes through `LoopHooks`.
 
     step ... step, check-up, step ... step, check-up, validation point
     validation point: take up the metrics of the one before, checkpoint, ask for metrics
+    a node that is about to go: checkpoint, end
 """
 
 from __future__ import annotations
@@ -59,6 +60,7 @@ logger = logging.getLogger(__name__)
 
 _CHECKUP_STEPS = 10
 """Steps between two collectives that share losses and requests: one small message each."""
+PREEMPTED = "preempted"
 _NOTHING = FoundCheckpoint("", None)
 
 
@@ -125,8 +127,9 @@ class Ending:
     """How training ended.
 
     Attributes:
-        kind: `finished`, `settled` (early stopping), `stopped` (on request), `diverged`.
-        reason: in words, for the last two.
+        kind: `finished`, `settled` (early stopping), `stopped` (on request), `preempted` (a node
+            goes: whoever started the run starts it again), `diverged`.
+        reason: in words, for the last three.
     """
 
     kind: str
@@ -300,7 +303,9 @@ class TrainLoop:
         if self._is_point() and self._is_over():
             is_last = self._progress.step >= self._config.max_steps
             return Ending("finished" if is_last else "settled")
-        return Ending("stopped", "a request to stop") if signs.is_stopping else None
+        if signs.is_stopping:
+            return Ending("stopped", "a request to stop")
+        return Ending(PREEMPTED, "a node that goes") if is_preempted else None
 
     def _step(self, batches: Iterator[MixedBatch]) -> None:
         """One optimiser step on the next global batch."""

@@ -47,7 +47,7 @@ from forge_ray.gr.checkpoint import (
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.health import best_row
 from forge_ray.gr.initial import resolved_initial, write_initial
-from forge_ray.gr.loop import LoopHooks, TrainJob, TrainLoop, Validation, reported
+from forge_ray.gr.loop import PREEMPTED, LoopHooks, TrainJob, TrainLoop, Validation, reported
 from forge_ray.gr.meters import TrainMeters
 from forge_ray.gr.mixture import TextData
 from forge_ray.gr.models.pretrained import PretrainedConfig
@@ -248,41 +248,61 @@ def _fit(
     name: str,
     callbacks: Sequence[ray.train.UserCallback],
 ) -> dict[str, Any]:
-    """Runs the trainer; what the workers wrote about the end."""
+    """Runs the trainer to an end that is not a lost node's; what the workers wrote about it."""
     import ray
+
+    # The workers look for themselves; here it is said where a user sees it.
+    found = job.folder.newest_checkpoint(job.identity)
+    for warning in found.warnings:
+        logger.warning(warning)
+    tell_again(found, callbacks)
+    run_config = _run_config(job.config, run_dir=run_dir, name=name, callbacks=callbacks)
+    # The codes lie in the object store once; every worker of a node reads them in place.
+    codes = ray.put(np.asarray(table.codes))
+    warned = set(found.warnings)
+    while True:
+        outcome = _attempt(job, codes, run_config)
+        for warning in outcome["warnings"]:
+            if warning not in warned:
+                logger.warning(warning)
+        warned.update(outcome["warnings"])
+        if outcome["kind"] != PREEMPTED:
+            return outcome
+        # Ray Train would wait for the node's end, and its workers would train on in vain. No worker
+        # is placed on a node that goes.
+        logger.warning(
+            "run %r: a node goes; saved at step %d, going on elsewhere", name, outcome["step"]
+        )
+        job.folder.delete(OUTCOME_FILE)
+        job = replace(job, started=time.time())
+
+
+def _attempt(job: TrainJob, codes: ray.ObjectRef[Any], run: ray.train.RunConfig) -> dict[str, Any]:
+    """Starts workers, and again where they are lost; what they wrote about the end."""
     import ray.train
     from ray.train.torch import TorchConfig
 
     from forge_ray.trainer import ForgeTrainer
 
     config = job.config
-    # The workers look for themselves; here it is said where a user sees it.
-    found = job.folder.newest_checkpoint(job.identity)
-    for warning in found.warnings:
-        logger.warning(warning)
-    tell_again(found, callbacks)
     trainer = ForgeTrainer(
         train_worker,
-        # The codes lie in the object store once; every worker of a node reads them in place.
-        train_loop_config={"job": job, "codes": ray.put(np.asarray(table.codes))},
+        train_loop_config={"job": job, "codes": codes},
         torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
         scaling_config=_scaling(config),
-        run_config=_run_config(config, run_dir=run_dir, name=name, callbacks=callbacks),
+        run_config=run,
     )
     try:
         with _stopping_on_sigterm(job.folder), _waiting_for_resources(_attempt_s(config)):
             trainer.fit()
     except ray.train.TrainingFailedError as error:
-        raise _cause(error, name) from error
+        raise _cause(error, str(run.name)) from error
     outcome: dict[str, Any] | None = job.folder.read_json(OUTCOME_FILE)
     if outcome is None:
         raise TrainingError(
-            f"run {name!r} must come to an end, got none (was it interrupted?). The same command "
-            "resumes it from the last checkpoint."
+            f"run {run.name!r} must come to an end, got none (was it interrupted?). The same "
+            "command resumes it from the last checkpoint."
         )
-    for warning in outcome["warnings"]:
-        if warning not in found.warnings:
-            logger.warning(warning)
     return outcome
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,6 @@ from tests.tiny_sweep import SWEEP
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
 
 EVERY, STEPS = 100, 600
-"""Notices are answered at multiples of ten steps, so that their checkpoints are known by theirs."""
 LONG = f"""
 name: tiny
 synthetic: {{num_items: 300, num_users: 400, vector_dim: 16, branching: [4, 4]}}
@@ -40,7 +40,11 @@ gr:
 evaluation: {{users: 100}}
 gate: {{mode: "off"}}
 asha: {{enabled: false}}
+resources:
+  driver_labels: {{pool: "!spot"}}
+  stage_labels: {{pool: "!spot"}}
 """
+SAVED = re.compile(r"saved at step (\d+), going on elsewhere")
 
 
 def home(one: TrialRecord) -> str:
@@ -63,7 +67,7 @@ def test_a_killed_and_a_drained_node_cost_no_trial(tmp_path: Path) -> None:
     sweep = TinySweep.make(tmp_path / "sweep", LONG)
     with local_cluster() as cluster:
         cluster.start_head("--num-cpus=2", "--include-dashboard=false")
-        words = ("--num-cpus=1", '--resources={"fakegpu": 1}')
+        words = ("--num-cpus=1", '--resources={"fakegpu": 1}', "--labels=pool=spot")
         # Two to be lost, and two that take over.
         nodes = {one.node_id: one for one in (cluster.add_node(*words) for _ in range(4))}
         driver = sweep.start(env=cluster.env)
@@ -71,15 +75,15 @@ def test_a_killed_and_a_drained_node_cost_no_trial(tmp_path: Path) -> None:
         killed, drained = trials(sweep)
         first = [home(one) for one in (killed, drained)]
         nodes[first[0]].kill()
-        cluster.drain(nodes[first[1]], 30)
-        notice = wait_until(
-            lambda: [step for step in checkpoints(sweep, drained) if step % EVERY],
-            "no checkpoint after the notice",
-        )
+        cluster.drain(nodes[first[1]], 120)
+        (saved,) = wait_until(lambda: saved_steps(cluster), "no end at the notice", 300)
+        # The workers ended at their checkpoint: what came after it would be lost.
+        assert checkpoints(sweep, drained)[-1] == saved
         sweep.finish(driver)
+        assert saved_steps(cluster) == [saved]
     ended = trials(sweep)
     assert [one.state for one in ended] == ["complete"] * 2
-    # Nobody but Ray Train started anything again: the trials themselves lived on the head.
+    # The trials themselves lived on the head, and started no training twice.
     assert [len(one.attempts) for one in ended] == [1, 1]
     for one, before in zip(ended, first, strict=True):
         assert home(one) not in ("", *first), before
@@ -89,8 +93,14 @@ def test_a_killed_and_a_drained_node_cost_no_trial(tmp_path: Path) -> None:
         told = rows_told(sweep)[one.key]
         assert told == sorted(set(told))
         assert len(losses(sweep, one)) == STEPS
-    # The run went on from the notice's checkpoint: one before it would have been written again.
-    assert [step for step in checkpoints(sweep, drained) if step % EVERY] == notice
+    # It went on from the notice's checkpoint, and wrote every later one once.
+    assert checkpoints(sweep, drained) == sorted({*range(EVERY, STEPS + 1, EVERY), saved})
+
+
+def saved_steps(cluster: LocalCluster) -> list[int]:
+    """Steps at which trainings ended because their node goes, as the trials' processes say."""
+    said = "".join(one.read_text() for one in cluster.folder.glob("session_2*/logs/worker-*.err"))
+    return [int(step) for step in SAVED.findall(said)]
 
 
 def trained_on(sweep: TinySweep, nodes: dict[str, LocalNode]) -> set[str]:

@@ -17,7 +17,7 @@ from forge_ray.data import stream
 from forge_ray.data.schema import Dataset
 from forge_ray.gr.checkpoint import WEIGHTS_FILE, RunIdentity
 from forge_ray.gr.engine import Engine
-from forge_ray.gr.loop import Ending, LoopHooks, TrainJob, TrainLoop
+from forge_ray.gr.loop import PREEMPTED, Ending, LoopHooks, TrainJob, TrainLoop
 from forge_ray.gr.meters import TRAIN_COUNTERS
 from forge_ray.gr.run_folder import BEST, CHECKPOINTS, OUTCOME_FILE, RunFolder, checkpoint_name
 from forge_ray.gr.validation import CheckpointValidator, InlineValidation
@@ -178,12 +178,20 @@ def test_a_finished_run_that_was_not_published_only_validates(dataset, tmp_path,
     assert rows(job) == rows(reference)
 
 
-def test_a_notice_of_preemption_saves_and_goes_on(dataset, tmp_path, reference):
+def test_a_notice_of_preemption_saves_and_ends(dataset, tmp_path, reference):
     job = make_job(dataset, tmp_path, "validation.every=60")
-    ending, _ = run(job, Outside(["", "look"], is_preempted=True))
-    assert ending == Ending("finished")
-    assert job.folder.names(CHECKPOINTS) == [checkpoint_name(20), checkpoint_name(60)]
+    ending, loop = run(job, Outside(["", "look"], is_preempted=True))
+    assert (ending.kind, loop._progress.step) == (PREEMPTED, 20)
+    assert job.folder.names(CHECKPOINTS) == [checkpoint_name(20)]
+    # Elsewhere.
+    assert run(job)[0] == Ending("finished")
     assert losses(job) == losses(reference)
+
+
+def test_a_notice_at_the_end_changes_nothing(dataset, tmp_path):
+    job = make_job(dataset, tmp_path, "validation.every=60")
+    ending, _ = run(job, Outside(["", "", "", "", "", "look"], is_preempted=True))
+    assert ending == Ending("finished")
 
 
 def test_a_look_without_a_notice_saves_nothing(dataset, tmp_path):
