@@ -213,6 +213,9 @@ def _follow(cluster: Cluster, job_id: str) -> None:
     except KeyboardInterrupt:
         _tell(f"{job_id} goes on; stop it: forge-ray cluster stop {job_id}")
         raise typer.Exit(_INTERRUPTED) from None
+    if ended.exit_code is None and ended.reason:
+        # The driver never ran: its log does not say why.
+        _tell(ended.reason)
     if not ended.has_succeeded:
         _tell(f"{job_id}: {ended.status}; submitting it again continues")
         raise typer.Exit(1)

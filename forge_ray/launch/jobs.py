@@ -34,6 +34,22 @@ _TIMEOUT_S = 10.0
 _PATIENCE_S = 60.0
 _PAUSE_S = 1.0
 _EXPLAINED = (JobStatus.PENDING, JobStatus.FAILED)
+_NO_ENVIRONMENT = "RUNTIME_ENV_SETUP_FAILURE"
+_ENVIRONMENTS = {
+    "image_uri": (
+        "--image must run on every node, with podman",
+        "Install podman there, or start the cluster's nodes from the image and leave --image out.",
+    ),
+    "pip": (
+        "--pip must name packages that every node can install",
+        "See that they exist for its Python, and that pip reaches their index from there.",
+    ),
+    "": (
+        "every node must be able to make the job's environment",
+        "See runtime_env_agent.log on the node.",
+    ),
+}
+"""What a job's environment asks of a cluster and what to do, by the field of Ray's that asks."""
 _UNAUTHORIZED, _FORBIDDEN = 401, 403
 _CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 _NO_TOKEN = (
@@ -183,11 +199,10 @@ def our_jobs(cluster: Cluster) -> list[JobRecord]:
 
 
 def _record(job: JobDetails) -> JobRecord:
-    lines = [one.strip() for one in (job.message or "").splitlines() if one.strip()]
     return JobRecord(
         job_id=str(job.submission_id),
         status=job.status.value,
-        reason=lines[-1] if lines and job.status in _EXPLAINED else "",
+        reason=_reason(job),
         started_s=job.start_time / 1000 if job.start_time else None,
         ended_s=job.end_time / 1000 if job.end_time else None,
         command=job.entrypoint,
@@ -195,6 +210,18 @@ def _record(job: JobDetails) -> JobRecord:
         exit_code=job.driver_exit_code,
         said=job.metadata or {},
     )
+
+
+def _reason(job: JobDetails) -> str:
+    """Why a job waits or has failed, in a line."""
+    lines = [one.strip() for one in (job.message or "").splitlines() if one.strip()]
+    if not lines or job.status not in _EXPLAINED:
+        return ""
+    if job.error_type != _NO_ENVIRONMENT:
+        return lines[-1]
+    given = next((name for name in _ENVIRONMENTS if name in (job.runtime_env or {})), "")
+    must, todo = _ENVIRONMENTS[given]
+    return f"{must}, got {lines[-1].removeprefix('ERROR: ').rstrip('.')}. {todo}"
 
 
 def find_job(cluster: Cluster, name: str) -> JobRecord:

@@ -40,6 +40,8 @@ _STOPPING = {
 }
 _SECRET = re.compile(r"(?i)password|passwd|token|secret|credential|(^|_)key($|_)")
 _CHECKED_POINTS = 64
+_SETUP_S = 1800
+"""Seconds for a node to pull an image, or to copy its Python environment and install packages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -271,6 +273,8 @@ def make_runtime_env(options: SubmitOptions) -> dict[str, Any]:
         content["image_uri"] = _pinned_image(options.image)
     if options.requirements:
         content["pip"] = read_requirements(options.requirements)
+    if options.image or options.requirements:
+        content["config"] = {"setup_timeout_seconds": _SETUP_S}
     return dict(RuntimeEnv(**content))
 
 

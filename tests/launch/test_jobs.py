@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -13,11 +14,11 @@ from typing import Any, cast
 
 import pytest
 from ray._private.authentication import authentication_utils
-from ray.job_submission import JobStatus
+from ray.job_submission import JobDetails, JobStatus, JobType
 
 from forge_ray.errors import ClusterError, ConfigError
 from forge_ray.launch import jobs
-from forge_ray.launch.jobs import Cluster, follow_job, open_cluster
+from forge_ray.launch.jobs import Cluster, follow_job, open_cluster, our_jobs
 
 TOKEN = "t" * 64
 
@@ -192,3 +193,27 @@ def test_a_cluster_that_stays_away_is_told(monkeypatch) -> None:
     monkeypatch.setattr(jobs, "_PATIENCE_S", -1.0)
     with pytest.raises(ClusterError, match="must answer, got: lost"):
         follow(Job([["ab\n", ConnectionResetError("lost")], []]), monkeypatch)
+
+
+@pytest.mark.parametrize(
+    ("asked", "last", "told"),
+    [
+        ({"pip": {}}, "ERROR: No matching a==2", "--pip .* can install, got No matching a==2. See"),
+        ({"image_uri": "a:1"}, "No such file: 'podman'", "--image .* podman, got No such file"),
+        ({}, "no space left", "every node must .* environment, got no space left"),
+    ],
+)
+def test_an_environment_that_a_node_cannot_make_is_told(asked: Any, last: str, told: str) -> None:
+    job = JobDetails(
+        type=JobType.SUBMISSION,
+        submission_id="tiny-1",
+        status=JobStatus.FAILED,
+        entrypoint="python",
+        error_type="RUNTIME_ENV_SETUP_FAILURE",
+        message=f"runtime_env setup failed: a traceback\n    {last}\n",
+        runtime_env=asked,
+        metadata={jobs.KIND: "sweep"},
+    )
+    client = SimpleNamespace(list_jobs=lambda: [job])
+    (found,) = our_jobs(cast(Cluster, SimpleNamespace(address="http://x", client=client)))
+    assert re.search(told, found.reason)

@@ -239,6 +239,7 @@ def test_an_image_replaces_the_tree(root: Path, image: str) -> None:
     found = plan(root, image=image)
     assert found.tree is None
     assert found.runtime_env["image_uri"] == image
+    assert found.runtime_env["config"]["setup_timeout_seconds"] == 1800
 
 
 @pytest.mark.parametrize("image", ["image", "image:latest", "host:5000/image"])
