@@ -28,6 +28,12 @@ from tests.e2e.clusters import descendants
 
 NAMES = ("ImplicitFunc", "RayTrainWorker", "TrainController", "PlacementGroupCleaner", "Validation")
 """Of processes that a trial starts."""
+WARM_UP = (
+    "name=warm",
+    "points=[{gr.engine.learning_rate: 0.02}]",
+    "gr.max_steps=40",
+    "asha.enabled=false",
+)
 
 
 def address() -> str:
@@ -76,7 +82,11 @@ def settled(look: Callable[[], Any], wanted: Any, seconds: float = 60) -> Any:
 
 def main(sweep: Path, folder: Path) -> None:
     config = load_config(SweepConfig, path=sweep)
+    warm = load_config(SweepConfig, path=sweep, overrides=WARM_UP)
     with connected(address="local", num_cpus=2):
+        # What Ray starts once, for all that come: its actors for Ray Data and Ray Train.
+        run_sweep(warm, ArtifactStore(folder / "store"))
+        settled(processes, [])
         before = {"actors": actors(), "objects": objects(), "free": free_cpus()}
         result = run_sweep(config, ArtifactStore(folder / "store"))
         states = [(one.state, one.pruned_by) for one in result.records.trials.values()]
