@@ -45,7 +45,7 @@ def main() -> None:
             run_size(folder, size, given.window, kill=given.kill)
     runs = [{**json.loads((one / "figures.json").read_text()), **measured(one)} for one in folders]
     grown = growth(runs)
-    print(json.dumps({"sizes": runs, "growth": grown, "projection": projection(runs[-1])}))
+    print(json.dumps({"sizes": runs, "growth": grown, "projection": projection(runs)}))
 
 
 def run_size(folder: Path, size: Size, window: int, *, kill: bool) -> None:

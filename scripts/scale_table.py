@@ -102,10 +102,20 @@ def projection(result: dict[str, Any]) -> str:
     words = [
         f"{name.replace('_', ' ')} {value:,}" for name, value in list(found["assumed"].items())[1:]
     ]
-    names = ("stage", "grows_with", "times_more_work", "nodes", "hours", "node_hours", "usd")
+    names = (
+        "stage",
+        "from_items",
+        "grows_with",
+        "times_more_work",
+        "nodes",
+        "hours",
+        "node_hours",
+        "usd",
+    )
     rows = [[str(row[name]) for name in (*names, "node_gib_needed")] for row in found["stages"]]
     head = [
         "stage",
+        "measured at items",
         "grows with",
         "× work",
         "nodes",

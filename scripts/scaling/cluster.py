@@ -37,13 +37,18 @@ _STAGES: dict[str, tuple[str, float, bool]] = {
 }
 
 
-def projection(run: dict[str, Any]) -> dict[str, Any]:
+def projection(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """Hours, node-hours and USD of every CPU stage, and the first bottleneck.
 
     Args:
-        run: figures of the largest size.
+        runs: figures by growing size; each stage is taken from the largest that reached it.
     """
-    rows = [_stage(name, run) for name in _STAGES if name in run["stages"]]
+    measured = {name: run for run in runs for name in run["stages"]}
+    rows = [
+        {**_stage(name, measured[name]), "node_gib_needed": _gib_there(name, runs)}
+        for name in _STAGES
+        if name in measured
+    ]
     short = [row for row in rows if row["node_gib_needed"] > ASSUMED["node_gib"]]
     first = max(short or rows, key=lambda row: row["node_gib_needed" if short else "hours"])
     why = "memory of one node" if short else "time"
@@ -65,17 +70,29 @@ def _stage(name: str, run: dict[str, Any]) -> dict[str, Any]:
     nodes = ASSUMED["nodes"] if is_shared else 1
     cpus = nodes * ASSUMED["node_cpus"] * ASSUMED["efficiency"]
     hours = core_s / cpus / 3600
-    # What does not share its work holds its data in one place; a shard does not grow.
-    items_more = ASSUMED["items"] / run["rows"]["items"]
-    driver = seen["driver_rss_mib"] / 1024 * items_more
-    worker = seen["largest_worker_own_mib"] / 1024 * (1.0 if is_shared else items_more)
     return {
         "stage": name,
+        "from_items": run["rows"]["items"],
         "grows_with": grows_with,
         "times_more_work": round(more * dearer, 1),
         "nodes": nodes,
         "hours": round(hours, 2),
         "node_hours": round(hours * nodes, 1),
         "usd": round(hours * nodes * ASSUMED["node_usd_per_hour"], 2),
-        "node_gib_needed": round(max(driver, worker), 1),
     }
+
+
+def _gib_there(name: str, runs: list[dict[str, Any]]) -> float:
+    """Memory of a stage's driver, on the straight line through what was measured.
+
+    A size that is missing is made up for by an empty driver, that of `synthesize`. A stage on a
+    sample stays as it is, and so do workers, who hold a shard each.
+    """
+    seen = [run for run in runs if name in run["stages"]]
+    points = [(run["rows"]["items"], run["stages"][name]["driver_rss_mib"]) for run in seen]
+    if len(points) == 1:
+        points.insert(0, (0, seen[0]["stages"]["synthesize"]["driver_rss_mib"]))
+    (items_before, before), (items, mib) = points[-2:]
+    slope = max(0.0, (mib - before) / (items - items_before))
+    more = 0.0 if _STAGES[name][0] == "sample" else slope * (ASSUMED["items"] - items)
+    return round((mib + more) / 1024, 1)
