@@ -24,13 +24,13 @@ ASSUMED: dict[str, float] = {
 }
 """`efficiency`: share of a node's CPU time that a stage puts to use; a core there is one here."""
 # What one row of work costs more there, and whether all nodes share the stage or one does it. Fit
-# works on a sample of fixed size, so that it grows with width and codes only.
+# works on so many vectors for each code, so that it grows with width and, twice, with codes.
 _WIDER = ASSUMED["vector_dim"] / ASSUMED["measured_dim"]
 _MORE_CODES = ASSUMED["codebook_size"] / ASSUMED["measured_codebook"]
 _STAGES: dict[str, tuple[str, float, bool]] = {
     "index_and_order": ("interactions", 1.0, True),
     "cut": ("interactions", 1.0, True),
-    "fit": ("sample", _WIDER * _MORE_CODES, False),
+    "fit": ("sample", _WIDER * _MORE_CODES**2, False),
     "encode": ("items", _WIDER * _MORE_CODES, True),
     "resolve": ("items", 1.0, False),
     "score": ("items", 1.0, False),
@@ -49,7 +49,7 @@ def projection(runs: list[dict[str, Any]]) -> dict[str, Any]:
         for name in _STAGES
         if name in measured
     ]
-    short = [row for row in rows if row["node_gib_needed"] > ASSUMED["node_gib"]]
+    short = [row for row in rows if (row["node_gib_needed"] or 0) > ASSUMED["node_gib"]]
     first = max(short or rows, key=lambda row: row["node_gib_needed" if short else "hours"])
     why = "memory of one node" if short else "time"
     return {
@@ -82,17 +82,16 @@ def _stage(name: str, run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gib_there(name: str, runs: list[dict[str, Any]]) -> float:
-    """Memory of a stage's driver, on the straight line through what was measured.
+def _gib_there(name: str, runs: list[dict[str, Any]]) -> float | None:
+    """Memory of a stage's driver, on the straight line through two sizes; None where there is one.
 
-    A size that is missing is made up for by an empty driver, that of `synthesize`. A stage on a
-    sample stays as it is, and so do workers, who hold a shard each.
+    A stage on a sample stays as it is, and so do workers, who hold a shard each.
     """
     seen = [run for run in runs if name in run["stages"]]
     points = [(run["rows"]["items"], run["stages"][name]["driver_rss_mib"]) for run in seen]
     if len(points) == 1:
-        points.insert(0, (0, seen[0]["stages"]["synthesize"]["driver_rss_mib"]))
+        return None
     (items_before, before), (items, mib) = points[-2:]
-    slope = max(0.0, (mib - before) / (items - items_before))
+    slope = max(0.0, (mib - before) / max(1, items - items_before))
     more = 0.0 if _STAGES[name][0] == "sample" else slope * (ASSUMED["items"] - items)
     return round((mib + more) / 1024, 1)
