@@ -112,7 +112,9 @@ def projection(result: dict[str, Any]) -> str:
         "node_hours",
         "usd",
     )
-    rows = [[str(row[name]) for name in (*names, "node_gib_needed")] for row in found["stages"]]
+    rows = [
+        [_spelled(row[name]) for name in (*names, "node_gib_needed")] for row in found["stages"]
+    ]
     head = [
         "stage",
         "measured at items",
@@ -127,13 +129,19 @@ def projection(result: dict[str, Any]) -> str:
     return (
         f"Node: {found['assumed']['node']}. Assumed: {'; '.join(words)}.\n\n{_table(head, rows)}\n"
         f"Together {found['hours']:,} h, {found['node_hours']:,} node-hours, {found['usd']:,} USD. "
-        f"First bottleneck: **{found['first_bottleneck']}**.\n"
+        f"Of these figures the first to stand in the way: {found['first_bottleneck']}.\n"
     )
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---"] * len(head), *rows]
     return "".join(f"| {' | '.join(line)} |\n" for line in lines)
+
+
+def _spelled(value: float | str | None) -> str:
+    if value is None:
+        return "not known"
+    return value if isinstance(value, str) else f"{value:,}"
 
 
 def _gib(mib: float) -> str:
