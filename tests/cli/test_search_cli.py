@@ -1,4 +1,4 @@
-"""Search from raw files to lists, by the commands alone; briefly, and until it has learned."""
+"""Search from raw files to lists, by the commands alone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.cli import build_app
-from forge_ray.errors import ConfigError, ForgeError
+from forge_ray.errors import ConfigError
 from tests.gr.searches import title
 
 ITEMS, USERS = 120, 150
@@ -124,20 +124,3 @@ def test_from_files_to_lists(forge, tmp_path, store):
     with pytest.raises(ConfigError, match="append_targets"):
         forge("gr", "recommend", "found", "--queries", "shop-synthetic", "--sids", table,
               "append_targets=true", "--out", "other")  # fmt: skip
-
-
-@pytest.mark.slow
-def test_the_query_is_what_finds_the_item(forge, tmp_path):
-    """Against the same model without it; and the model that never learned to be asked refuses."""
-    table = str(prepare(forge, tmp_path))
-    train(forge, "max_steps=500", "validation.every=250", "engine.learning_rate=0.01")
-    rows = forge("gr", "eval", "found", "--queries", "shop-synthetic", "--sids", table, "ks=[10]",
-                 "--split", "test")  # fmt: skip
-    with_query, without, bm25, popular, _ = (row["ItemHit@10"] for row in rows)
-    assert with_query > 2 * without
-    assert with_query > 2 * popular
-    assert bm25 > 2 * popular
-    forge("gr", "train", "grid.npz", "--data", "shop", "--name", "plain", "--run-dir", "runs",
-          "max_steps=2", "validation.every=2")  # fmt: skip
-    with pytest.raises(ForgeError, match=r"tasks\.search"):
-        forge("gr", "eval", "plain", "--queries", "shop-synthetic", "--sids", table)
