@@ -22,13 +22,11 @@ def report_for_ever(settings: dict[str, Any]) -> None:
 
 @ray.remote(num_cpus=0)
 class Trial:
-    def train(self, folder: str) -> None:
+    def train(self, folder: str, **resources: float) -> None:
         ForgeTrainer(
             report_for_ever,
             train_loop_config={"told": f"{folder}/told"},
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=1, resources_per_worker={"CPU": 0.5}
-            ),
+            scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker=resources),
             run_config=ray.train.RunConfig(name="run", storage_path=folder),
         ).fit()
 
@@ -48,7 +46,7 @@ def test_a_killed_controller_leaves_no_helper_and_frees_its_workers(
 ) -> None:
     before = living_cleaners()
     trial = Trial.remote()
-    trial.train.remote(str(tmp_path))
+    trial.train.remote(str(tmp_path), CPU=0.5)
     wait_until((tmp_path / "told").exists, "no training", 300)
     (helper,) = living_cleaners() - before
     groups = {key for key, one in group_states().items() if one == "CREATED"}
@@ -56,6 +54,21 @@ def test_a_killed_controller_leaves_no_helper_and_frees_its_workers(
     ray.kill(trial)
     wait_until(lambda: helper not in living_cleaners(), "the helper stayed", 60)
     wait_until(lambda: not held(groups), "the workers' resources stayed", 60)
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_a_controller_killed_before_its_workers_started_frees_their_place(
+    ray_local: None, tmp_path: Path
+) -> None:
+    before = living_cleaners(), set(group_states())
+    trial = Trial.remote()
+    # What nobody has: its group waits for ever.
+    trial.train.remote(str(tmp_path), unheard_of=1.0)
+    groups = wait_until(lambda: set(group_states()) - before[1], "no group", 300)
+    ray.kill(trial)
+    wait_until(lambda: living_cleaners() <= before[0], "the helper stayed", 60)
+    wait_until(lambda: not held(groups), "the place stayed", 60)
 
 
 def group_states() -> dict[str, str]:
