@@ -34,6 +34,8 @@ class GroupCleaner(PlacementGroupCleaner):
     def __init__(self, **settings: Any) -> None:
         super().__init__(**settings)
         placement_group_cleaner.is_actor_alive = _is_actor_alive  # of this process alone
+        # The controller asks for it too, and may be dead before this process can hear it.
+        self.start_monitoring()
 
     def _cleanup_placement_group(self, placement_group: PlacementGroup | None) -> None:
         """Frees what the controller made, whether or not it came to tell of it."""
