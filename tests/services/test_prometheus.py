@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from tests.gr.processes import wait_until
 from tests.launch.monitoring import RULES, alerts, panels
-from tests.services.prometheus import promtool
-from tests.services.watched import WatchedSweep
+from tests.services.prometheus import promtool, scraping
+from tests.services.watched import WatchedSweep, open_ray, server_config
 
 pytestmark = pytest.mark.services
 
@@ -91,3 +92,15 @@ def test_rules_are_sound_and_fire(tmp_path: Path) -> None:
     for path in (RULES, Path(__file__).with_name("alerts.yaml")):
         shutil.copy(path, tmp_path)
     assert "SUCCESS" in promtool("test", "rules", "alerts.yaml", cwd=tmp_path)
+
+
+def test_a_ray_without_a_token_is_scraped_by_the_same_file_less_a_line(tmp_path: Path) -> None:
+    lines = server_config("http://127.0.0.1:8265", tmp_path / "none").splitlines()
+    open_config = "\n".join(one for one in lines if "authorization:" not in one)
+    assert len(open_config.splitlines()) == len(lines) - 1
+    with open_ray(tmp_path) as dashboard:
+        config = open_config.replace("http://127.0.0.1:8265", dashboard)
+        with scraping(config, tmp_path / "prometheus") as prometheus:
+            wait_until(lambda: prometheus.query("up == 1"), "no node was scraped", 120)
+            figure = '{__name__=~"ray_.+"}'
+            wait_until(lambda: prometheus.query(figure), "no figure came", 120)

@@ -50,6 +50,16 @@ with connected(address="local", num_cpus=2):
 """
 """Begins when it is sent a line; ends with the next, or with the end of its input."""
 
+OPEN = """
+import sys
+import ray
+from forge_ray.launch.connect import connected
+
+with connected(address="local", num_cpus=1):
+    context = ray.init(ignore_reinit_error=True, log_to_driver=False)
+    print("dashboard", context.dashboard_url, flush=True)
+    sys.stdin.readline()
+"""
 _LAST_FIGURES_S = 45
 
 
@@ -114,16 +124,37 @@ def watched_sweep() -> Iterator[WatchedSweep]:
                 ended=ended,
             )
     finally:
-        # Not Ctrl-C, which is ignored below a shell that runs the tests in the background.
-        assert driver.stdin is not None
-        driver.stdin.close()
         try:
-            driver.wait(400)  # a busy machine ends a Ray slowly
-        except subprocess.TimeoutExpired:
-            driver.kill()
-            raise
+            _end(driver)
         finally:
             shutil.rmtree(home)
+
+
+@contextmanager
+def open_ray(folder: Path) -> Iterator[str]:
+    """Address of the dashboard of a Ray that asks for no token."""
+    env = {**os.environ, "RAY_AUTH_MODE": "disabled"}
+    env.pop("RAY_ADDRESS", None)
+    with (folder / "log").open("w") as log:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", OPEN],
+            env=env, text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+        )  # fmt: skip
+    try:
+        yield f"http://{_said(driver, 'dashboard', folder)}"
+    finally:
+        _end(driver)
+
+
+def _end(driver: subprocess.Popen[str]) -> None:
+    # Not Ctrl-C, which is ignored below a shell that runs the tests in the background.
+    assert driver.stdin is not None
+    driver.stdin.close()
+    try:
+        driver.wait(400)  # a busy machine ends a Ray slowly
+    except subprocess.TimeoutExpired:
+        driver.kill()
+        raise
 
 
 def server_config(dashboard: str, token: Path) -> str:
