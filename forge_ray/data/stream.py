@@ -271,7 +271,20 @@ class SequenceStream:
         rank: int = 0,
         world_size: int = 1,
         source: RowSource | None = None,
+        is_local: bool = False,
     ) -> None:
+        """Plans the stream; nothing is read.
+
+        Args:
+            files: sequence shards.
+            filesystem: they are on.
+            config: how they are read.
+            plan: what decides the batches.
+            rank: of this worker.
+            world_size: workers.
+            source: makes rows of a shard; item sequences where none is given.
+            is_local: read where the batches are used, without Ray Data.
+        """
         if not files:
             raise DataError(
                 "a stream must have at least one shard, got none. Make the dataset (or the query "
@@ -280,6 +293,7 @@ class SequenceStream:
         self.files = sorted(files)
         self.config = config
         self.plan = plan
+        self._is_local = is_local
         self._reader = SegmentReader(filesystem, plan, rank, world_size, source or ItemSequences())
 
     def batches(self, cursor: Cursor) -> Iterator[StreamBatch]:
@@ -317,6 +331,10 @@ class SequenceStream:
 
     def _execute(self, work: list[dict[str, Any]]) -> Iterator[StreamBatch]:
         """Runs one Ray Data execution over some segments, in order."""
+        if self._is_local:
+            for segment in work:
+                yield from _unpack(self._reader(pa.Table.from_pylist([segment])))
+            return
         import ray.data
 
         segments = ray.data.from_items(work, override_num_blocks=len(work)).map_batches(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 from forge_ray.config import to_mapping
 from forge_ray.data.stream import BatchPlan, StreamConfig
@@ -115,6 +115,9 @@ class GrConfig:
     max_workers: int = 0
     """More than `num_workers` lets the run grow and shrink between the two with the cluster, each
     time from the last checkpoint; 0 keeps `num_workers`. Not for sweeps."""
+    in_process: bool = False
+    """Train, read and validate in the calling process, without Ray Train, whose processes take ten
+    seconds and more to start: for many short trainings of small models. The losses are the same."""
     cpus_per_worker: float = 1.0
     """CPUs of each worker, and its thread count; may be a fraction."""
     use_gpu: bool = False
@@ -127,6 +130,9 @@ class GrConfig:
     negated (`!spot`) or a choice (`in(a, b)`). Empty allows every node."""
     max_failures: int = 2
     """Restarts from the last checkpoint after a worker died."""
+    published: Literal["best", "last"] = "best"
+    """Which weights become the model: those of the highest ItemNDCG@10 on validation users, or the
+    last ones, as an online model has no future users to choose by."""
     keep_checkpoints: int = 2
     """Newest checkpoints kept; a damaged one falls back to the one before. The best weights are
     kept apart."""
@@ -153,6 +159,12 @@ class GrConfig:
                 f"max_workers must be 0 or >= num_workers={self.num_workers}, got "
                 f"{self.max_workers}. Leave it out for a fixed number."
             )
+        if self.in_process and (self.num_workers > 1 or self.max_workers or self.use_gpu):
+            raise ConfigError(
+                "in_process must be false with several workers or GPUs, got num_workers="
+                f"{self.num_workers}, max_workers={self.max_workers}, use_gpu={self.use_gpu}. "
+                "Leave it out."
+            )
         if self.keep_checkpoints < 2:
             raise ConfigError(
                 f"keep_checkpoints must be >= 2, got {self.keep_checkpoints}. A damaged checkpoint "
@@ -170,6 +182,11 @@ class GrConfig:
                 f"{self.validation.every} and {self.validation.ks}. The best checkpoint is the one "
                 "with the highest ItemNDCG@10."
             )
+
+    @property
+    def own_cpus(self) -> float:
+        """CPUs that the calling process needs while it trains; otherwise its workers have them."""
+        return self.cpus_per_worker if self.in_process else 0.0
 
     @property
     def plan(self) -> BatchPlan:
@@ -229,6 +246,8 @@ def without_execution(mapping: Mapping[str, Any]) -> dict[str, Any]:
         kept.pop("initial", None)  # says nothing, as before there was such a section
     if not any(kept.get("tasks", {}).get(name) for name in TASKS if name != ITEM_TASK):
         kept.pop("tasks", None)  # likewise
+    if kept.get("published") == "best":
+        kept.pop("published")  # likewise
     for part, running in _RUNNING_PARTS.items():
         if part in kept:
             given = kept[part].items()
@@ -244,6 +263,7 @@ _STRIDE = 1_000_003
 _RUNNING = (
     "num_workers",
     "max_workers",
+    "in_process",
     "cpus_per_worker",
     "use_gpu",
     "worker_resources",

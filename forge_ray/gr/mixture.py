@@ -151,6 +151,7 @@ class Mixture:
                 plan=config.plan,
                 rank=rank,
                 world_size=world_size,
+                is_local=config.in_process,
             )
         for task in config.tasks.text_tasks:
             assert data is not None  # the run made it
@@ -163,6 +164,7 @@ class Mixture:
                 source=source,
                 rank=rank,
                 world_size=world_size,
+                is_local=config.in_process,
             )
 
     @contextlib.contextmanager

@@ -15,7 +15,7 @@ import shutil
 import signal
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import FrameType
@@ -145,7 +145,7 @@ def train_generator(
         )
         outcome = _fit(job, table, run_dir=run_dir, name=name, callbacks=callbacks)
         _check_outcome(outcome, job, name=name, command=command)
-        return _publish(writer, folder, outcome, job.text)
+        return _publish(writer, job, outcome)
 
     artifact = store.build(
         MODEL_KIND,
@@ -248,20 +248,20 @@ def _fit(
     name: str,
     callbacks: Sequence[ray.train.UserCallback],
 ) -> dict[str, Any]:
-    """Runs the trainer to an end that is not a lost node's; what the workers wrote about it."""
-    import ray
-
+    """Trains to an end that is not a lost node's; what was written about it."""
     # The workers look for themselves; here it is said where a user sees it.
     found = job.folder.newest_checkpoint(job.identity)
     for warning in found.warnings:
         logger.warning(warning)
     tell_again(found, callbacks)
-    run_config = _run_config(job.config, run_dir=run_dir, name=name, callbacks=callbacks)
-    # The codes lie in the object store once; every worker of a node reads them in place.
-    codes = ray.put(np.asarray(table.codes))
+    if job.config.in_process:
+        start = _here(table, callbacks)
+    else:
+        run = _run_config(job.config, run_dir=run_dir, name=name, callbacks=callbacks)
+        start = _on_workers(table, run)
     warned = set(found.warnings)
     while True:
-        outcome = _attempt(job, codes, run_config)
+        outcome = _attempt(job, start, name)
         for warning in outcome["warnings"]:
             if warning not in warned:
                 logger.warning(warning)
@@ -277,33 +277,64 @@ def _fit(
         job = replace(job, started=time.time())
 
 
-def _attempt(job: TrainJob, codes: ray.ObjectRef[Any], run: ray.train.RunConfig) -> dict[str, Any]:
-    """Starts workers, and again where they are lost; what they wrote about the end."""
+def _attempt(job: TrainJob, start: Callable[[TrainJob], None], name: str) -> dict[str, Any]:
+    """Starts the training; what was written about its end."""
+    with _stopping_on_sigterm(job.folder):
+        start(job)
+    outcome: dict[str, Any] | None = job.folder.read_json(OUTCOME_FILE)
+    if outcome is None:
+        raise TrainingError(
+            f"run {name!r} must come to an end, got none (was it interrupted?). The same command "
+            "resumes it from the last checkpoint."
+        )
+    return outcome
+
+
+def _here(
+    table: SidTable, callbacks: Sequence[ray.train.UserCallback]
+) -> Callable[[TrainJob], None]:
+    """Trains in this process."""
+    from forge_ray.gr.train_here import train_here
+
+    codes = np.asarray(table.codes)
+
+    def report(row: dict[str, Any]) -> None:
+        for callback in callbacks:
+            callback.after_report(cast(Any, None), [row], None)
+
+    def start(job: TrainJob) -> None:
+        train_here(job, codes, report=report, poll=_Poll(job.folder), count=TrainMeters(job.group))
+
+    return start
+
+
+def _on_workers(table: SidTable, run: ray.train.RunConfig) -> Callable[[TrainJob], None]:
+    """Starts workers, and again where they are lost."""
+    import ray
     import ray.train
     from ray.train.torch import TorchConfig
 
     from forge_ray.trainer import ForgeTrainer
 
-    config = job.config
-    trainer = ForgeTrainer(
-        train_worker,
-        train_loop_config={"job": job, "codes": codes},
-        torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
-        scaling_config=_scaling(config),
-        run_config=run,
-    )
-    try:
-        with _stopping_on_sigterm(job.folder), _waiting_for_resources(_attempt_s(config)):
-            trainer.fit()
-    except ray.train.TrainingFailedError as error:
-        raise _cause(error, str(run.name)) from error
-    outcome: dict[str, Any] | None = job.folder.read_json(OUTCOME_FILE)
-    if outcome is None:
-        raise TrainingError(
-            f"run {run.name!r} must come to an end, got none (was it interrupted?). The same "
-            "command resumes it from the last checkpoint."
+    # The codes lie in the object store once; every worker of a node reads them in place.
+    codes = ray.put(np.asarray(table.codes))
+
+    def start(job: TrainJob) -> None:
+        config = job.config
+        trainer = ForgeTrainer(
+            train_worker,
+            train_loop_config={"job": job, "codes": codes},
+            torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+            scaling_config=_scaling(config),
+            run_config=run,
         )
-    return outcome
+        try:
+            with _waiting_for_resources(_attempt_s(config)):
+                trainer.fit()
+        except ray.train.TrainingFailedError as error:
+            raise _cause(error, str(run.name)) from error
+
+    return start
 
 
 def tell_again(found: FoundCheckpoint, callbacks: Sequence[ray.train.UserCallback]) -> None:
@@ -407,23 +438,23 @@ def _run_config(
     )
 
 
-def _publish(
-    writer: ArtifactWriter, folder: RunFolder, outcome: dict[str, Any], text: TextData | None
-) -> ArtifactInfo:
-    """Copies the best weights into the artifact; DeepSpeed's shards stay behind."""
-    history = folder.read_json(HISTORY_FILE)
-    best = history[best_row(history)]
-    source = f"{checkpoint_name(best['global_step'])}.safetensors"
-    with folder.local(BEST, source) as weights, writer.local_path(WEIGHTS_FILE) as target:
+def _publish(writer: ArtifactWriter, job: TrainJob, outcome: dict[str, Any]) -> ArtifactInfo:
+    """Copies the chosen weights into the artifact; DeepSpeed's shards stay behind."""
+    is_last = job.config.published == "last"
+    history = job.folder.read_json(HISTORY_FILE)
+    chosen = history[-1 if is_last else best_row(history)]
+    name = checkpoint_name(chosen["global_step"])
+    place = (CHECKPOINTS, name, WEIGHTS_FILE) if is_last else (BEST, f"{name}.safetensors")
+    with job.folder.local(*place) as weights, writer.local_path(WEIGHTS_FILE) as target:
         shutil.copyfile(weights, target)
     with writer.open(HISTORY_FILE) as sink:
         sink.write(json.dumps(history).encode())
     with writer.local_path(LOSSES_FILE) as target:
         np.save(target, np.array(outcome["losses"]))
-    if text is not None:
+    if job.text is not None:
         with writer.open(TASK_TEXT_FILE) as sink:
-            sink.write(text.text.to_json().encode())
-    return ArtifactInfo(rows={"steps": outcome["step"]}, metrics=best)
+            sink.write(job.text.text.to_json().encode())
+    return ArtifactInfo(rows={"steps": outcome["step"]}, metrics=chosen)
 
 
 def _cause(error: Exception, name: str) -> ForgeError:

@@ -87,6 +87,11 @@ def resolve_point(config: SweepConfig, point: Point, *, dataset: Catalogue) -> R
             f"gr.max_workers must be 0 in a sweep, got {typed.gr.max_workers}: trials that grow "
             "take the workers of others. Set gr.num_workers."
         )
+    if typed.gr.in_process:
+        raise ConfigError(
+            "gr.in_process must be false in a sweep, got true: a trial's own process holds no "
+            "CPUs. Leave it out."
+        )
     _check_metric(config.metric, "gr.validation.ks", typed.gr.validation.ks)
     _check_metric(config.metric, "evaluation.ks", config.evaluation.ks)
     _check_cutoffs(config.objectives, config.evaluation.ks)

@@ -108,6 +108,7 @@ def test_a_metric_that_no_row_holds_is_refused(metric: str) -> None:
         {"sid.quantizer.levels": "many"},
         {"gr.max_steps": 0},
         {"gr.max_workers": 4},
+        {"gr.in_process": True},
     ],
 )
 def test_mistakes_are_refused(point: dict[str, Any]) -> None:
