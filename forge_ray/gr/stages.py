@@ -8,8 +8,9 @@ was computed before, so the same call continues after an interruption.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from forge_ray.artifacts import Artifact, ArtifactStore
@@ -20,7 +21,8 @@ from forge_ray.gr.config import GrConfig
 from forge_ray.gr.models.base import GeneratorConfig
 from forge_ray.gr.scoring import ModelEvaluationConfig, evaluate_model
 from forge_ray.gr.source import ModelSource
-from forge_ray.gr.train import train_generator
+from forge_ray.gr.train import TrainResult, train_generator
+from forge_ray.gr.trials import fill_store
 from forge_ray.sid.table import SidTable
 
 logger = logging.getLogger(__name__)
@@ -45,6 +47,14 @@ class StagesConfig:
     """Users of the days after each stage; by default those of FORGE's table, HR@20 to HR@1000."""
     scratch: bool = True
     """Also train every stage after the first from scratch, at equal steps."""
+    parallel: int = 1
+    """Chains and models from scratch that train at a time, as Ray Tune trials; 1 goes through them
+    one after another."""
+
+    def __post_init__(self) -> None:
+        """Checks the range."""
+        if self.parallel < 1:
+            raise ConfigError(f"parallel must be >= 1, got {self.parallel}. Use 1 for no trials.")
 
     def models(self) -> dict[str, GeneratorConfig]:
         """The backbones by name."""
@@ -111,25 +121,34 @@ def run_stages(
     Raises:
         ConfigError: the datasets or tables speak of other items than the first stage.
     """
-    _check(stages, variants)
+    check_stages(stages, variants)
+    chains = [
+        _Chain(config, variant, backbone, model, stages, store, run_dir)
+        for variant in variants
+        for backbone, model in config.models().items()
+    ]
+    if config.parallel > 1:
+        jobs = {name: job for chain in chains for name, job in chain.jobs().items()}
+        fill_store(
+            jobs,
+            parallel=config.parallel,
+            cpus=config.train.own_cpus,
+            folder=f"{run_dir}/tune",
+        )
     rows: list[StageRow] = []
-    for variant in variants:
-        for backbone, model in config.models().items():
-            chain = _Chain(config, variant, backbone, model, store, run_dir)
-            before: Artifact | None = None
-            for number, dataset in enumerate(stages, start=1):
-                following = chain.train(number, dataset, before)
-                rows.append(chain.row(number, dataset, following, "continued"))
-                tell(rows[-1])
-                if config.scratch and before is not None:
-                    afresh = chain.train(number, dataset, None)
-                    rows.append(chain.row(number, dataset, afresh, "scratch"))
-                    tell(rows[-1])
-                before = following
+    for chain in chains:
+        for row in chain.rows():
+            rows.append(row)
+            tell(row)
     return rows
 
 
-def _check(stages: Sequence[Dataset], variants: Sequence[SidVariant]) -> None:
+def check_stages(stages: Sequence[Dataset], variants: Sequence[SidVariant]) -> None:
+    """Refuses stages or tables of other items than those of the first stage.
+
+    Raises:
+        ConfigError: they do not fit together.
+    """
     for dataset in stages[1:]:
         if not dataset.has_items_of(stages[0]):
             raise ConfigError(
@@ -144,6 +163,35 @@ def _check(stages: Sequence[Dataset], variants: Sequence[SidVariant]) -> None:
             )
 
 
+def train_stage(
+    config: GrConfig,
+    dataset: Dataset,
+    variant: SidVariant,
+    *,
+    store: ArtifactStore,
+    run_dir: str,
+    name: str,
+) -> TrainResult:
+    """Trains on one stage, or finds the model; other settings are other runs, in other folders.
+
+    Args:
+        config: of the training, with the model that it begins with.
+        dataset: the stage.
+        variant: SIDs of its items.
+        store: keeps the model.
+        run_dir: where checkpoints go.
+        name: of the run, for people.
+    """
+    content = {
+        "gr": config.identity(),
+        "table": table_key(variant.table),
+        "dataset": dataset.key,
+    }
+    run = f"{name}-{config_hash(content)[:8]}"
+    logger.info("training %s", run)
+    return train_generator(config, dataset, variant.table, store=store, run_dir=run_dir, name=run)
+
+
 @dataclass(frozen=True)
 class _Chain:
     """One SID table and one backbone through the stages."""
@@ -152,33 +200,58 @@ class _Chain:
     variant: SidVariant
     backbone: str
     model: GeneratorConfig
+    stages: Sequence[Dataset]
     store: ArtifactStore
     run_dir: str
 
-    def train(self, number: int, dataset: Dataset, before: Artifact | None) -> Artifact:
-        """The model of a stage, from the one before or from scratch."""
+    def rows(self) -> Iterator[StageRow]:
+        """The lines of all stages, each continued one beside its fresh one."""
+        for number, row in enumerate(self.continued(), start=1):
+            yield row
+            if self.config.scratch and number > 1:
+                yield self.afresh(number)
+
+    def jobs(self) -> dict[str, Callable[[], object]]:
+        """What depends on nothing else, by name."""
+        name = f"{self.variant.name}-{self.backbone}"
+        found: dict[str, Callable[[], object]] = {name: self.follow}
+        if self.config.scratch:
+            for number in range(2, len(self.stages) + 1):
+                found[f"{name}-s{number}-scratch"] = partial(self.afresh, number)
+        return found
+
+    def follow(self) -> None:
+        """Trains and measures the continued models."""
+        for _ in self.continued():
+            pass
+
+    def continued(self) -> Iterator[StageRow]:
+        """Every stage from the model of the one before."""
+        before: Artifact | None = None
+        for number in range(1, len(self.stages) + 1):
+            before = self._train(number, before)
+            yield self._row(number, before, "continued")
+
+    def afresh(self, number: int) -> StageRow:
+        """A stage from scratch."""
+        return self._row(number, self._train(number, None), "scratch")
+
+    def _train(self, number: int, before: Artifact | None) -> Artifact:
         config = replace(self.config.train, model=self.model)
         if before is not None:
             config = replace(config, initial=replace(config.initial, model=before.key))
-        name = f"{self.variant.name}-{self.backbone}-s{number}-{self._digest(config, dataset)}"
-        logger.info("stage %d: training %s", number, name)
-        result = train_generator(
+        return train_stage(
             config,
-            dataset,
-            self.variant.table,
+            self.stages[number - 1],
+            self.variant,
             store=self.store,
             run_dir=self.run_dir,
-            name=name,
-        )
-        return result.artifact
+            name=f"{self.variant.name}-{self.backbone}-s{number}",
+        ).artifact
 
-    def _digest(self, config: GrConfig, dataset: Dataset) -> str:
-        # Other settings are other runs, in folders of their own.
-        content = {"gr": config.identity(), "table": table_key(self.variant.table)}
-        return config_hash({**content, "dataset": dataset.key})[:8]
-
-    def row(self, number: int, dataset: Dataset, model: Artifact, training: str) -> StageRow:
+    def _row(self, number: int, model: Artifact, training: str) -> StageRow:
         """The figures of a model on the days after a stage."""
+        dataset = self.stages[number - 1]
         source = ModelSource(model, self.variant.source, dataset)
         found = evaluate_model(
             source, dataset, self.config.evaluate, store=self.store, name=self.backbone

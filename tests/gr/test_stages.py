@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -14,6 +13,7 @@ from forge_ray.data.prepare import PrepareConfig, prepare
 from forge_ray.data.schema import Dataset
 from forge_ray.data.splits import TemporalConfig
 from forge_ray.data.synthetic import SyntheticConfig, generate
+from forge_ray.errors import ConfigError
 from forge_ray.gr import train
 from forge_ray.gr.stages import SidVariant, StagesConfig, run_stages
 from forge_ray.sid.table import SidTable
@@ -27,28 +27,42 @@ def temporal_stages(store: ArtifactStore, folder: Path) -> list[Dataset]:
     return prepare(PrepareConfig(source=str(folder), split=split), store)
 
 
-@pytest.mark.slow
+def random_variant(stages: list[Dataset], path: Path, seed: int = 0) -> SidVariant:
+    """SIDs that mean nothing, as a file of somebody else's."""
+    rng = np.random.default_rng(seed)
+    ids = stages[0].item_ids()
+    np.savez(path, codes=rng.integers(0, 16, (200, 2)), item_id=ids.astype(str))
+    return SidVariant(path.stem, SidTable.from_npz(path, ids), path)
+
+
+def settings(*overrides: str) -> StagesConfig:
+    given = [f"train.{one}" for one in SMALL]
+    more = ["train.max_steps=20", "evaluate.ks=[20,100]", *overrides]
+    return load_config(StagesConfig, overrides=[*given, *more])
+
+
+Line = tuple[int, str, int, str, float]
+
+
+def chain(
+    stages: list[Dataset], variant: SidVariant, config: StagesConfig, store: ArtifactStore
+) -> list[Line]:
+    folder = f"{store.uri}-runs"
+    rows = run_stages(stages, [variant], config, store=store, run_dir=folder)
+    return [(r.stage, r.training, r.steps, r.model, r.metrics["HR@20"]) for r in rows]
+
+
 @pytest.mark.ray
-@pytest.mark.usefixtures("ray_local")
+@pytest.mark.usefixtures("ray_local", "process_group")
 def test_a_chain_continues_and_comes_from_the_store_the_second_time(
     store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stages = temporal_stages(store, tmp_path / "raw")
-    rng = np.random.default_rng(0)
-    path = tmp_path / "table.npz"
-    np.savez(path, codes=rng.integers(0, 16, (200, 2)), item_id=stages[0].item_ids().astype(str))
-    table = SidTable.from_npz(path, stages[0].item_ids())
-    overrides = [f"train.{one}" for one in SMALL]
-    config = load_config(
-        StagesConfig, overrides=[*overrides, "train.max_steps=20", "evaluate.ks=[20,100]"]
+    variant, config = (
+        random_variant(stages, tmp_path / "table.npz"),
+        settings("train.in_process=true"),
     )
-    variants = [SidVariant("random", table, path)]
-
-    def chain() -> list[tuple[Any, ...]]:
-        rows = run_stages(stages, variants, config, store=store, run_dir=str(tmp_path / "runs"))
-        return [(r.stage, r.training, r.steps, r.model, r.metrics["HR@20"]) for r in rows]
-
-    first = chain()
+    first = chain(stages, variant, config, store)
     ways = [(1, "continued"), (2, "continued"), (2, "scratch"), (3, "continued"), (3, "scratch")]
     assert [row[:2] for row in first] == ways
     assert {row[2] for row in first} == {20}
@@ -57,4 +71,26 @@ def test_a_chain_continues_and_comes_from_the_store_the_second_time(
     assert [one[0] for one in parents] == [stages[n - 1].key for n, _ in ways]
     assert [one[2:] for one in parents] == [(), (keys[0],), (), (keys[1],), ()]
     monkeypatch.setattr(train, "_fit", None)
-    assert chain() == first
+    assert chain(stages, variant, config, store) == first
+
+
+@pytest.mark.slow
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local", "process_group")
+@pytest.mark.parametrize("place", ["in_process=true", "validation.aside=false"])
+def test_trials_leave_the_figures_of_one_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    here, there = (ArtifactStore(tmp_path / name) for name in ("here", "there"))
+    stages = temporal_stages(here, tmp_path / "raw")[:2]
+    variant = random_variant(stages, tmp_path / "table.npz")
+    alone = chain(stages, variant, settings("train.in_process=true"), here)
+    stages = temporal_stages(there, tmp_path / "raw")[:2]
+    monkeypatch.setattr(train, "_fit", None)  # of this process: trials have their own
+    config = settings(f"train.{place}", "parallel=2")
+    assert chain(stages, variant, config, there) == alone
+
+
+def test_no_trial_at_a_time_is_refused() -> None:
+    with pytest.raises(ConfigError, match="parallel must be >= 1, got 0"):
+        settings("parallel=0")
