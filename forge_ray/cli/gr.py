@@ -25,6 +25,7 @@ from forge_ray.cli.console import (
     working,
 )
 from forge_ray.cli.gr_compare import compare
+from forge_ray.cli.gr_converge import converge
 from forge_ray.cli.gr_decode import evaluate, recommend
 from forge_ray.cli.gr_stages import stages
 from forge_ray.cli.gr_untrained import untrained
@@ -42,6 +43,7 @@ app.command("compare")(compare)
 app.command("recommend")(recommend)
 app.command("stages")(stages)
 app.command("untrained")(untrained)
+app.command("converge")(converge)
 
 SidsRef = Annotated[str, typer.Argument(help="SID table: a stored one, or an .npz file.")]
 DataRef = Annotated[

@@ -57,7 +57,7 @@ def stages(
     settings = load_config(StagesConfig, path=config, overrides=overrides or ())
     where = open_store(store)
     chain = stage_chain(where, data)
-    variants = [_variant(ref, chain[0], where) for ref in sids or []]
+    variants = [sid_variant(ref, chain[0], where) for ref in sids or []]
     if not variants:
         raise typer.BadParameter("give --sids with a SID table of the stages' items")
     folder = run_dir if "://" in run_dir else str(Path(run_dir).resolve())
@@ -66,7 +66,17 @@ def stages(
     emit([_line(row, settings) for row in rows], title=_title(chain), as_json=as_json)
 
 
-def _variant(ref: str, first: Dataset, store: ArtifactStore) -> SidVariant:
+def sid_variant(ref: str, first: Dataset, store: ArtifactStore) -> SidVariant:
+    """A SID table of the stages' items by reference.
+
+    Args:
+        ref: a stored table, or an `.npz` file.
+        first: one of the stages.
+        store: where stored tables are.
+
+    Raises:
+        ConfigError: the table was fitted on another log.
+    """
     from forge_ray.errors import ConfigError
     from forge_ray.gr.stages import SidVariant
 
@@ -76,7 +86,7 @@ def _variant(ref: str, first: Dataset, store: ArtifactStore) -> SidVariant:
     fitted_on = Dataset.open(store, artifact.manifest.parents[1])
     if not first.has_items_of(fitted_on):
         raise ConfigError(
-            f"--sids must be a table of a stage of {first.name}'s log, got one of "
+            f"a SID table must be one of a stage of {first.name}'s log, got one of "
             f"{fitted_on.artifact.manifest.ref}. Fit one: forge-ray sid fit {first.key[:12]}"
         )
     name = artifact.manifest.ref.split("/", 1)[1]

@@ -31,6 +31,7 @@ from forge_ray.gr.models.base import Generator
 from forge_ray.gr.models.code_tables import CodeTable
 from forge_ray.gr.run_folder import RunFolder
 from forge_ray.gr.source import ModelSource
+from forge_ray.gr.vocab import Vocab
 from forge_ray.sid.table import SidTable
 
 INITIAL_FILE = "initial.safetensors"
@@ -88,14 +89,30 @@ def write_initial(
     """
     if not config.initial.model or folder.exists(INITIAL_FILE):
         return
+    weights = initial_generator(config, store, dataset, table).state_dict()
+    folder.write(save({name: one.contiguous() for name, one in weights.items()}), INITIAL_FILE)
+
+
+def initial_generator(
+    config: GrConfig, store: ArtifactStore, dataset: Dataset, table: SidTable
+) -> Generator:
+    """The generator as training begins, on the CPU; see `write_initial`.
+
+    Raises:
+        ArtifactError: the SID table or dataset of `initial.model` is not there.
+        ConfigError: the generators differ in more than their SIDs.
+    """
     torch.manual_seed(config.seed)
+    if not config.initial.model:
+        return config.model.start(Vocab(table.codebook_sizes))
     new = Speaker(build_generator(config.model, table), np.asarray(table.codes))
     if config.initial.codes == "keep":
         model = store.open(config.initial.model, kind=MODEL_KIND)
         weights = _checked(load_generator(model, table).state_dict(), new.generator)
     else:
         weights = _of_other_sids(config.initial, store, new, dataset)
-    folder.write(save({name: one.contiguous() for name, one in weights.items()}), INITIAL_FILE)
+    new.generator.load_state_dict(weights)
+    return new.generator
 
 
 def _checked(given: dict[str, Tensor], generator: Generator) -> dict[str, Tensor]:
