@@ -142,29 +142,9 @@ class GrConfig:
         for name in ("max_steps", "max_history", "num_workers"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}. Raise it.")
-        if self.cpus_per_worker <= 0:
-            raise ConfigError(
-                f"cpus_per_worker must be > 0, got {self.cpus_per_worker}. Use e.g. 0.5."
-            )
-        own = {"CPU", "GPU"} & set(self.worker_resources)
-        if own or min(self.worker_resources.values(), default=1) <= 0:
-            raise ConfigError(
-                "worker_resources must be > 0 and not CPU or GPU, got "
-                f"{self.worker_resources}. Those are cpus_per_worker and use_gpu."
-            )
+        self._check_workers()
         if self.seed < 0:
             raise ConfigError(f"seed must be >= 0, got {self.seed}. Use another seed.")
-        if self.max_workers and self.max_workers < self.num_workers:
-            raise ConfigError(
-                f"max_workers must be 0 or >= num_workers={self.num_workers}, got "
-                f"{self.max_workers}. Leave it out for a fixed number."
-            )
-        if self.in_process and (self.num_workers > 1 or self.max_workers or self.use_gpu):
-            raise ConfigError(
-                "in_process must be false with several workers or GPUs, got num_workers="
-                f"{self.num_workers}, max_workers={self.max_workers}, use_gpu={self.use_gpu}. "
-                "Leave it out."
-            )
         if self.keep_checkpoints < 2:
             raise ConfigError(
                 f"keep_checkpoints must be >= 2, got {self.keep_checkpoints}. A damaged checkpoint "
@@ -181,6 +161,29 @@ class GrConfig:
                 "validation.every must be >= 1 and validation.ks must contain 10, got "
                 f"{self.validation.every} and {self.validation.ks}. The best checkpoint is the one "
                 "with the highest ItemNDCG@10."
+            )
+
+    def _check_workers(self) -> None:
+        if self.cpus_per_worker <= 0:
+            raise ConfigError(
+                f"cpus_per_worker must be > 0, got {self.cpus_per_worker}. Use e.g. 0.5."
+            )
+        own = {"CPU", "GPU"} & set(self.worker_resources)
+        if own or min(self.worker_resources.values(), default=1) <= 0:
+            raise ConfigError(
+                "worker_resources must be > 0 and not CPU or GPU, got "
+                f"{self.worker_resources}. Those are cpus_per_worker and use_gpu."
+            )
+        if self.max_workers and self.max_workers < self.num_workers:
+            raise ConfigError(
+                f"max_workers must be 0 or >= num_workers={self.num_workers}, got "
+                f"{self.max_workers}. Leave it out for a fixed number."
+            )
+        if self.in_process and (self.num_workers > 1 or self.max_workers or self.use_gpu):
+            raise ConfigError(
+                "in_process must be false with several workers or GPUs, got num_workers="
+                f"{self.num_workers}, max_workers={self.max_workers}, use_gpu={self.use_gpu}. "
+                "Leave it out."
             )
 
     @property

@@ -390,10 +390,12 @@ class Rollout:
 
         def produce(writer: ArtifactWriter) -> ArtifactInfo:
             generator = initial_generator(settings, self.store, dataset, table).eval()
+            sample = validation_sample(dataset, settings.validation.users)
             found = evaluate_generator(
                 generator,
                 table,
-                *validation_sample(dataset, settings.validation.users),
+                sample.histories,
+                sample.targets,
                 train_counts=dataset.train_counts(),
                 max_history=settings.max_history,
                 ks=settings.validation.ks,
