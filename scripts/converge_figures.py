@@ -1,0 +1,97 @@
+"""Draws docs/figures/convergence.svg from docs/results/gr_converge.json and prints its tables.
+
+Usage: pip install -e .[docs] && python scripts/converge_figures.py
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+import numpy as np
+
+mpl.use("svg")
+import matplotlib.pyplot as plt
+
+ROOT = Path(__file__).resolve().parents[1]
+TITLES = {"shop": "synthetic shop", "movies": "MovieLens"}
+COLORS = {
+    "cold": "#b3382c",
+    "dense": "#d98e04",
+    "offline": "#3465a4",
+    "mapped": "#7fb069",
+    "mapped_offline": "#1f6f54",
+}
+OLD = "#5c6670"
+
+mpl.rcParams.update(
+    {
+        "font.size": 9,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "forge-ray",
+        "figure.facecolor": "white",
+    }
+)
+
+
+def main() -> None:
+    """Draws the online curves and prints a table a set."""
+    content = json.loads((ROOT / "docs/results/gr_converge.json").read_text())["result"]
+    figure, axes = plt.subplots(1, len(content), figsize=(4.6 * len(content), 3.4))
+    for axis, (name, found) in zip(np.atleast_1d(axes), content.items(), strict=True):
+        draw(axis, found)
+        axis.set_title(TITLES.get(name, name))
+        print(f"\n{name}\n\n" + "\n".join(table(found)))
+    np.atleast_1d(axes)[0].legend(frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(ROOT / "docs/figures/convergence.svg", metadata={"Date": None})
+
+
+def draw(axis: Any, found: dict[str, Any]) -> None:
+    """Mean of the seeds against online steps, over all stages; the seeds thinly."""
+    old = None
+    for arm, several in found["curves"].items():
+        online = [[one for one in curve if one["phase"] == "online"] for curve in several]
+        steps = [one["steps"] for one in online[0]]
+        values = np.array([[one["value"] for one in curve] for curve in online])
+        old = np.mean([[one["reference"] for one in curve] for curve in online], axis=0)
+        axis.plot(steps, values.mean(axis=0), color=COLORS[arm], label=arm.replace("_", ", "))
+        for one in values:
+            axis.plot(steps, one, color=COLORS[arm], alpha=0.2, linewidth=0.7)
+    axis.plot(steps, old, color=OLD, linestyle="--", label="old model")
+    axis.set_xlabel("online steps")
+    axis.set_ylabel(found["config"]["metric"])
+
+
+def table(found: dict[str, Any]) -> list[str]:
+    """A row a start: of the mean curve, and by seed where the old model was reached."""
+    rows = [
+        "| start | steps to the old model | by seed | with offline | gap online | gap in all |",
+        "|---|---|---|---|---|---|",
+    ]
+    for arm, one in found["summaries"].items():
+        seeds = found["by_seed"][arm]
+        reached = one["reached"]
+        cells = [
+            f"`{arm}`",
+            str(reached["steps"]) if reached else f"not in {one['steps']}",
+            ", ".join(str(each["reached"]["steps"]) if each["reached"] else "–" for each in seeds),
+            str(reached["total_steps"]) if reached else "–",
+            spread([each["gap_online"] for each in seeds]),
+            spread([each["gap_total"] for each in seeds]),
+        ]
+        rows.append(f"| {' | '.join(cells)} |")
+    return rows
+
+
+def spread(values: list[float]) -> str:
+    """Mean and standard deviation of the seeds."""
+    return f"{np.mean(values):.1f} ± {np.std(values, ddof=1):.1f}"
+
+
+if __name__ == "__main__":
+    main()
