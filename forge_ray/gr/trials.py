@@ -11,10 +11,12 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from pyarrow.fs import FileSystem
 from ray import tune
 
 from forge_ray.artifacts import open_filesystem
 from forge_ray.errors import ForgeError, worker_error
+from forge_ray.leases import list_entries
 from forge_ray.threads import set_threads
 
 _TUNE_ENV = {
@@ -22,6 +24,7 @@ _TUNE_ENV = {
     "RAY_AIR_NEW_OUTPUT": "0",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
 }
+_NAME = "trials"
 _DRIVER_MEMORY = 1 << 30
 """Bytes of a trial's own process."""
 
@@ -51,13 +54,17 @@ def fill_store(
         param_space={"job": tune.grid_search(list(jobs))},
         tune_config=tune.TuneConfig(max_concurrent_trials=parallel, reuse_actors=False),
         run_config=tune.RunConfig(
-            name="trials",
+            name=_NAME,
             storage_path=root,
             storage_filesystem=filesystem if "://" in folder else None,
             verbose=0,
         ),
     )
-    for result in tuner.fit():
+    try:
+        results = tuner.fit()
+    finally:
+        _drop_pickles(filesystem, f"{root}/{_NAME}")
+    for result in results:
         if result.error is None:
             continue
         cause = getattr(result.error, "cause", None)
@@ -67,6 +74,13 @@ def fill_store(
         raise worker_error(
             result.error, f"trial {name!r} must come to its end", "The same command continues it."
         ) from result.error
+
+
+def _drop_pickles(filesystem: FileSystem, folder: str) -> None:
+    """Removes Tune's pickles: nothing is restored from them, and they hold the store's password."""
+    for entry in list_entries(filesystem, folder, recursive=True):
+        if entry.base_name.endswith(".pkl"):
+            filesystem.delete_file(entry.path)
 
 
 def _run(config: Mapping[str, Any], *, jobs: Mapping[str, Callable[[], object]]) -> None:

@@ -33,6 +33,7 @@ def test_all_jobs_run_in_processes_of_their_own(tmp_path: Path) -> None:
     pids = {(tmp_path / name).read_text() for name in jobs}
     assert len(pids) == 3
     assert str(os.getpid()) not in pids
+    assert not list((tmp_path / "tune").rglob("*.pkl"))
 
 
 @pytest.mark.ray
