@@ -192,6 +192,13 @@ class Engine:
             dist_init_required=False,
         )
 
+    def close(self) -> None:
+        """Lets the generator and its optimiser go; no step can follow.
+
+        DeepSpeed holds them otherwise for as long as the process lives; at ZeRO 3 it still does.
+        """
+        self._engine.destroy()
+
     @property
     def accumulation(self) -> int:
         """Forward passes of this worker per step."""

@@ -212,6 +212,10 @@ class TrainLoop:
         self._warnings: tuple[str, ...] = ()
         self._startup_s: float | None = None
 
+    def close(self) -> None:
+        """Lets model and optimiser go; for a process that trains again."""
+        self._engine.close()
+
     def restore(self) -> None:
         """Continues from the newest whole checkpoint of the run, if there is one.
 

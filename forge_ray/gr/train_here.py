@@ -7,6 +7,7 @@ newest checkpoint.
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -50,9 +51,9 @@ def train_here(
             is_preempted=lambda: False,
             count=count,
         )
-        loop = TrainLoop(job, codes, hooks)
-        loop.restore()
-        loop.run()
+        with contextlib.closing(TrainLoop(job, codes, hooks)) as loop:
+            loop.restore()
+            loop.run()
 
 
 @contextmanager

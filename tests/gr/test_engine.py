@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import gc
 import os
 import tempfile
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +52,18 @@ def train(engine: Engine, work: list[TokenBatch], first: int = 1) -> list[float]
         ]
         losses.append(engine.step(parts, num_targets=targets, step=first + number).item())
     return losses
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_a_closed_engine_lets_its_model_go(stage: int) -> None:
+    """Chains of trainings run in one process."""
+    engine = make(zero_stage=stage)
+    train(engine, batches(2))
+    module = weakref.ref(engine.module)
+    engine.close()
+    del engine
+    gc.collect()
+    assert module() is None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
