@@ -9,11 +9,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-import numpy as np
-
-mpl.use("svg")
+import figure_style  # noqa: F401
 import matplotlib.pyplot as plt
+import numpy as np
 
 from forge_ray.gr.convergence import Point, summarize
 
@@ -27,17 +25,6 @@ COLORS = {
     "mapped_offline": "#1f6f54",
 }
 OLD = "#5c6670"
-
-mpl.rcParams.update(
-    {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "forge-ray",
-        "figure.facecolor": "white",
-    }
-)
 
 
 def main() -> None:

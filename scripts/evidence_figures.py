@@ -10,9 +10,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-import matplotlib as mpl
-
-mpl.use("svg")
+import figure_style  # noqa: F401
 import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,17 +32,6 @@ GROUPS = {
 }
 RISK = 0.1
 GOOD, POOR, SOFT = "#1f6f54", "#b3382c", "#5c6670"
-
-mpl.rcParams.update(
-    {
-        "font.size": 9,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "svg.fonttype": "none",
-        "svg.hashsalt": "forge-ray",
-        "figure.facecolor": "white",
-    }
-)
 
 
 def main() -> None:

@@ -6,25 +6,16 @@ finds it there. So nothing needs Tune's own restore, and a session that was inte
 
 from __future__ import annotations
 
-import logging
-import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from pyarrow.fs import FileSystem
 from ray import tune
 
 from forge_ray.artifacts import open_filesystem
 from forge_ray.errors import ForgeError, worker_error
-from forge_ray.leases import list_entries
+from forge_ray.quiet_tune import quiet_tune
 from forge_ray.threads import set_threads
 
-_TUNE_ENV = {
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-}
-_NAME = "trials"
 _DRIVER_MEMORY = 1 << 30
 """Bytes of a trial's own process."""
 
@@ -43,8 +34,6 @@ def fill_store(
     Raises:
         ForgeError: a job failed; the others came to their end.
     """
-    os.environ.update(_TUNE_ENV)
-    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
     filesystem, root = open_filesystem(folder)
     tuner = tune.Tuner(
         tune.with_resources(
@@ -54,16 +43,14 @@ def fill_store(
         param_space={"job": tune.grid_search(list(jobs))},
         tune_config=tune.TuneConfig(max_concurrent_trials=parallel, reuse_actors=False),
         run_config=tune.RunConfig(
-            name=_NAME,
+            name="trials",
             storage_path=root,
             storage_filesystem=filesystem if "://" in folder else None,
             verbose=0,
         ),
     )
-    try:
+    with quiet_tune(filesystem, root):
         results = tuner.fit()
-    finally:
-        _drop_pickles(filesystem, f"{root}/{_NAME}")
     for result in results:
         if result.error is None:
             continue
@@ -74,13 +61,6 @@ def fill_store(
         raise worker_error(
             result.error, f"trial {name!r} must come to its end", "The same command continues it."
         ) from result.error
-
-
-def _drop_pickles(filesystem: FileSystem, folder: str) -> None:
-    """Removes Tune's pickles: nothing is restored from them, and they hold the store's password."""
-    for entry in list_entries(filesystem, folder, recursive=True):
-        if entry.base_name.endswith(".pkl"):
-            filesystem.delete_file(entry.path)
 
 
 def _run(config: Mapping[str, Any], *, jobs: Mapping[str, Callable[[], object]]) -> None:

@@ -20,10 +20,12 @@ from typing import Any
 
 import ray
 from optuna.storages import BaseStorage
+from pyarrow.fs import LocalFileSystem
 from ray import tune
 
 from forge_ray.config import canonical_json, to_yaml
 from forge_ray.errors import ConfigError
+from forge_ray.quiet_tune import quiet_tune
 from forge_ray.secrets import masked_url, masked_words, without_password
 from forge_ray.sweep.budget import BudgetWatch, check_affordable, stop_event
 from forge_ray.sweep.config import (
@@ -75,13 +77,6 @@ from forge_ray.sweep.warm_start import WarmStart, read_earlier
 
 logger = logging.getLogger(__name__)
 
-# Read by Tune in this process. Proxy rows lack the metric on purpose; our callback is the log.
-_TUNE_ENV = {
-    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
-    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
-    "RAY_AIR_NEW_OUTPUT": "0",
-    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
-}
 _CHECKED_DRAWS = 64
 SAVED = "sweep.yaml"
 """The sweep file as the last session ran it, less its password."""
@@ -382,9 +377,8 @@ def _fit(
     callbacks: Sequence[tune.Callback],
 ) -> None:
     config = job.config
-    os.environ.update(_TUNE_ENV)
-    # Failed trials have had their line; Tune's list of them says no more.
-    logging.getLogger("ray.tune.tune").setLevel(logging.CRITICAL)
+    # Read by Tune in this process. Proxy rows lack the metric on purpose; our callback is the log.
+    os.environ["TUNE_DISABLE_STRICT_METRIC_CHECKING"] = "1"
     callback = SweepCallback(
         ledger=ledger,
         scheduler=scheduler,
@@ -417,18 +411,11 @@ def _fit(
             verbose=0,
         ),
     )
-    _drop_pickles(job.folder)  # of a session that was killed
-    try:
-        tuner.fit()
-    finally:
-        callback.groups.free_all()
-        _drop_pickles(job.folder)
-
-
-def _drop_pickles(folder: Path) -> None:
-    """Removes Tune's pickles: nothing is restored from them, and they hold the store's password."""
-    for path in (folder / "tune").glob("session-*/*.pkl"):
-        path.unlink(missing_ok=True)
+    with quiet_tune(LocalFileSystem(), str(job.folder / "tune")):
+        try:
+            tuner.fit()
+        finally:
+            callback.groups.free_all()
 
 
 def _driver_bundle(resources: ResourceConfig) -> tune.PlacementGroupFactory:
