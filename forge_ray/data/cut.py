@@ -21,7 +21,7 @@ from pyarrow import fs as pafs
 
 from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactWriter
 from forge_ray.data import tasks
-from forge_ray.data.hashing import hash_ids
+from forge_ray.data.hashing import hash_ids, mix64
 from forge_ray.data.pairs import PairsConfig, write_pairs
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import (
@@ -150,7 +150,7 @@ def _cut_shard(number: int, *, cut: _Cut) -> Iterator[pa.Table]:
             columns = [index[part.rows], part.items.to_arrow(), part.following.to_arrow()]
             path = f"{cut.root}/sequences/{name}/part-{number:05d}.parquet"
             tasks.write_shard(pa.table(columns, schema=schema), path, cut.target)
-        yield pa.table([[name], [None], [len(part.rows)]], schema=_STATS)
+        yield pa.table([[name], [None], [len(np.unique(part.rows))]], schema=_STATS)
     items, counts = np.unique(splits.train.items.values, return_counts=True)
     yield pa.table([pa.nulls(len(items), pa.string()), items, counts], schema=_STATS)
 
@@ -170,7 +170,7 @@ def _apply(cut: _Cut, table: pa.Table) -> Splits:
     hashes = hash_ids(table["user_id"])
     # The low bits chose the shard; the high ones are independent of it.
     draw = (hashes >> np.uint64(32)).astype(np.float64) / 2.0**32
-    return temporal(
+    splits = temporal(
         items,
         times,
         days=cut.stage.days,
@@ -178,6 +178,17 @@ def _apply(cut: _Cut, table: pa.Table) -> Splits:
         is_validation=draw < cut.split.validation_share,
         targets=cut.split.targets,
     )
+    if cut.split.targets != "each":
+        return splits
+    return Splits(
+        splits.train, _scattered(splits.validation, hashes), _scattered(splits.test, hashes)
+    )
+
+
+def _scattered(part: SplitPart, hashes: NDArray[np.uint64]) -> SplitPart:
+    """Rows of a user apart from each other, so that the first n are a random sample of rows."""
+    order = np.argsort(mix64(hashes[part.rows] + part.items.lengths.astype(np.uint64)))
+    return SplitPart(part.rows[order], part.items.take(order), part.following.take(order))
 
 
 def _require_users(num_users: dict[str, int], stage: Stage) -> None:

@@ -6,7 +6,7 @@ Knows Ragged histories and times. Knows nothing of files, Ray or vectors.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +16,7 @@ from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError, DataError
 
 MIN_EVENTS = 3
+Targets: TypeAlias = Literal["all", "last", "each"]
 
 
 @dataclass(kw_only=True)
@@ -53,12 +54,13 @@ class TemporalConfig(SplitConfig):
     first_day: int | None = None
     """First train day of stage 1 as days since time 0; by default such that the log's last day is
     the last held-out day."""
-    targets: Literal["all", "last"] = "all"
+    targets: Targets = "all"
     """`all`: a user's events of the train days are the history, all of the held-out days the
     targets, as FORGE evaluates. `last`: the last event is the target and all before it, held-out
     days included, the history, as a model that was trained days ago meets users; also those who are
-    new. With few users who return after the train days, the only one that leaves enough of them.
-    """
+    new, so that few returning users leave enough rows. `each`: as `last`, in a row of its own for
+    every held-out event. Active users count for as many rows, and intervals are over users. Rows
+    grow with the square of a user's events."""
     validation_share: float = 0.5
     """Share of the held-out users that go to validation, the rest to test."""
 
@@ -94,7 +96,8 @@ class SplitPart:
     """Some users of one split.
 
     Attributes:
-        rows: ``[B]`` int64 places of the users in the input.
+        rows: ``[B]`` int64 places of the users in the input; several of one user with
+            ``targets="each"``.
         items: B histories.
         following: B lists: the times of the items in train, the targets elsewhere.
     """
@@ -142,12 +145,12 @@ def temporal(
     days: StageDays,
     ticks_per_day: int,
     is_validation: NDArray[np.bool_],
-    targets: Literal["all", "last"] = "all",
+    targets: Targets = "all",
 ) -> Splits:
     """Cut one stage out of the histories by time.
 
     Held-out users are those with events in the held-out days and at least one before: in the train
-    days, or with ``targets="last"`` anywhere in the stage.
+    days, or with ``targets`` of ``"last"`` and ``"each"`` anywhere in the stage.
 
     Args:
         items: histories of B users in time order.
@@ -160,24 +163,38 @@ def temporal(
     day = times.values // ticks_per_day
     in_train = (day >= days.first) & (day < days.end)
     in_target = (day >= days.end) & (day < days.held_out_end)
-    train, held = items.filter(in_train), items.filter(in_target)
+    train = items.filter(in_train)
     trained = np.flatnonzero(train.lengths > 0)
-    history, following = train, held
-    if targets == "last":
+    if targets == "all":
+        held = items.filter(in_target)
+        returned = np.flatnonzero((train.lengths > 0) & (held.lengths > 0))
+        held_out = SplitPart(returned, train.take(returned), held.take(returned))
+    else:
         seen = items.filter(in_train | in_target)
-        history = seen.slices(seen.offsets[:-1], np.maximum(seen.lengths - 1, 0))
-        following = held.tail(1)
-    held_out = (history.lengths > 0) & (held.lengths > 0)
-
-    def part(mask: NDArray[np.bool_]) -> SplitPart:
-        rows = np.flatnonzero(mask)
-        return SplitPart(rows, history.take(rows), following.take(rows))
-
+        held_out = _rolling(seen, in_target[in_train | in_target], only_last=targets == "last")
+    goes = is_validation[held_out.rows]
     return Splits(
         SplitPart(trained, train.take(trained), times.filter(in_train).take(trained)),
-        part(held_out & is_validation),
-        part(held_out & ~is_validation),
+        _rows_of(held_out, goes),
+        _rows_of(held_out, ~goes),
     )
+
+
+def _rolling(seen: Ragged, is_target: NDArray[np.bool_], *, only_last: bool) -> SplitPart:
+    """A row for each target that has events before it: those, and it alone."""
+    place = seen.positions
+    wanted = is_target & (place > 0)
+    if only_last:
+        wanted &= place == np.repeat(seen.lengths - 1, seen.lengths)
+    ends = np.flatnonzero(wanted)
+    histories = seen.slices(ends - place[ends], place[ends])
+    return SplitPart(
+        seen.row_ids[ends], histories, seen.slices(ends, np.ones(len(ends), dtype=np.int64))
+    )
+
+
+def _rows_of(part: SplitPart, mask: NDArray[np.bool_]) -> SplitPart:
+    return SplitPart(part.rows[mask], part.items.take(mask), part.following.take(mask))
 
 
 def stage_days(

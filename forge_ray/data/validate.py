@@ -79,7 +79,7 @@ def validate(config: SourcesConfig) -> list[Finding]:
 def validate_dataset(dataset: Dataset) -> list[Finding]:
     """Check a prepared dataset: indices in range, no user twice in a split, finite vectors.
 
-    Streams the shards in this process.
+    Streams the shards in this process. With `split.targets=each` users may have several rows.
     """
     checks: dict[str, Callable[[], bool]] = {
         "item_index": lambda: len(dataset.items(["item_index"])) != dataset.num_items,
@@ -102,7 +102,10 @@ def _split_is_broken(dataset: Dataset, split: Split) -> bool:
             if len(values) and not (values.min() >= 0 and values.max() < dataset.num_items):
                 return True
         np.add.at(users, batch.user_index, 1)
-    return bool((users > 1).any()) or int(users.sum()) != dataset.rows[f"{split}_users"]
+    split_config = dataset.artifact.manifest.config["split"]
+    may_repeat = split != "train" and split_config.get("targets") == "each"
+    is_repeated = not may_repeat and bool((users > 1).any())
+    return is_repeated or np.count_nonzero(users) != dataset.rows[f"{split}_users"]
 
 
 def _vectors_are_broken(dataset: Dataset, space: str) -> bool:

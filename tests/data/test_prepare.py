@@ -6,7 +6,9 @@ import csv
 import json
 import shlex
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -23,9 +25,10 @@ from forge_ray.data.prepare import (
     open_or_prepare,
     prepare,
 )
-from forge_ray.data.schema import Dataset
+from forge_ray.data.schema import Dataset, SequenceBatch
 from forge_ray.data.sources import InteractionsConfig, VectorsConfig
-from forge_ray.data.splits import StageDays, TemporalConfig
+from forge_ray.data.splits import StageDays, Targets, TemporalConfig
+from forge_ray.data.validate import validate_dataset
 from tests.data.raw import write_events, write_raw
 
 pytestmark = pytest.mark.ray
@@ -119,9 +122,34 @@ def test_a_folder_lends_its_full_name_and_a_file_its_stem(tmp_path: Path, scheme
     assert _default_name(PrepareConfig(interactions=log)) == "interactions"
 
 
-def test_two_kinds_of_targets_are_two_datasets() -> None:
+def test_a_row_for_each_event_is_scattered_and_valid(
+    ray_local: None, tmp_path: Path, store: ArtifactStore
+) -> None:
+    rows = [(f"u{user:02d}", f"i{at}", 86_400 * at) for user in range(40) for at in range(12)]
+    write_events(tmp_path, rows)
+    split = TemporalConfig(stage_days=6, test_days=6, targets="each")
+    (dataset,) = prepare(PrepareConfig(source=str(tmp_path), split=split, num_shards=1), store)
+    assert validate_dataset(dataset) == []
+    (batch,) = dataset.sequence_batches("validation")
+    users = dataset.rows["validation_users"]
+    assert len(np.unique(batch.user_index)) == users
+    assert len(batch) == 6 * users
+    assert set(batch.items.lengths.tolist()) == set(range(6, 12))
+    assert all(len(items) == int(dataset.item_ids()[one][1:]) for items, (one,) in _pairs(batch))
+    assert len(np.unique(batch.user_index[:users])) > users / 3
+
+
+def _pairs(batch: SequenceBatch) -> Iterator[tuple[Any, Any]]:
+    assert batch.targets is not None
+    return zip(batch.items, batch.targets, strict=True)
+
+
+def test_kinds_of_targets_are_datasets_of_their_own() -> None:
     stage = Stage(1, StageDays(0, 7, 8))
-    every, last = (PrepareConfig(split=TemporalConfig(targets=kind)) for kind in ("all", "last"))
+    every, last, each = (
+        PrepareConfig(split=TemporalConfig(targets=kind)) for kind in get_args(Targets)
+    )
     assert _identity(every, stage) != _identity(last, stage)
+    assert _identity(each, stage) != _identity(last, stage)
     more = PrepareConfig(split=TemporalConfig(num_stages=3))
     assert _identity(every, stage) == _identity(more, stage)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -14,6 +12,7 @@ from forge_ray.data.prepare import PrepareConfig
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.splits import (
     StageDays,
+    Targets,
     TemporalConfig,
     leave_one_out,
     stage_days,
@@ -58,10 +57,10 @@ def test_leave_one_out_gives_every_event_one_place(log: list[list[tuple[int, int
     log=LOGS,
     first=st.integers(0, 3),
     length=st.integers(1, 3),
-    targets=st.sampled_from(["all", "last"]),
+    targets=st.sampled_from(["all", "last", "each"]),
 )
 def test_temporal_leaks_no_event(
-    log: list[list[tuple[int, int]]], first: int, length: int, targets: Literal["all", "last"]
+    log: list[list[tuple[int, int]]], first: int, length: int, targets: Targets
 ) -> None:
     times, items = ragged(log, 0), ragged(log, 1)
     days = StageDays(first, first + length, first + length + 1)
@@ -77,10 +76,17 @@ def test_temporal_leaks_no_event(
             day = time // 10
             history = whole[(day >= days.first) & (day < days.end)].tolist()
             following = whole[day == days.end].tolist()
-            if targets == "last":
-                history, following = [*history, *following[:-1]], following[-1:]
-            if is_validation[row] == wanted and history and following:
-                expected.append((row, history, following))
+            ends = {
+                "all": [len(following)],
+                "last": [len(following)],
+                "each": range(1, len(following) + 1),
+            }
+            for end in ends[targets]:
+                before, after = history, following
+                if targets != "all":
+                    before, after = [*history, *following[: end - 1]], following[end - 1 : end]
+                if is_validation[row] == wanted and before and after:
+                    expected.append((row, before, after))
         got = zip(part.rows, part.items, part.following, strict=True)
         assert [(int(r), i.tolist(), t.tolist()) for r, i, t in got] == expected
 
