@@ -15,7 +15,6 @@ from rich.markup import escape
 
 from forge_ray.cli.console import setup_logging, stderr
 from forge_ray.errors import ForgeError
-from forge_ray.secrets import masked
 
 GROUPS = {
     "data": "Import, synthesise, prepare, describe and validate datasets.",
@@ -70,7 +69,5 @@ def main() -> None:
     except ForgeError as error:
         if verbose:
             raise
-        stderr.print(
-            f"[bold red]error:[/] {escape(masked(str(error)))}", highlight=False, soft_wrap=True
-        )
+        stderr.print(f"[bold red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)

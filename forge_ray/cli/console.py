@@ -28,9 +28,17 @@ _FILE_WIDTH = 140
 """Columns where no terminal says its own: a log or a pipe need not wrap at 80."""
 
 
+class _MaskingConsole(Console):
+    """Leaves passwords out of the texts that it prints, e.g. those of an artifact's URI."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """As rich does; tables and other renderables pass as they are."""
+        super().print(*[masked(one) if isinstance(one, str) else one for one in objects], **options)
+
+
 def _console(stream: TextIO) -> Console:
     knows_width = stream.isatty() or "COLUMNS" in os.environ
-    return Console(stderr=stream is sys.stderr, width=None if knows_width else _FILE_WIDTH)
+    return _MaskingConsole(stderr=stream is sys.stderr, width=None if knows_width else _FILE_WIDTH)
 
 
 stdout = _console(sys.stdout)
@@ -74,13 +82,14 @@ class _Masking(logging.Formatter):
 def emit(
     rows: Sequence[Mapping[str, Any]] | Mapping[str, Any], *, title: str, as_json: bool
 ) -> None:
-    """Prints rows (or one record) as JSON or as a table.
+    """Prints rows (or one record) as JSON or as a table, without the passwords of URLs in them.
 
     Args:
         rows: Records with the same keys, or one record, printed as key and value.
         title: Heading of the table.
         as_json: JSON instead, one object or a list of objects, NaN as null.
     """
+    rows = _without_passwords(rows)
     if as_json:
         text = json.dumps(json_ready(rows), indent=2, ensure_ascii=False, allow_nan=False)
         sys.stdout.write(text + "\n")
@@ -88,6 +97,16 @@ def emit(
     if isinstance(rows, Mapping):
         rows = [{"": key, "value": value} for key, value in rows.items()]
     print_table(rows, title=title)
+
+
+def _without_passwords(value: Any) -> Any:
+    if isinstance(value, str):
+        return masked(value)
+    if isinstance(value, Mapping):
+        return {key: _without_passwords(one) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_without_passwords(one) for one in value]
+    return value
 
 
 def print_table(rows: Sequence[Mapping[str, Any]], *, title: str) -> None:
