@@ -26,11 +26,11 @@ class AshaConfig:
 
     enabled: bool = True
     """False trains every trial that passed the gate to the end."""
-    grace_steps: int = 100
-    """Optimizer steps of the first rung: nobody is stopped before."""
+    grace_steps: int = 0
+    """Optimizer steps of the first rung: nobody is stopped before. 0 is a third of `gr.max_steps`:
+    an earlier rung lost the best design in most replays (docs/evidence.md)."""
     reduction_factor: float = 2.0
     """One of this many trials passes a rung; rungs lie at grace · factor^k steps."""
-
     min_earlier: int = 2
     """Trials that must have reached a rung before it stops anyone. Ray's ASHA stops from one on:
     a lucky first trial then ends all others, and nothing is left to audit the proxies with."""
@@ -38,8 +38,11 @@ class AshaConfig:
     def __post_init__(self) -> None:
         if self.min_earlier < 1:
             raise ConfigError(f"asha.min_earlier must be >= 1, got {self.min_earlier}. Set 1 or 2.")
-        if self.grace_steps < 1:
-            raise ConfigError(f"asha.grace_steps must be >= 1, got {self.grace_steps}.")
+        if self.grace_steps < 0:
+            raise ConfigError(
+                f"asha.grace_steps must be >= 0, got {self.grace_steps}. "
+                "0 is a third of gr.max_steps."
+            )
         if self.reduction_factor <= 1:
             raise ConfigError(
                 f"asha.reduction_factor must be > 1, got {self.reduction_factor}. Set 2, 3 or 4."
@@ -48,11 +51,16 @@ class AshaConfig:
     def milestones(self, max_steps: int) -> list[int]:
         """Steps of the rungs below `max_steps`, ascending."""
         steps = []
-        milestone = float(self.grace_steps)
+        milestone = float(self.grace_steps or late_enough(max_steps))
         while milestone < max_steps:
             steps.append(int(milestone))
             milestone *= self.reduction_factor
         return steps
+
+
+def late_enough(max_steps: int) -> int:
+    """First step of a rung at which good designs that learn slowly are safe: a third of all."""
+    return math.ceil(max_steps / 3)
 
 
 @dataclass(kw_only=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -14,10 +15,13 @@ from forge_ray.gr.config import GrConfig
 from forge_ray.sid.config import SidConfig
 from forge_ray.sid.resolvers import ExtraTokenConfig, PopRankConfig
 from forge_ray.sweep.config import SweepConfig
+from forge_ray.sweep.halving import late_enough
 from forge_ray.sweep.limits import infeasible_reason
 from forge_ray.sweep.objectives import cutoff
 from forge_ray.sweep.searcher import Rejection, Resolved
 from forge_ray.sweep.space import Point, apply_point
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -42,6 +46,8 @@ def trial_config(config: SweepConfig, point: Point) -> TrialConfig:
 def check_rungs(config: SweepConfig) -> None:
     """Refuses to search what the rungs of halving are made of: all trials share them.
 
+    Warns of a first rung so early that halving is likely to stop the best design.
+
     Raises:
         ConfigError: The space or a fixed point varies the steps of training or of its reports.
     """
@@ -58,6 +64,15 @@ def check_rungs(config: SweepConfig) -> None:
                     "compares trials at the same steps. Set it once under gr for all trials, or "
                     "set asha.enabled=false."
                 )
+    early, max_steps = config.asha.grace_steps, trial_config(config, {}).gr.max_steps
+    if 0 < early < late_enough(max_steps):
+        logger.warning(
+            "asha.grace_steps should be at least a third of gr.max_steps (%d), got %d: good "
+            "designs may learn slowly, and a first rung at a sixth stopped the best one in most "
+            "replays (docs/evidence.md). Leave it out for a third.",
+            late_enough(max_steps),
+            early,
+        )
 
 
 _RUNG_SETTINGS = ("gr.max_steps", "gr.validation.every")

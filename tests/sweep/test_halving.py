@@ -23,6 +23,19 @@ def test_milestones_end_before_the_last_step() -> None:
     assert CONFIG.milestones(10) == []
 
 
+def test_the_first_rung_is_at_a_third_unless_said_otherwise() -> None:
+    assert AshaConfig().milestones(3000) == [1000, 2000]
+    assert AshaConfig().milestones(100) == [34, 68]
+    assert AshaConfig(reduction_factor=4).milestones(300) == [100]
+    assert AshaConfig().milestones(1) == []
+    # And the rule asks the same rungs: nobody is judged before a third.
+    state = AshaState()
+    asked = {"max_steps": 90, "state": state, "config": AshaConfig(min_earlier=1)}
+    assert stop_reason("a", 30, 0.5, **asked) is None
+    assert stop_reason("b", 29, 0.1, **asked) is None
+    assert stop_reason("b", 30, 0.1, **asked) is not None
+
+
 def test_first_passes_worse_stops_better_passes() -> None:
     state = AshaState()
     assert ask("a", 10, 0.2, state) is None
@@ -99,7 +112,7 @@ def test_a_stopped_trial_ends_no_better_than_those_ahead_of_it() -> None:
 
 
 @pytest.mark.parametrize(
-    "change", [{"grace_steps": 0}, {"reduction_factor": 1.0}, {"min_earlier": 0}]
+    "change", [{"grace_steps": -1}, {"reduction_factor": 1.0}, {"min_earlier": 0}]
 )
 def test_bad_settings_are_refused(change) -> None:
     with pytest.raises(ConfigError):

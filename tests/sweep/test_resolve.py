@@ -127,6 +127,18 @@ def test_steps_that_rungs_are_made_of_are_not_searched(name: str) -> None:
     check_rungs(dataclasses.replace(CONFIG, points=[{"gr.max_history": 5}]))
 
 
+@pytest.mark.parametrize(("grace", "warns"), [(0, False), (16, True), (17, False), (40, False)])
+def test_a_first_rung_before_a_third_is_warned_of(
+    grace: int, warns: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    early = dataclasses.replace(CONFIG, asha=AshaConfig(grace_steps=grace))  # of 50 steps
+    check_rungs(early)
+    assert ("a third of gr.max_steps (17), got 16" in caplog.text) is warns
+    caplog.clear()
+    check_rungs(dataclasses.replace(CONFIG, asha=AshaConfig(grace_steps=grace, enabled=False)))
+    assert not caplog.text
+
+
 def test_such_a_sweep_ends_before_any_work(tmp_path: Path) -> None:
     searched = dataclasses.replace(CONFIG, space={"gr.max_steps": {"choice": [1, 2]}})
     with pytest.raises(ConfigError, match="once under gr"):
