@@ -6,8 +6,10 @@ cluster that holds nothing else: what does not fit an empty cluster never will.
 
 from __future__ import annotations
 
+import bisect
+from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeVar
 
 from forge_ray.errors import ConfigError
@@ -17,6 +19,8 @@ T = TypeVar("T")
 _PLAIN = frozenset({"CPU", "memory", "object_store_memory"})
 _SLACK = 1e-6
 """Sums of fractions of a CPU are not exact."""
+_LOOKS = 50_000
+"""At nodes, before a packing that is not found counts as one that is not there."""
 _GIB = 1024.0**3
 
 
@@ -115,36 +119,108 @@ def at_once(demands: Sequence[Demand], nodes: Sequence[Nodes], *, limit: int) ->
 
 
 def copies(demand: Demand, nodes: Sequence[Nodes], *, limit: int) -> int:
-    """How often a stage fits on empty nodes beside its shared tasks, at most `limit` times."""
+    """How often a stage fits on empty nodes beside its shared tasks, at most `limit` times.
+
+    The order of bundles and nodes does not matter.
+    """
     room = _Room(nodes)
-    if not all(room.take(one) for one in demand.shared):
-        return 0
-    count = 0
-    while count < limit and all(room.take(one) for one in demand.held):
-        count += 1
-    return count
+
+    def is_too_many(count: int) -> bool:
+        held = (replace(one, num=one.num * count) for one in demand.held)
+        return not room.holds([*demand.shared, *held])
+
+    return bisect.bisect_left(range(1, limit + 1), True, key=is_too_many)
 
 
 class _Room:
-    """What is free while bundles are placed, each on the first node where it fits."""
+    """Empty nodes that bundles are packed into."""
 
     def __init__(self, nodes: Sequence[Nodes]) -> None:
-        # Plain work leaves nodes with GPUs to those that need them, as Ray's scheduler does.
-        order = sorted(nodes, key=lambda one: sum(name not in _PLAIN for name in one.resources))
-        self._free = [(dict(one.resources), one.labels) for one in order for _ in range(one.num)]
+        self._nodes = [one for one in sorted(nodes, key=_rank) for _ in range(one.num)]
+        self._total = _sum((one.resources, 1) for one in self._nodes)
 
-    def take(self, bundle: Bundle) -> bool:
-        return all(self._take_one(bundle) for _ in range(bundle.num))
+    def holds(self, bundles: Sequence[Bundle]) -> bool:
+        """Whether all of them find a place beside each other.
 
-    def _take_one(self, bundle: Bundle) -> bool:
-        asked = {name: amount for name, amount in bundle.resources.items() if amount > 0}
-        for free, labels in self._free:
-            fits = all(free.get(name, 0.0) + _SLACK >= amount for name, amount in asked.items())
-            if fits and selects(bundle.labels, labels):
-                for name, amount in asked.items():
-                    free[name] -= amount
-                return True
-        return False
+        Those with the fewest nodes to choose from come first, of these the largest, each on the
+        first node where it fits; where one finds none, the ones before it try other nodes. That is
+        exact until it has looked `_LOOKS` times, then the answer is no.
+        """
+        asked = _sum((one.resources, one.num) for one in bundles)
+        if not _fits(asked, self._total):
+            return False
+        options = [(one, self._homes(one)) for one in bundles if one.num]
+        options.sort(key=lambda one: (len(one[1]), -self._share(one[0])))
+        items = [(bundle, homes) for bundle, homes in options for _ in range(bundle.num)]
+        free = [dict(one.resources) for one in self._nodes]
+        looks = _LOOKS + len(items) + sum(len(homes) for _, homes in options)
+        places: list[int] = []
+        """Of each item that is placed, where in its homes."""
+        start = 0
+        while len(places) < len(items):
+            bundle, homes = items[len(places)]
+            place = _first(bundle, homes, free, start)
+            looks -= (len(homes) if place is None else place) - start + 1
+            if place is not None:
+                _add(free[homes[place]], bundle, -1)
+                places.append(place)
+                # Of equal ones none goes before another: that would be the same packing.
+                is_same = len(places) < len(items) and items[len(places)][0] is bundle
+                start = place if is_same else 0
+            elif places and looks > 0:
+                bundle, homes = items[len(places) - 1]
+                _add(free[homes[places[-1]]], bundle, 1)
+                start = places.pop() + 1
+            else:
+                return False
+        return True
+
+    def _homes(self, bundle: Bundle) -> list[int]:
+        return [
+            place
+            for place, one in enumerate(self._nodes)
+            if _fits(bundle.resources, one.resources) and selects(bundle.labels, one.labels)
+        ]
+
+    def _share(self, bundle: Bundle) -> float:
+        """What it takes of all nodes together, of the resource of which it takes most."""
+        asked = [(self._total[name], one) for name, one in bundle.resources.items() if one > 0]
+        return max((one / total for total, one in asked), default=0.0)
+
+
+def _first(
+    bundle: Bundle, homes: Sequence[int], free: Sequence[Mapping[str, float]], start: int
+) -> int | None:
+    for place in range(start, len(homes)):
+        if _fits(bundle.resources, free[homes[place]]):
+            return place
+    return None
+
+
+def _fits(asked: Mapping[str, float], free: Mapping[str, float]) -> bool:
+    return all(
+        free.get(name, 0.0) + _SLACK >= amount for name, amount in asked.items() if amount > 0
+    )
+
+
+def _sum(parts: Iterable[tuple[Mapping[str, float], int]]) -> dict[str, float]:
+    total: dict[str, float] = defaultdict(float)
+    for resources, num in parts:
+        for name, amount in resources.items():
+            total[name] += num * amount
+    return total
+
+
+def _add(free: dict[str, float], bundle: Bundle, times: int) -> None:
+    for name, amount in bundle.resources.items():
+        if amount > 0:
+            free[name] += times * amount
+
+
+def _rank(node: Nodes) -> tuple[int, list[tuple[str, float]], list[tuple[str, str]]]:
+    """Plain work leaves nodes with GPUs to those that need them, as Ray's scheduler does."""
+    specials = sum(name not in _PLAIN for name in node.resources)
+    return specials, sorted(node.resources.items()), sorted(node.labels.items())
 
 
 def selects(selector: Mapping[str, str], labels: Mapping[str, str]) -> bool:

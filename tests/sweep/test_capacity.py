@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import dataclasses
+import random
+from collections.abc import Sequence
+
 import pytest
 
 from forge_ray.errors import ConfigError
@@ -42,6 +46,66 @@ def test_tasks_that_stages_wait_for_keep_their_cpu() -> None:
     one = [Nodes(resources={"CPU": 1.5})]
     check_fits([fit, training(gpus=0)], one)
     assert at_once([fit, training(gpus=0)], one, limit=9) == 1
+
+
+def test_the_order_of_nodes_and_bundles_does_not_matter() -> None:
+    four, one = Bundle(resources={"CPU": 4}), Bundle(resources={"CPU": 1})
+    sizes = [Nodes(resources={"CPU": cpus}) for cpus in (4, 1)]
+    for nodes in (sizes, sizes[::-1]):
+        assert copies(Demand(stage="fit", held=(four,), shared=(one,)), nodes, limit=9) == 1
+        assert copies(Demand(stage="fit", held=(one, four)), nodes, limit=9) == 1
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_a_stage_fits_where_any_packing_holds_it(seed: int) -> None:
+    draw = random.Random(seed)
+    nodes = [
+        Nodes(resources={"CPU": draw.randint(0, 6), "GPU": draw.choice([0, 0, 1])})
+        for _ in range(draw.randint(1, 3))
+    ]
+    held, shared = (
+        tuple(
+            Bundle(
+                resources={"CPU": draw.randint(1, 4), "GPU": draw.choice([0, 0, 1])},
+                num=draw.randint(1, 2),
+            )
+            for _ in range(draw.randint(least, 2))
+        )
+        for least in (1, 0)
+    )
+    demand = Demand(stage="fit", held=held, shared=shared)
+    found = copies(demand, nodes, limit=1)
+    assert bool(found) is any_packing_holds([*held, *shared], nodes)
+    # More copies are never promised than fit.
+    count = copies(demand, nodes, limit=3)
+    more = [dataclasses.replace(one, num=one.num * count) for one in held]
+    assert count >= found
+    assert count == 0 or any_packing_holds([*more, *shared], nodes)
+    draw.shuffle(nodes)
+    assert copies(demand, nodes, limit=3) == count
+
+
+def any_packing_holds(bundles: Sequence[Bundle], nodes: Sequence[Nodes]) -> bool:
+    """Tries every one."""
+    items = [one.resources for one in bundles for _ in range(one.num)]
+
+    def place(at: int, free: list[dict[str, float]]) -> bool:
+        if at == len(items):
+            return True
+        for node in free:
+            if all(node[name] >= amount for name, amount in items[at].items()):
+                rest = {name: node[name] - amount for name, amount in items[at].items()}
+                if place(at + 1, [rest if one is node else one for one in free]):
+                    return True
+        return False
+
+    return place(0, [dict(one.resources) for one in nodes])
+
+
+def test_a_large_cluster_is_packed_in_seconds() -> None:
+    spot = Nodes(resources={"CPU": 8, "GPU": 8}, labels={"market": "spot"}, num=300)
+    demand = training(workers=4)
+    assert copies(demand, [CPU_NODE, spot], limit=10_000) == 600
 
 
 def test_fractions_add_up() -> None:
