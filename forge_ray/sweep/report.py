@@ -140,14 +140,14 @@ def _charts(trials: Sequence[TrialRecord], found: Audit, config: SweepConfig) ->
     metric = config.metric
     drawn = [one for one in found.final or found.early if not math.isnan(one.spearman.value)]
     trained = [one for one in trials if one.history]
-    steps = max((row["global_step"] for one in trained for row in one.history), default=0)
+    early_step = None if found.final else found.early_step
     shares = importances(trials)
     has_bars = any(sum(one.seconds.values()) for one in trials)
     return {
-        "curves": learning_curves(trained, metric=metric, milestones=config.asha.milestones(steps))
-        if trained
-        else "",
-        "scatters": [proxy_scatter(trials, one, metric=metric) for one in drawn],
+        "curves": learning_curves(trained, metric=metric, asha=config.asha) if trained else "",
+        "scatters": [
+            proxy_scatter(trials, one, metric=metric, early_step=early_step) for one in drawn
+        ],
         "parallel": parallel_coordinates(trials, metric=metric),
         "importance": importance_bars(
             shares, num_trials=sum(one.state == "complete" for one in trials), metric=metric

@@ -22,7 +22,7 @@ def trial(
     defaults: dict[str, Any] = {
         "key": f"{number:064x}",
         "point": {"sid.quantizer.kind": "rq_kmeans", "sid.quantizer.levels": number},
-        "config": {"sid": {"quantizer": {"levels": number}}},
+        "config": {"sid": {"quantizer": {"levels": number}}, "gr": {"max_steps": 30}},
         "proxies": proxies,
         "history": [
             {"global_step": step, "loss": 1.0, METRIC: quality * step / 20} for step in (10, 20)

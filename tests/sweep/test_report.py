@@ -278,6 +278,26 @@ def test_many_trials_are_capped_and_the_page_says_so() -> None:
     assert page.tags.count("tr") < 1000
 
 
+def test_rungs_are_those_of_a_whole_training_while_nobody_has_come_so_far() -> None:
+    """Stopped at the second of two rungs of 30 steps; step 20 is the last that anyone has seen."""
+    html = render_report(
+        records(trial(3, state="pruned", pruned_by="asha")), CONFIG, is_running=True
+    )
+    assert "stopped at rung 2 (step 20)" in html
+
+
+def test_a_scatter_says_what_its_correlation_is_over() -> None:
+    stopped = [trial(9 + i, state="pruned", pruned_by="asha") for i in range(3)]
+    complete = [trial(i, value=0.01 * (i + 1)) for i in range(4)]
+    early = " ".join(read(records(*stopped)).text)
+    assert "over 3 trained trials at step 10 (none is complete)" in early
+    assert "complete trials" not in early
+    final = " ".join(read(records(*complete, *stopped)).text)
+    assert "over 4 complete trials" in final
+    assert "stopped by halving stand at their last value and are not in it" in final
+    assert "are not in it" not in " ".join(read(records(*complete)).text)
+
+
 def test_every_figure_has_words() -> None:
     html = render_report(records(*TRIALS), CONFIG, is_running=False)
     assert html.count('role="img"') == html.count("<figcaption>") >= 6

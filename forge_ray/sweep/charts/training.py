@@ -22,6 +22,7 @@ from forge_ray.sweep.charts.figure import (
     fragment,
     name_of,
 )
+from forge_ray.sweep.halving import AshaConfig
 from forge_ray.sweep.ledger import TrialRecord
 from forge_ray.sweep.views import last_value
 
@@ -30,9 +31,7 @@ _SYMBOLS = ("circle-open", "square-open", "diamond-open", "triangle-up-open")
 _RUNG_COLORS = (SCALE[0][1], BLUE, SCALE[1][1], AMBER)
 
 
-def learning_curves(
-    records: Sequence[TrialRecord], *, metric: str, milestones: Sequence[int]
-) -> Markup:
+def learning_curves(records: Sequence[TrialRecord], *, metric: str, asha: AshaConfig) -> Markup:
     """Validation metric by optimizer step, coloured by the last rung that a trial reached."""
     trained = [one for one in records if one.history]
     ranked = sorted(trained, key=lambda one: last_value(one, metric) or 0.0, reverse=True)
@@ -40,7 +39,7 @@ def learning_curves(
     figure = go.Figure()
     groups: dict[str, list[TrialRecord]] = defaultdict(list)
     for one in shown:
-        groups[_reached(one, milestones)].append(one)
+        groups[_reached(one, asha)].append(one)
     for place, label in enumerate(sorted(groups, key=_order)):
         # Styles repeat from the fifth rung on; the legend's and the hover's words do not.
         style = {
@@ -55,7 +54,7 @@ def learning_curves(
                 _SYMBOLS[place % len(_SYMBOLS)],
             ),
         )
-        _add_curves(figure, groups[label], label, style, metric)
+        _add_curves(figure, groups[label], label=label, style=style, metric=metric)
     says = (
         f"Validation {metric} by optimizer step of {len(trained)} trained trials, on the "
         "training's sample of users; colour, dash and marker tell the last rung that a trial "
@@ -67,6 +66,7 @@ def learning_curves(
 def _add_curves(
     figure: go.Figure,
     group: Sequence[TrialRecord],
+    *,
     label: str,
     style: tuple[str, str, str],
     metric: str,
@@ -92,12 +92,14 @@ def _add_curves(
     )
 
 
-def _reached(record: TrialRecord, milestones: Sequence[int]) -> str:
+def _reached(record: TrialRecord, asha: AshaConfig) -> str:
     if record.state in ("complete", "failed"):
         return record.state
     if record.pruned_by != "asha":
         return "under way"
     step = record.history[-1]["global_step"]
+    # The trial's own: while the sweep runs nobody may have come to the last step yet.
+    milestones = asha.milestones(record.config["gr"]["max_steps"])
     place = sum(one <= step for one in milestones)
     return f"stopped at rung {place} (step {step})"
 
@@ -108,15 +110,23 @@ def _order(label: str) -> tuple[int, int]:
     return (1 if is_rung else 0, step)
 
 
-def proxy_scatter(records: Sequence[TrialRecord], found: ProxyAudit, *, metric: str) -> Markup:
-    """One proxy against the final metric; pruned trials that trained stand at their last value."""
+def proxy_scatter(
+    records: Sequence[TrialRecord], found: ProxyAudit, *, metric: str, early_step: int | None
+) -> Markup:
+    """One proxy against the metric; pruned trials that trained stand at their last value.
+
+    Args:
+        records: All trials.
+        found: The proxy and its correlation.
+        metric: Validation metric.
+        early_step: The step whose metric the correlation is with; None is the final one.
+    """
     figure = go.Figure()
     styles = {
         "complete": (GREEN, "circle"),
         "control, complete": (BLUE, "diamond"),
         "stopped by halving": (AMBER, "circle-open"),
     }
-    counted = 0
     for kind, (color, symbol) in styles.items():
         points = [
             (one, one.proxies.get(found.proxy), last_value(one, metric))
@@ -126,7 +136,6 @@ def proxy_scatter(records: Sequence[TrialRecord], found: ProxyAudit, *, metric: 
         known = [(one, x, y) for one, x, y in points if x is not None and y is not None]
         if not known:
             continue
-        counted += len(known)
         figure.add_scatter(
             x=[x for _, x, _ in known],
             y=[y for _, _, y in known],
@@ -138,13 +147,23 @@ def proxy_scatter(records: Sequence[TrialRecord], found: ProxyAudit, *, metric: 
         )
     better = f"{METRICS[found.proxy].better} is better"
     says = (
-        f"{found.verdict}: Spearman {found.spearman} over {found.num_trials} complete trials, "
+        f"{found.verdict}: Spearman {found.spearman} over {_compared(found, early_step)}, "
         f"Kendall {found.correlation.kendall}; 90 % intervals."
     )
+    if early_step is not None:
+        says += " Points stand at their last value."
+    elif any(_kind(one) == "stopped by halving" for one in records):
+        says += " Trials stopped by halving stand at their last value and are not in it."
     figure.update_layout(showlegend=True)
     return fragment(
         figure, says=says, x=f"{found.proxy} ({better})", y=metric, height=320, title=found.proxy
     )
+
+
+def _compared(found: ProxyAudit, early_step: int | None) -> str:
+    if early_step is None:
+        return f"{found.num_trials} complete trials"
+    return f"{found.num_trials} trained trials at step {early_step} (none is complete)"
 
 
 def _kind(record: TrialRecord) -> str:
