@@ -87,6 +87,12 @@ def check_paths(
             _check_travels(field, path, tree)
 
 
+def disk_folders(store: str, shared: Sequence[str]) -> list[str]:
+    """Folders of the nodes' disks that a sweep may use: store and shared ones, none in another."""
+    folders = {posixpath.normpath(one) for one in (store, *shared) if "://" not in one}
+    return sorted(one for one in folders if not any(_is_within(one, x) for x in folders - {one}))
+
+
 def _check_text(field: str, text: str, *, roots: Sequence[str]) -> None:
     if masked(text) != text:
         raise ConfigError(

@@ -36,7 +36,7 @@ _PAUSE_S = 1.0
 _EXPLAINED = (JobStatus.PENDING, JobStatus.FAILED)
 _NO_ENVIRONMENT = "RUNTIME_ENV_SETUP_FAILURE"
 _ENVIRONMENTS = {
-    "image_uri": (
+    "container": (
         "--image must run on every node, with podman",
         "Install podman there, or start the cluster's nodes from the image and leave --image out.",
     ),

@@ -22,7 +22,7 @@ from ray.runtime_env import RuntimeEnv
 
 from forge_ray.config import canonical_json, load_config, to_mapping
 from forge_ray.errors import ClusterError, ConfigError
-from forge_ray.launch.job_paths import check_paths, check_store, file_in_tree
+from forge_ray.launch.job_paths import check_paths, check_store, disk_folders, file_in_tree
 from forge_ray.launch.jobs import KIND, Cluster, JobRecord, answering, our_jobs
 from forge_ray.launch.working_tree import WorkingTree, read_tree, write_archive
 from forge_ray.sweep.config import SweepConfig
@@ -59,7 +59,8 @@ class SubmitOptions:
     requirements: Path | None = None
     """File of pinned requirements that the job installs."""
     image: str = ""
-    """Container image that the job's processes run in; it holds the sweep file, nothing is sent."""
+    """Container image that the job's processes run in; it holds the sweep file, nothing is sent. Of
+    the nodes' disks they see the store and the shared folders."""
     env: Sequence[str] = ()
     """KEY=VALUE variables of the job and its workers."""
     driver_cpus: float = 1.0
@@ -270,7 +271,10 @@ def make_runtime_env(options: SubmitOptions) -> dict[str, Any]:
             f"{options.requirements}. Install the packages in the image."
         )
     if options.image:
-        content["image_uri"] = _pinned_image(options.image)
+        content["container"] = {
+            "image": _pinned_image(options.image),
+            "run_options": _mounts(disk_folders(options.store, options.shared)),
+        }
     if options.requirements:
         content["pip"] = read_requirements(options.requirements)
     if options.image or options.requirements:
@@ -311,6 +315,21 @@ def _pinned_image(image: str) -> str:
             f"{name.partition(':')[0]}@sha256:…."
         )
     return image
+
+
+def _mounts(folders: Sequence[str]) -> list[str]:
+    """Options that show a container these folders of its node, under the same paths.
+
+    Ray's newer `image_uri` shows it none: the store would be a layer that goes with each process.
+    """
+    for folder in folders:
+        if ":" in folder:
+            raise ConfigError(
+                f"--store and --shared must hold no ':' with --image, got {folder!r}. Mount the "
+                "disk elsewhere, or start the cluster's nodes from the image."
+            )
+    # Ray joins the words into a line for a shell.
+    return [word for one in folders for word in ("-v", shlex.quote(f"{one}:{one}"))]
 
 
 def read_requirements(path: Path) -> list[str]:

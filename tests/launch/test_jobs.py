@@ -199,7 +199,7 @@ def test_a_cluster_that_stays_away_is_told(monkeypatch) -> None:
     ("asked", "last", "told"),
     [
         ({"pip": {}}, "ERROR: No matching a==2", "--pip .* can install, got No matching a==2. See"),
-        ({"image_uri": "a:1"}, "No such file: 'podman'", "--image .* podman, got No such file"),
+        ({"container": {}}, "No such file: 'podman'", "--image .* podman, got No such file"),
         ({}, "no space left", "every node must .* environment, got no space left"),
     ],
 )

@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
+import logging
 import shlex
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
+from ray._private.runtime_env.context import RuntimeEnvContext
+from ray._private.runtime_env.image_uri import ContainerPlugin
+from ray.runtime_env import RuntimeEnv
 
 from forge_ray.errors import ClusterError, ConfigError
 from forge_ray.launch.jobs import Cluster, JobRecord
@@ -215,7 +220,7 @@ def test_a_refused_job_is_told(root: Path, cluster, error, told) -> None:
 
 
 def environment(**options: Any) -> dict[str, Any]:
-    return make_runtime_env(SubmitOptions(store=STORE, **options))
+    return make_runtime_env(SubmitOptions(**{"store": STORE, **options}))
 
 
 def test_the_default_environment_is_the_clusters() -> None:
@@ -238,8 +243,28 @@ def test_packages_are_pinned(tmp_path: Path) -> None:
 def test_an_image_replaces_the_tree(root: Path, image: str) -> None:
     found = plan(root, image=image)
     assert found.tree is None
-    assert found.runtime_env["image_uri"] == image
+    assert found.runtime_env["container"]["image"] == image
     assert found.runtime_env["config"]["setup_timeout_seconds"] == 1800
+
+
+def test_a_container_sees_the_store_and_the_shared_folders(root: Path) -> None:
+    shared = ("/mnt/raw data", "/shared/store/more")
+    folder = "folder='/mnt/raw data/sweeps'"
+    found = plan(root, folder, image="image:1", store="/shared/store/", shared=shared)
+    plugin, context = ContainerPlugin("/tmp/ray"), RuntimeEnvContext()
+    plugin.worker_path = "worker.py"
+    plugin.modify_context([], RuntimeEnv(**found.runtime_env), context, logging.getLogger("x"))
+    words = shlex.split(context.py_executable)
+    assert words[-1] == "image:1"
+    mounts = {after for word, after in itertools.pairwise(words) if word == "-v"}
+    assert mounts == {
+        *("/tmp/ray:/tmp/ray", "/shared/store:/shared/store", "/mnt/raw data:/mnt/raw data")
+    }
+    # A bucket is no folder; a path that podman would cut in two is refused.
+    bucket = environment(image="image:1", shared=["/mnt/raw"], store="s3://bucket/x")
+    assert bucket["container"]["run_options"] == ["-v", "/mnt/raw:/mnt/raw"]
+    with pytest.raises(ConfigError, match="--store and --shared must hold no ':'"):
+        environment(image="image:1", shared=["/mnt/a:b"])
 
 
 @pytest.mark.parametrize("image", ["image", "image:latest", "host:5000/image"])
