@@ -13,7 +13,7 @@ import re
 import shlex
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from forge_ray.errors import ClusterError, ConfigError
 from forge_ray.launch.job_paths import check_paths, check_store, disk_folders, file_in_tree
 from forge_ray.launch.jobs import KIND, Cluster, JobRecord, answering, our_jobs
 from forge_ray.launch.working_tree import WorkingTree, read_tree, write_archive
+from forge_ray.secrets import masked
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.plan import quasi_random_points
 from forge_ray.sweep.resolve import check_rungs, resolve_point
@@ -38,7 +39,10 @@ _STOPPING = {
     "RAY_JOB_STOP_SIGNAL": "SIGINT",
     "RAY_JOB_STOP_WAIT_TIME_S": "120",
 }
-_SECRET = re.compile(r"(?i)password|passwd|token|secret|credential|(^|_)key($|_)")
+_SECRET = re.compile(
+    r"(?i)password|passwd|passphrase|pwd|token|secret|credential"
+    r"|pass($|_)|(^|_|api|access|private)keys?($|_)"
+)
 _CHECKED_POINTS = 64
 _SETUP_S = 1800
 """Seconds for a node to pull an image, or to copy its Python environment and install packages."""
@@ -123,6 +127,8 @@ def plan_job(file: Path, overrides: Sequence[str], options: SubmitOptions) -> Jo
         ConfigError: The sweep, a path, a requirement or the working tree breaks a rule.
     """
     config = load_config(SweepConfig, path=options.root / file, overrides=overrides)
+    # A slash at its end is the same store, and the same job.
+    options = replace(options, store=options.store.rstrip("/"))
     check_sweep(config, options.store)
     name = file_in_tree(file, options.root)
     tree = None if options.image else read_tree(options.root, exclude=_excludes(options))
@@ -297,9 +303,10 @@ def _variables(items: Sequence[str]) -> dict[str, str]:
         name, equals, value = item.partition("=")
         if not equals or not name.isidentifier():
             raise ConfigError(f"--env must be KEY=VALUE, got {item!r}. Write {name or 'KEY'}=….")
-        if _SECRET.search(name):
+        if _SECRET.search(name) or masked(value) != value:
+            where = name if _SECRET.search(name) else f"a password in the URL of {name}"
             raise ConfigError(
-                f"--env must hold no secret, got {name}: whoever may see jobs sees it. Set it on "
+                f"--env must hold no secret, got {where}: whoever may see jobs sees it. Set it on "
                 "the nodes, or in the pods from a Kubernetes secret."
             )
         found[name] = value

@@ -65,6 +65,7 @@ def test_a_job_is_named_after_the_sweep_and_what_it_means(root: Path) -> None:
     assert plan(root).prefix == first.prefix
     (root / "sweeps" / "s.yaml").write_text(f"# a remark\n{SWEEP}")
     assert plan(root, driver_cpus=0.0).prefix == first.prefix
+    assert plan(root, store=f"{STORE}/").prefix == first.prefix
     others = [plan(root, "num_trials=3"), plan(root, store="/shared/other")]
     assert len({first.prefix, *(one.prefix for one in others)}) == 3
 
@@ -279,11 +280,29 @@ def test_an_image_has_its_packages(tmp_path: Path) -> None:
         environment(image="image:1", requirements=tmp_path / "r.txt")
 
 
-@pytest.mark.parametrize("item", ["MY_PASSWORD=x", "WANDB_API_KEY=x", "AWS_SECRET_ACCESS=x"])
+@pytest.mark.parametrize(
+    "item",
+    [
+        *("MY_PASSWORD=hunter2", "WANDB_API_KEY=hunter2", "AWS_SECRET_ACCESS=hunter2"),
+        *("DB_PWD=hunter2", "OPENAI_APIKEY=hunter2", "MY_PASSPHRASE=hunter2", "SSHPASS=hunter2"),
+        "DATABASE_URL=postgresql://me:hunter2@db/shop",
+        "MLFLOW_TRACKING_URI=https://me:hunter2@tracking",
+        "ENDPOINT=https://host/?token=hunter2",
+    ],
+)
 def test_no_secret_goes_into_a_job(item: str) -> None:
     with pytest.raises(ConfigError, match="--env must hold no secret") as raised:
         environment(env=[item])
-    assert "=x" not in str(raised.value)
+    assert "hunter2" not in str(raised.value)
+    assert item.partition("=")[0] in str(raised.value)
+
+
+@pytest.mark.parametrize(
+    "item", ["MLFLOW_TRACKING_URI=https://tracking", "PGPASSFILE=/etc/pgpass", "KEYBOARD=de"]
+)
+def test_what_holds_no_secret_goes(item: str) -> None:
+    name, _, value = item.partition("=")
+    assert environment(env=[item])["env_vars"][name] == value
 
 
 def test_variables_have_a_name_and_a_value() -> None:
