@@ -25,7 +25,10 @@ ALWAYS_LEFT_OUT = (
     *(".mypy_cache/", ".ruff_cache/", ".pytest_cache/", ".hypothesis/", ".ipynb_checkpoints/"),
     *("/forge-store/", "/forge-runs/", "/recommendations/"),
     # What holds passwords: whoever may read jobs may read their files.
-    *(".env", ".env.*", ".netrc", ".pgpass", "*.pem", "id_rsa", "id_ed25519", ".aws/", ".kube/"),
+    *(".env", ".env.*", ".netrc", ".pgpass", ".pypirc", ".npmrc", ".git-credentials"),
+    *("*.pem", "*.key", "*.p12", "*.pfx", "id_rsa", "id_dsa", "id_ecdsa", "id_ed25519"),
+    *(".ssh/", ".gnupg/", ".aws/", ".azure/", ".kube/", ".docker/", ".ray/", "**/.config/gcloud/"),
+    "application_default_credentials.json",
 )
 _NAMED = 5
 _EPOCH = (1980, 1, 1, 0, 0, 0)
@@ -62,11 +65,11 @@ def read_tree(root: Path, *, exclude: Sequence[str] = ()) -> WorkingTree:
         exclude: More patterns, spelled as in `.gitignore`.
 
     Raises:
-        ConfigError: A link leads out of the folder, or the files are more than `MAX_BYTES`.
+        ConfigError: A link leads out of the folder or in a circle, or the files are more than
+            `MAX_BYTES`.
     """
     root = root.resolve()
-    own = GitIgnoreSpec.from_lines([*ALWAYS_LEFT_OUT, *exclude])
-    files = _walk(root, root, [], own)
+    files = _walk(root, root, _Rules(root, exclude), (root,))
     tree = WorkingTree(root=root, sizes=dict(sorted(files)))
     _check_size(tree)
     return tree
@@ -89,53 +92,85 @@ def write_archive(tree: WorkingTree, path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
-_Specs = list[tuple[Path, GitIgnoreSpec]]
+class _Rules:
+    """What stays here: `ALWAYS_LEFT_OUT`, and ignore files as git reads them.
+
+    Those count that lie between a path and the top of its repository; the nearest has the last
+    word.
+    """
+
+    def __init__(self, root: Path, exclude: Sequence[str]) -> None:
+        self._root = root
+        self._own = GitIgnoreSpec.from_lines([*ALWAYS_LEFT_OUT, *exclude])
+        self._top = next((x for x in (root, *root.parents) if (x / ".git").exists()), root)
+        self._read: dict[Path, list[tuple[Path, GitIgnoreSpec]]] = {}
+
+    def leave_out(self, path: Path, *, is_folder: bool) -> bool:
+        """Whether a path stays here whose folder travels."""
+        end = "/" if is_folder else ""
+        if self._own.match_file(path.relative_to(self._root).as_posix() + end):
+            return True
+        for base, spec in reversed(self._specs(path.parent)):
+            verdict = spec.check_file(path.relative_to(base).as_posix() + end).include
+            if verdict is not None:
+                return verdict
+        return False
+
+    def leave_out_below(self, path: Path, *, is_folder: bool) -> bool:
+        """Whether a path stays here, by itself or with a folder around it."""
+        if path == self._root:
+            return False
+        return self.leave_out(path, is_folder=is_folder) or self.leave_out_below(
+            path.parent, is_folder=True
+        )
+
+    def _specs(self, folder: Path) -> list[tuple[Path, GitIgnoreSpec]]:
+        if folder not in self._read:
+            above = [] if folder == self._top else self._specs(folder.parent)
+            files = [folder / name for name in IGNORE_FILES if (folder / name).is_file()]
+            texts = [one.read_text(encoding="utf-8").splitlines() for one in files]
+            own = [(folder, GitIgnoreSpec.from_lines(lines)) for lines in texts]
+            self._read[folder] = [*above, *own]
+        return self._read[folder]
 
 
-def _walk(root: Path, folder: Path, specs: _Specs, own: GitIgnoreSpec) -> Iterator[tuple[str, int]]:
-    for name in IGNORE_FILES:
-        if (folder / name).is_file():
-            lines = (folder / name).read_text(encoding="utf-8").splitlines()
-            specs = [*specs, (folder, GitIgnoreSpec.from_lines(lines))]
+def _walk(
+    folder: Path, root: Path, rules: _Rules, around: tuple[Path, ...]
+) -> Iterator[tuple[str, int]]:
+    """Files below a folder; `around` are the real folders of the way there, its own the last."""
     for entry in os.scandir(folder):
         path = Path(entry.path)
+        if entry.is_symlink() and not path.exists():
+            continue  # one that leads nowhere does not travel
         is_folder = entry.is_dir()
-        if _is_ignored(path, root, specs, own, is_folder=is_folder):
+        if rules.leave_out(path, is_folder=is_folder):
             continue
-        if entry.is_symlink() and path.exists():  # one that leads nowhere does not travel
-            _check_link(path, root)
+        real = path.resolve() if entry.is_symlink() else around[-1] / entry.name
+        _check_inside(path, real, root)
+        # What stays here stays here under another name too.
+        if real != path and rules.leave_out_below(real, is_folder=is_folder):
+            continue
         if is_folder:
-            yield from _walk(root, path, specs, own)
+            if entry.is_symlink():
+                _check_circle(path, real, root, around)
+            yield from _walk(path, root, rules, (*around, real))
         elif entry.is_file():
             yield path.relative_to(root).as_posix(), entry.stat().st_size
 
 
-def _is_ignored(
-    path: Path, root: Path, specs: _Specs, own: GitIgnoreSpec, *, is_folder: bool
-) -> bool:
-    end = "/" if is_folder else ""
-    if own.match_file(path.relative_to(root).as_posix() + end):
-        return True
-    # As in git, the file nearest to the path has the last word.
-    for base, spec in reversed(specs):
-        verdict = spec.check_file(path.relative_to(base).as_posix() + end).include
-        if verdict is not None:
-            return verdict
-    return False
-
-
-def _check_link(path: Path, root: Path) -> None:
-    target = path.resolve()
-    name = path.relative_to(root)
-    if not target.is_relative_to(root):
+def _check_inside(path: Path, real: Path, root: Path) -> None:
+    if not real.is_relative_to(root):
         raise ConfigError(
-            f"{name} must stay inside {root} to be sent, got a link to {target}. Copy the file, "
-            "or leave it out with --exclude."
+            f"{path.relative_to(root)} must stay inside {root} to be sent, got a link to {real}. "
+            "Copy the file, or leave it out with --exclude."
         )
-    if path.is_dir() and path.parent.resolve().is_relative_to(target):
+
+
+def _check_circle(path: Path, real: Path, root: Path, around: tuple[Path, ...]) -> None:
+    if any(one.is_relative_to(real) for one in around):
         raise ConfigError(
-            f"{name} must not lead to a folder around it, got {target}. Leave it out with "
-            "--exclude."
+            f"{path.relative_to(root)} must not lead to a folder around it, got {real}. Leave it "
+            "out with --exclude."
         )
 
 

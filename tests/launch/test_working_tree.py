@@ -50,6 +50,9 @@ def test_what_git_ignores_stays_here(tmp_path: Path) -> None:
             "a/__pycache__/b",
         ),
         *(".env", "deploy/.env.prod", "certs/key.pem", ".netrc", "a.pyc"),
+        *(".ssh/config", "keys/id_ecdsa", "id_dsa", "tls/server.key", ".git-credentials"),
+        *("home/.pypirc", ".npmrc", ".docker/config.json", ".ray/auth_token"),
+        *("home/.config/gcloud/access_tokens.db", ".aws/credentials"),
     ],
 )
 def test_some_things_never_travel(tmp_path: Path, name: str) -> None:
@@ -81,6 +84,38 @@ def test_links_may_not_lead_out(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"^leak must stay inside"):
         read_tree(root)
     assert "leak" not in read_tree(root, exclude=["leak"]).sizes
+
+
+def test_links_do_not_take_along_what_stays_here(tmp_path: Path) -> None:
+    make(tmp_path, {".env": "x", "real/kept.py": "x", "real/deep/secret": "x", "out/a": "x"})
+    make(tmp_path, {".gitignore": "/out/\n/real/deep/secret\n"})
+    (tmp_path / "settings").symlink_to(tmp_path / ".env")
+    (tmp_path / "twice").symlink_to("settings")
+    (tmp_path / "again").symlink_to("real")
+    (tmp_path / "results").symlink_to("out")
+    (tmp_path / "result").symlink_to("out/a")
+    assert list(read_tree(tmp_path).sizes) == [".gitignore", "again/kept.py", "real/kept.py"]
+
+
+def test_ignore_files_above_count_up_to_the_repository(tmp_path: Path) -> None:
+    root = tmp_path / "repository" / "part"
+    make(root, {"a.py": "x", "b.log": "x", "keys/x": "x"})
+    make(tmp_path, {".gitignore": "*.py\n", "repository/.gitignore": "*.log\n/part/keys/\n"})
+    assert len(read_tree(root).sizes) == 3
+    subprocess.run(["git", "-C", str(root.parent), "init", "-q"], check=True)
+    assert list(read_tree(root).sizes) == ["a.py"]
+
+
+def test_links_of_two_folders_to_each_other_are_told(tmp_path: Path) -> None:
+    make(tmp_path, {"a/x": "1", "c/y": "2"})
+    (tmp_path / "a" / "b").symlink_to("../c")
+    assert list(read_tree(tmp_path).sizes) == ["a/b/y", "a/x", "c/y"]
+    (tmp_path / "c" / "d").symlink_to("../a")
+    with pytest.raises(ConfigError, match=r"(a/b/d|c/d/b) must not lead to a folder around it"):
+        read_tree(tmp_path)
+    (tmp_path / "c" / "d").unlink()
+    (tmp_path / "round").symlink_to("round")
+    assert "round" not in read_tree(tmp_path).sizes
 
 
 @pytest.mark.parametrize("target", [".", "real"])
