@@ -30,7 +30,7 @@ from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 from ray.core.generated.gcs_pb2 import GcsNodeInfo
 from ray.exceptions import AuthenticationError, RpcError
 
-from forge_ray.errors import ConfigError, ForgeError, StorageError
+from forge_ray.errors import ClusterError, ConfigError, ForgeError
 
 logger = logging.getLogger(__name__)
 
@@ -40,6 +40,10 @@ GCP_NOTICE_S = 30
 """Seconds that Google leaves between its notice and the end."""
 POLL_S = 2.0
 """Seconds between two looks for a notice."""
+SILENCE_S = 300.0
+"""Seconds without an answer of the cluster after which it counts as gone."""
+_ANSWER_S = 10.0
+"""How long the cluster may take for one answer: meanwhile nobody looks for a notice."""
 _LOOK_AT_RAY = 15
 """Looks for a notice between two looks whether the node is still there."""
 _REASON = "its machine is taken away"
@@ -57,8 +61,11 @@ class ThisNode:
     """
 
     node_id: str
+    _silent_since: float | None
+    """When the cluster was first asked in vain; None where it answered last."""
 
     def __init__(self, address: str | None = None) -> None:
+        self._silent_since = None
         try:
             found = services.canonicalize_bootstrap_address_or_die(address)
             # Ray tries for 40 seconds; a pod whose head is gone has no more than that.
@@ -90,36 +97,59 @@ class ThisNode:
             "Run this where `ray start` ran."
         )
 
-    def _alive(self) -> dict[str, Any]:
-        nodes = self._gcs.get_all_node_info().items()
+    def _alive(self, timeout_s: float | None = None) -> dict[str, Any]:
+        nodes = self._gcs.get_all_node_info(timeout=timeout_s).items()
         return {one.hex(): node for one, node in nodes if node.state == GcsNodeInfo.ALIVE}
 
-    def is_alive(self) -> bool:
-        """Whether the cluster still counts this node."""
-        return self.node_id in self._alive()
+    def has_left(self) -> bool:
+        """Whether Ray has left this node: the cluster says so, or said nothing for `SILENCE_S`."""
+        try:
+            is_alive = self.node_id in self._alive(_ANSWER_S)
+        except RpcError as error:
+            now = time.monotonic()
+            if self._silent_since is None:
+                self._silent_since = now
+                logger.warning("the cluster does not answer (%s); asking again", error)
+            return now - self._silent_since >= SILENCE_S
+        self._silent_since = None
+        return not is_alive
 
     def drain(self, seconds: float) -> None:
-        """Tells the cluster that this node goes in so many seconds.
+        """Tells the cluster that this node goes in so many seconds; asks until then.
 
         Raises:
-            StorageError: The cluster refused.
+            ClusterError: The cluster refused, or did not answer in time.
         """
-        deadline_ms = int((time.time() + seconds) * 1000)
-        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
-        is_accepted, why = self._gcs.drain_node(self.node_id, reason, _REASON, deadline_ms)
-        if not is_accepted:
-            raise StorageError(f"the cluster must accept the drain, got: {why}. It stays as it is.")
+        deadline = time.time() + seconds
+        while (error := self._try_to_drain(deadline)) is not None:
+            left = deadline - time.time()
+            if left <= 0:
+                raise ClusterError(
+                    f"the cluster must answer until this node goes, got: {error}. Trainings here "
+                    "continue from their last checkpoint, elsewhere."
+                ) from error
+            logger.warning("the cluster did not hear of the drain (%s); telling it again", error)
+            time.sleep(min(1.0, left))
         logger.info("node %s drains: %.0f seconds to save and move", self.node_id, seconds)
+
+    def _try_to_drain(self, deadline: float) -> RpcError | None:
+        """Why the cluster did not hear it; None where it did."""
+        reason = DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION")
+        try:
+            is_accepted, why = self._gcs.drain_node(
+                self.node_id, reason, _REASON, int(deadline * 1000), timeout=_ANSWER_S
+            )
+        except RpcError as error:
+            return error
+        if not is_accepted:
+            raise ClusterError(f"the cluster must accept the drain, got: {why}. It stays as it is.")
+        return None
 
     def wait_until_gone(self, seconds: float) -> bool:
         """Waits until Ray has left this node, or the time is over; returns whether it left."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
-            try:
-                if not self.is_alive():
-                    return True
-            except RpcError:
-                # No head, nothing to wait for.
+            if self.has_left():
                 return True
             time.sleep(min(1.0, max(0.0, deadline - time.monotonic())))
         return False
@@ -174,7 +204,7 @@ def watch(node: ThisNode, notice: Notice, *, poll_s: float = POLL_S) -> bool:
             node.drain(left)
             return True
         looks += 1
-        if looks % _LOOK_AT_RAY == 0 and node.wait_until_gone(poll_s):
+        if looks % _LOOK_AT_RAY == 0 and node.has_left():
             return False
         time.sleep(poll_s)
 

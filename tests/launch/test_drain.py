@@ -9,14 +9,16 @@ import secrets
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from datetime import datetime, timedelta, timezone
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
-from ray.exceptions import AuthenticationError
+from ray.core.generated.gcs_pb2 import GcsNodeInfo
+from ray.exceptions import AuthenticationError, RpcError
 
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ClusterError, ConfigError
 from forge_ray.launch import drain
 from forge_ray.launch.drain import ThisNode, aws_notice, gcp_notice, watch
 
@@ -85,7 +87,7 @@ class Recorder:
     def drain(self, seconds: float) -> None:
         self.drained.append(seconds)
 
-    def wait_until_gone(self, seconds: float) -> bool:
+    def has_left(self) -> bool:
         return self._leaves
 
 
@@ -128,6 +130,86 @@ def test_a_wrong_token_is_said(
     address = metadata[0].removeprefix("http://")
     with pytest.raises(ConfigError, match=f"the token must be that of the cluster at {address}"):
         ThisNode(address)
+
+
+class Gcs:
+    """A cluster of one node, whose next answers `says` holds: an error or nothing."""
+
+    def __init__(self) -> None:
+        self.says: list[RpcError | None] = []
+        self.state = GcsNodeInfo.ALIVE
+        self.why = ""
+        self.deadlines: list[int] = []
+
+    def _answer(self) -> None:
+        error = self.says.pop(0) if self.says else None
+        if error is not None:
+            raise error
+
+    def get_all_node_info(self, timeout: float | None = None) -> dict[bytes, GcsNodeInfo]:
+        self._answer()
+        return {b"node": GcsNodeInfo(state=self.state, instance_id="machine")}
+
+    def drain_node(
+        self, node: str, reason: int, text: str, deadline_ms: int, *, timeout: float
+    ) -> tuple[bool, str]:
+        self._answer()
+        self.deadlines.append(deadline_ms)
+        return not self.why, self.why
+
+
+@pytest.fixture
+def gcs(metadata: tuple[str, dict[str, str]], monkeypatch: pytest.MonkeyPatch) -> Gcs:
+    gcs = Gcs()
+    monkeypatch.setattr(drain, "GcsClient", lambda address: gcs)
+    monkeypatch.setattr(drain.services, "canonicalize_bootstrap_address_or_die", lambda one: one)
+    monkeypatch.setattr(drain.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("RAY_CLOUD_INSTANCE_ID", "machine")
+    monkeypatch.setenv("RAY_ADDRESS", metadata[0].removeprefix("http://"))
+    return gcs
+
+
+def this_node() -> ThisNode:
+    return ThisNode(os.environ["RAY_ADDRESS"])
+
+
+SILENCE = RpcError("deadline exceeded")
+
+
+def test_a_cluster_that_is_silent_for_a_while_is_not_gone(
+    gcs: Gcs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    node = this_node()
+    gcs.says = [SILENCE, SILENCE]
+    assert [node.has_left() for _ in range(3)] == [False] * 3
+    monkeypatch.setattr(drain, "SILENCE_S", 0.0)
+    gcs.says = [SILENCE]
+    assert node.has_left()
+    gcs.state = GcsNodeInfo.DEAD
+    assert node.has_left()
+
+
+def test_the_watch_outlasts_a_silent_cluster_and_tells_it_of_the_notice(gcs: Gcs) -> None:
+    node = this_node()
+    said: list[float | None] = [*[None] * 40, 60.0]
+    gcs.says = [SILENCE] * 4  # two looks at the node, two drains
+    started = time.time()
+    assert watch(node, lambda: said.pop(0))
+    assert not gcs.says
+    (deadline_ms,) = gcs.deadlines
+    # What was lost in asking again is not added to the time that is left.
+    assert started - 0.001 <= deadline_ms / 1000 - 60 <= time.time()
+
+
+def test_a_drain_that_nobody_hears_or_that_is_refused_is_said(gcs: Gcs) -> None:
+    node = this_node()
+    gcs.says = [SILENCE]
+    with pytest.raises(ClusterError, match="must answer until this node goes, got: deadline"):
+        node.drain(0)
+    gcs.why = "no such node"
+    with pytest.raises(ClusterError, match="must accept the drain, got: no such node"):
+        node.drain(10)
+    assert drain.main(["--seconds", "1", "--address", os.environ["RAY_ADDRESS"]]) == 2
 
 
 @pytest.mark.slow
