@@ -70,12 +70,14 @@ class Settings:
         codebook_sizes: codes of each level.
         newest_first: whether the histories of sequence files begin with the latest item.
         files: names of the files, in the order of their numbers.
+        block_bytes: of text files, read at a time; progress is counted in such blocks.
     """
 
     version: str
     codebook_sizes: tuple[int, ...]
     newest_first: bool
     files: tuple[str, ...]
+    block_bytes: int = 8 * 2**20  # of folders that do not say
 
     @property
     def reading(self) -> Reading:

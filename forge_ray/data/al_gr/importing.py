@@ -29,11 +29,11 @@ from forge_ray.data.al_gr.folder import (
 )
 from forge_ray.data.al_gr.layouts import Layout, find_layout
 from forge_ray.data.al_gr.sid_text import SidFormat
-from forge_ray.data.al_gr.text_files import Batch, read_text
+from forge_ray.data.al_gr.text_files import BLOCK_BYTES, Batch, read_text
 from forge_ray.data.importers import RawFile, fingerprint
 from forge_ray.errors import ConfigError, DataError
 
-SHARD_BATCHES = 16
+SHARD_BATCHES = 64
 _DONE = pa.schema({"number": pa.int64()})
 _PARTS = {
     "gr": "gr",
@@ -201,6 +201,7 @@ def _join(folder: AlGrFolder, config: AlGrImportConfig, source: _Source) -> Sett
         codebook_sizes=tuple(config.codebook_sizes),
         newest_first=config.newest_first,
         files=tuple(source.records),
+        block_bytes=BLOCK_BYTES,
     )
     before = folder.settings()
     if before is None:
@@ -214,7 +215,7 @@ def _join(folder: AlGrFolder, config: AlGrImportConfig, source: _Source) -> Sett
                 f"{name} must be {old} as that of the files in {folder.root}, got {new}. "
                 "Import into another folder: SIDs of two kinds do not mix."
             )
-    joined = replace(ours, files=tuple(dict.fromkeys([*before.files, *ours.files])))
+    joined = replace(before, files=tuple(dict.fromkeys([*before.files, *ours.files])))
     folder.save(joined)
     return joined
 
@@ -270,6 +271,7 @@ def _read(
             settings.reading,
             name=record.name,
             skip=record.batches,
+            block_bytes=settings.block_bytes,
             part=_PARTS[layout.kind],
         )
     except pa.ArrowInvalid as error:

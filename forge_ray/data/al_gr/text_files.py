@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from forge_ray.data.al_gr.layouts import Layout
 from forge_ray.data.al_gr.rows import Reading, Rows, decode, settle
 
-BLOCK_BYTES = 8 * 2**20
+# Arrow reads up to 32 blocks ahead: 64 MiB of a file, however fast they are taken.
+BLOCK_BYTES = 2 * 2**20
 _LINE = "line"
 REJECTS_SCHEMA = pa.schema(
     {
@@ -80,7 +81,14 @@ class _Lines:
 
 
 def read_text(
-    source: Any, layout: Layout, reading: Reading, *, name: str, skip: int = 0, part: str
+    source: Any,
+    layout: Layout,
+    reading: Reading,
+    *,
+    name: str,
+    block_bytes: int,
+    skip: int = 0,
+    part: str,
 ) -> Iterator[Batch]:
     """Stream a file's rows.
 
@@ -89,11 +97,12 @@ def read_text(
         layout: of the file; settled on the first rows unless it is already.
         reading: what the file does not say.
         name: the file's, for rejects.
+        block_bytes: read at a time. A batch is a block, so passing over some needs the same size.
         skip: batches to pass over, as taken before.
         part: where the rows go.
     """
     lines = _Lines(has_header=bool(layout.columns))
-    for number, batch in enumerate(_open(source, layout, lines)):
+    for number, batch in enumerate(_open(source, layout, lines, block_bytes)):
         # A layout depends on the first rows alone, so a resumed reading needs them again.
         texts, not_utf8 = _texts(batch)
         if number == 0:
@@ -110,7 +119,7 @@ def read_text(
         yield Batch(layout, part, pa.table({}), _rejects(name, [], None, [], gone, layout))
 
 
-def _open(source: Any, layout: Layout, lines: _Lines) -> Iterator[pa.RecordBatch]:
+def _open(source: Any, layout: Layout, lines: _Lines, block_bytes: int) -> Iterator[pa.RecordBatch]:
     names = list(layout.columns) or [_LINE]
     parse = pacsv.ParseOptions(
         delimiter=layout.delimiter,
@@ -121,7 +130,7 @@ def _open(source: Any, layout: Layout, lines: _Lines) -> Iterator[pa.RecordBatch
     )
     # One thread: only then does Arrow number the lines that it drops.
     read = pacsv.ReadOptions(
-        block_size=BLOCK_BYTES,
+        block_size=block_bytes,
         use_threads=False,
         column_names=names,
         skip_rows=1 if layout.columns else 0,

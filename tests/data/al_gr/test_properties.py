@@ -106,7 +106,8 @@ def test_lines_that_are_kept_come_back_and_the_rest_is_listed(
     fields = [pa.array(column) for column in zip(*(r[: len(columns)] for r in rows), strict=True)]
     lines = spell_lines(fields, layout) if columns else pa.array(["||$$||".join(r) for r in rows])
     raw = header_line(layout) + joined(lines, layout)
-    (batch,) = read_text(io.BytesIO(raw), layout, READING, name="f", part="p")
+    batches = read_text(io.BytesIO(raw), layout, READING, name="f", block_bytes=1 << 20, part="p")
+    (batch,) = batches
     kept = spell_lines(encode(batch.layout, batch.table, READING), layout).to_pylist()
     gone = {row["row"]: row["text"] for row in batch.rejects.to_pylist()}
     rest = iter(kept)

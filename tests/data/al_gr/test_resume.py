@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from forge_ray.artifacts import open_filesystem
-from forge_ray.data.al_gr import exporting, importing, text_files
+from forge_ray.data.al_gr import exporting, importing
 from forge_ray.data.al_gr.folder import AlGrFolder
 from forge_ray.data.al_gr.importing import AlGrImportConfig
 from forge_ray.data.al_gr.target import Target
@@ -26,7 +26,7 @@ class CutOffError(Exception):
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_files, "BLOCK_BYTES", 4096)
+    monkeypatch.setattr(importing, "BLOCK_BYTES", 4096)
     monkeypatch.setattr(importing, "SHARD_BATCHES", 3)
 
 
@@ -61,6 +61,8 @@ def test_an_import_goes_on_where_it_was_cut_off(
 ) -> None:
     import_one(start(raw, tmp_path / "whole"))
     arguments = start(raw, tmp_path / "cut")
+    # A folder goes on with the blocks that its progress was counted in.
+    monkeypatch.setattr(importing, "BLOCK_BYTES", 1 << 20)
     read = importing.read_text
 
     def cut_off(*args: Any, **options: Any) -> Iterator[Batch]:
