@@ -158,7 +158,11 @@ def evidence_of(designs: Sequence[TrialRecord], *, metric: str, max_steps: int) 
 
 
 def _design(record: TrialRecord, metric: str, max_steps: int, whole: float) -> Design:
-    curve = {int(row["global_step"]): float(row[metric]) for row in record.history}
+    curve = {
+        int(row["global_step"]): float(row[metric])
+        for row in record.history
+        if row.get(metric) is not None  # it was no number
+    }
     return Design(
         key=record.key,
         proxies=record.proxies,

@@ -164,6 +164,9 @@ class SweepRecords:
     """How the latest session ended at its budget; see `forge_ray.sweep.budget.BudgetState`."""
     dashboard: str = ""
     """Where the Ray of the latest session serves its dashboard; empty where it serves none."""
+    id: str = ""
+    """Random name of the sweep, by which its studies in a shared storage are known to be its own;
+    empty before its first session."""
 
     def finished(self) -> list[TrialRecord]:
         """Trials that need no further work."""
@@ -261,6 +264,7 @@ class Fold:
         self._environment: dict[str, Any] = {}
         self._command: tuple[str, ...] = ()
         self._stopped: dict[str, Any] | None = None
+        self._id = ""
 
     def add(self, event: Mapping[str, Any]) -> None:
         """Applies one event."""
@@ -273,6 +277,7 @@ class Fold:
             self._environment = dict(event.get("environment") or {})
             self._command = tuple(event.get("command") or ())
             self._stopped = None
+            self._id = str(event.get("id") or self._id)
         elif kind == "budget":
             self._stopped = {name: event[name] for name in ("reason", "next", "left")}
         elif kind == "alive":
@@ -313,6 +318,7 @@ class Fold:
             command=self._command,
             dashboard=self._dashboard,
             stopped=self._stopped,
+            id=self._id,
         )
 
 

@@ -12,11 +12,13 @@ import itertools
 import json
 import logging
 import os
+import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import ray
 from optuna.storages import BaseStorage
@@ -63,6 +65,9 @@ from forge_ray.sweep.scheduler import GateScheduler
 from forge_ray.sweep.searcher import PrunedAwareOptunaSearch, Resolved, TrialSource
 from forge_ray.sweep.space import Point, Space, label_point, parse_space
 from forge_ray.sweep.study import (
+    Owner,
+    adopt_studies,
+    check_owner,
     close_unfinished,
     copy_finished,
     make_sampler,
@@ -214,18 +219,22 @@ def _run_session(job: SweepJob, planned: Planned) -> RunOutcome:
     config, ledger = job.config, job.ledger
     records, source = planned.records, planned.source
     room = room_of(job, planned)
+    storage = open_storage(config.storage, job.folder)
+    owner = _owner(job, records)
+    if config.storage:  # a file in the sweep's folder is nobody else's
+        check_owner(storage, config.name, owner)
     # Every point resolved. Written earlier, a mistake would become the sweep's identity.
     _write_claim(job, planned.meaning, planned.plan)
     _announce(job, planned)
     ledger.append(
         "session",
+        id=owner.id,
         space=config.space,
         remaining=source.remaining,
         dashboard=_ray_dashboard(),
         environment=describe_environment(),
         command=masked_words(job.command),
     )
-    storage = open_storage(config.storage, job.folder)
     closed = close_unfinished(storage, config.name, records.trials)
     if closed:
         logger.info("closed %d Optuna trials that a dead driver left running", closed)
@@ -250,6 +259,10 @@ def _run_session(job: SweepJob, planned: Planned) -> RunOutcome:
     if watch.reason and not is_complete:
         ledger.append("budget", **stop_event(watch, planned.estimator, cut, source))
     return RunOutcome(records=ledger.read(), is_complete=is_complete)
+
+
+def _owner(job: SweepJob, records: SweepRecords) -> Owner:
+    return Owner(id=records.id or uuid4().hex, folder=str(job.folder), host=platform.node())
 
 
 def room_of(job: SweepJob, planned: Planned) -> Room:
@@ -325,6 +338,7 @@ def _search(
         prices=config.budget.prices,
         admits=watch.admits,
     )
+    adopt_studies(storage, config.name, _owner(job, watch.records))
     copy_finished(
         searcher.study,
         space,

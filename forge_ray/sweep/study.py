@@ -12,6 +12,7 @@ import math
 import re
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,9 @@ from forge_ray.sweep.space import Point, Space
 KEY = "trial_key"
 """Optuna user attribute that holds the trial key."""
 
+OWNER = "sweep"
+"""Optuna user attribute of a study that tells whose it is; see `Owner`."""
+
 _PAUSE_S = 1.0
 POPULATION = 16
 """Trials of a generation of `nsga2`: Optuna's 50 would be the whole of most sweeps."""
@@ -44,6 +48,21 @@ _STATES = {
     "pruned": TrialState.PRUNED,
     "failed": TrialState.FAIL,
 }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """Whose a study is: two stores may each hold a sweep of one name.
+
+    Attributes:
+        id: `SweepRecords.id`; it decides, and stays where a folder is moved.
+        folder: The sweep's folder, for people.
+        host: The machine of its driver, for people.
+    """
+
+    id: str
+    folder: str
+    host: str
 
 
 def open_storage(url: str, folder: Path) -> BaseStorage:
@@ -135,16 +154,45 @@ def close_unfinished(storage: BaseStorage, sweep: str, records: Mapping[str, Tri
     any other is a FAIL.
     """
     closed = 0
-    for name in optuna.get_all_study_names(storage):
-        # Not merely a prefix: a storage may hold the sweeps `a` and `a-b`.
-        if not re.fullmatch(rf"{re.escape(sweep)}-[0-9a-f]{{8}}", name):
-            continue
-        study = optuna.load_study(study_name=name, storage=storage)
+    for study in _studies(storage, sweep):
         for trial in study.get_trials(states=(TrialState.RUNNING, TrialState.WAITING)):
             record = records.get(str(trial.user_attrs.get(KEY, "")))
             _close(storage, trial, record, num_objectives=len(study.directions))
             closed += 1
     return closed
+
+
+def check_owner(storage: BaseStorage, sweep: str, owner: Owner) -> None:
+    """Refuses a storage that holds studies of another sweep of the same name.
+
+    Raises:
+        ConfigError: See above. Each would close the other's running trials as failed.
+    """
+    for study in _studies(storage, sweep):
+        other = study.user_attrs.get(OWNER)
+        if other is not None and other["id"] != owner.id:
+            raise ConfigError(
+                f"name must be the only {sweep!r} of its storage, got one that runs from "
+                f"{other['folder']} on {other['host']} beside this one, {owner.folder}. Set "
+                "another name; if that sweep is gone for good, delete its study "
+                f"{study.study_name}."
+            )
+
+
+def adopt_studies(storage: BaseStorage, sweep: str, owner: Owner) -> None:
+    """Notes the owner on the sweep's studies that tell none: new ones, and of earlier versions."""
+    for study in _studies(storage, sweep):
+        if OWNER not in study.user_attrs:
+            study.set_user_attr(OWNER, asdict(owner))
+
+
+def _studies(storage: BaseStorage, sweep: str) -> list[optuna.Study]:
+    # Not merely a prefix: a storage may hold the sweeps `a` and `a-b`.
+    return [
+        optuna.load_study(study_name=name, storage=storage)
+        for name in optuna.get_all_study_names(storage)
+        if re.fullmatch(rf"{re.escape(sweep)}-[0-9a-f]{{8}}", name)
+    ]
 
 
 def begin_trial(
@@ -243,7 +291,12 @@ def _frozen(
     cost_usd: float,
 ) -> FrozenTrial:
     params, distributions = _optuna_params(space, record.point)
-    steps = {int(row["global_step"]): float(row[metric]) for row in record.history if metric in row}
+    # A row whose metric was no number stands in the ledger as null.
+    steps = {
+        int(row["global_step"]): float(row[metric])
+        for row in record.history
+        if row.get(metric) is not None
+    }
     return optuna.trial.create_trial(
         state=_STATES[record.state],
         values=values,

@@ -10,11 +10,21 @@ import optuna
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
+from forge_ray.errors import ConfigError
 from forge_ray.sweep.ledger import Ledger
 from forge_ray.sweep.prices import Prices
 from forge_ray.sweep.searcher import PrunedAwareOptunaSearch, TrialSource
 from forge_ray.sweep.space import parse_space
-from forge_ray.sweep.study import KEY, close_unfinished, make_sampler, open_storage, study_name
+from forge_ray.sweep.study import (
+    KEY,
+    Owner,
+    adopt_studies,
+    check_owner,
+    close_unfinished,
+    make_sampler,
+    open_storage,
+    study_name,
+)
 from tests.sweep.stubs import stub_resolve
 
 METRIC = "ItemNDCG@10"
@@ -90,6 +100,19 @@ class StorageContract:
         assert close_unfinished(open_storage(url, tmp_path), "a", {}) == 1
         states = {name: admitted(load(name, url, tmp_path))[0].state for name in searches}
         assert states == {"a": TrialState.FAIL, "a-b": TrialState.RUNNING}
+
+    def test_two_sweeps_of_one_name_are_told_apart(self, url: str, tmp_path: Path) -> None:
+        mine = Owner(id="1", folder="/mine", host="here")
+        other = Owner(id="2", folder="/other", host="there")
+        storage = open_storage(url, tmp_path)
+        make("a", url, tmp_path / "a")
+        check_owner(storage, "a", other)  # made by a version that noted none
+        adopt_studies(storage, "a", mine)
+        adopt_studies(storage, "a", other)
+        check_owner(storage, "a", mine)
+        check_owner(storage, "a-b", other)
+        with pytest.raises(ConfigError, match=r"from /mine on here beside this one, /other\. Set"):
+            check_owner(storage, "a", other)
 
     @pytest.mark.parametrize("kind", ["tpe", "gp", "nsga2"])
     def test_samplers_learn_from_it(self, kind: str, url: str, tmp_path: Path) -> None:

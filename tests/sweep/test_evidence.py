@@ -67,3 +67,9 @@ def test_costs_are_full_trainings() -> None:
     assert one.proxy_cost == pytest.approx(3.0 / 34.0)
     assert (one.final, one.error) == (0.05, 0.001)
     assert one.curve == {10: 0.025, 20: 0.05}
+
+
+def test_a_row_without_a_number_is_no_point_of_the_curve() -> None:
+    history = [{"global_step": 10, METRIC: None}, {"global_step": 20, METRIC: 0.05}]
+    evidence = evidence_of([design(0, 0.05, history=history)], metric=METRIC, max_steps=20)
+    assert evidence.designs[0].curve == {20: 0.05}

@@ -337,6 +337,21 @@ def test_another_identity_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.ray
+def test_a_second_sweep_of_one_name_on_one_storage_is_refused(
+    ray_local, tmp_path: Path, monkeypatch
+) -> None:
+    monkeypatch.setattr(runner, "_fit", lambda *_, **__: None)
+    shared = dataclasses.replace(CONFIG, storage=f"sqlite:///{tmp_path / 'shared.db'}")
+    first = run(tmp_path / "first", shared)
+    with pytest.raises(ConfigError, match=r"name must be the only 'stub' of its storage"):
+        run(tmp_path / "second", shared)
+    assert not list(tmp_path.glob("second/*"))
+    # Its own it knows again, also from another place.
+    (tmp_path / "first").rename(tmp_path / "moved")
+    assert run(tmp_path / "moved", shared).id == first.id
+
+
+@pytest.mark.ray
 def test_trackers_hear_of_a_sweep_and_a_dead_one_does_not_end_it(
     ray_local, tmp_path: Path, monkeypatch, caplog
 ) -> None:

@@ -372,7 +372,8 @@ def test_other_sweeps_in_a_shared_storage_are_left_alone(tmp_path: Path) -> None
 
 def test_finished_trials_move_to_the_study_of_a_grown_space(tmp_path: Path) -> None:
     grown = {"kind": {"choice": ["a", "b", "c"]}, "quality": {"float": [0, 1]}}
-    history = [{"global_step": 10, METRIC: 0.1}]
+    # A loss that ran away is null in the ledger, and no value for Optuna.
+    history = [{"global_step": 10, METRIC: 0.1}, {"global_step": 20, METRIC: None}]
     records = [
         record_of({"kind": "a", "quality": 0.1}, value=0.7, history=history),
         record_of({"kind": "b", "quality": 0.2}, state="pruned", number=1, history=history),
