@@ -52,6 +52,9 @@ _ENVIRONMENTS = {
 """What a job's environment asks of a cluster and what to do, by the field of Ray's that asks."""
 _UNAUTHORIZED, _FORBIDDEN = 401, 403
 _CHATTY = ("ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
+_UNREACHED = (
+    "Check that the head runs and the port is forwarded; a job that runs goes on without us."
+)
 _NO_TOKEN = (
     "Set RAY_AUTH_TOKEN, or RAY_AUTH_TOKEN_PATH to a file with the cluster's token "
     "(on its head: `ray get-auth-token`)."
@@ -142,10 +145,7 @@ def answering(address: str) -> Iterator[None]:
     except AuthenticationError as error:
         raise ClusterError(f"{address} must know the token, got a refusal. {_NO_TOKEN}") from error
     except (OSError, aiohttp.ClientError) as error:  # all of requests' are OSError
-        raise ClusterError(
-            f"{address} must answer, got: {_line(error)}. Check that the head runs and the port is "
-            "forwarded; a job that runs goes on without us."
-        ) from error
+        raise ClusterError(f"{address} must answer, got: {_line(error)}. {_UNREACHED}") from error
     except RuntimeError as error:
         raise ClusterError(
             f"{address} must accept the request, got: {_line(error)}. See the dashboard's log on "
@@ -263,34 +263,39 @@ def follow_job(cluster: Cluster, job_id: str, write: Callable[[str], object]) ->
         ClusterError: The cluster did not answer for a minute. The job goes on.
     """
     with answering(cluster.address):
-        asyncio.run(_follow(cluster.client, job_id, write))
+        asyncio.run(_follow(cluster, job_id, write))
     return find_job(cluster, job_id)
 
 
-async def _follow(client: JobSubmissionClient, job_id: str, write: Callable[[str], object]) -> None:
-    seen, heard = 0, time.monotonic()
+async def _follow(cluster: Cluster, job_id: str, write: Callable[[str], object]) -> None:
+    client, seen = cluster.client, 0
+    failing_since: float | None = None
     while True:
         try:
             # A connection can end before the job does; each begins at the log's first line.
             async for chunk in _after(client.tail_job_logs(job_id), seen):
-                seen, heard = seen + len(chunk), time.monotonic()
+                seen, failing_since = seen + len(chunk), None
                 write(chunk)
             if client.get_job_status(job_id).is_terminal():
                 return
-            heard = time.monotonic()
-        except (OSError, aiohttp.ClientError, RuntimeError):
-            if time.monotonic() - heard > _PATIENCE_S:
-                raise
+            failing_since = None
+        except (OSError, aiohttp.ClientError, RuntimeError) as error:
+            # Not since the last line: a log may be quiet for an hour.
+            now = time.monotonic()
+            failing_since = now if failing_since is None else failing_since
+            if now - failing_since >= _PATIENCE_S:
+                raise ClusterError(
+                    f"{cluster.address} must answer, got no answer for "
+                    f"{now - failing_since:.0f} s, at last: {_line(error)}. {_UNREACHED}"
+                ) from error
         await asyncio.sleep(_PAUSE_S)
 
 
 async def _after(chunks: AsyncIterator[str], skipped: int) -> AsyncIterator[str]:
-    """The text of chunks without its first characters."""
+    """The text of chunks without its first characters; what is skipped is heard as empty text."""
     async for chunk in chunks:
-        rest = chunk[skipped:]
+        yield chunk[skipped:]
         skipped = max(0, skipped - len(chunk))
-        if rest:
-            yield rest
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -156,16 +156,23 @@ def test_plain_http_to_elsewhere_is_warned_of(address: str, num_warnings: int) -
 
 
 class Job:
-    """A job whose log connection breaks off: each entry is what one connection brings."""
+    """A job whose log connection breaks off: each entry is what one connection brings.
 
-    def __init__(self, connections: list[list[str | Exception]]) -> None:
+    A number is a silence of that many seconds.
+    """
+
+    def __init__(self, connections: list[list[str | float | Exception]]) -> None:
         self.connections = connections
+        self.now = 0.0
 
     async def tail_job_logs(self, _: str) -> AsyncIterator[str]:
         for chunk in self.connections.pop(0):
             if isinstance(chunk, Exception):
                 raise chunk
-            yield chunk
+            if isinstance(chunk, str):
+                yield chunk
+            else:
+                self.now += chunk
 
     def get_job_status(self, _: str) -> JobStatus:
         return JobStatus.RUNNING if self.connections else JobStatus.SUCCEEDED
@@ -176,6 +183,7 @@ class Job:
 
 def follow(job: Job, monkeypatch) -> str:
     monkeypatch.setattr(jobs, "_PAUSE_S", 0.0)
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(monotonic=lambda: job.now))
     monkeypatch.setattr(jobs, "find_job", lambda *_: None)
     text: list[str] = []
     add: Callable[[str], object] = text.append
@@ -189,10 +197,17 @@ def test_a_log_that_breaks_off_goes_on_without_repeating(monkeypatch) -> None:
     assert follow(job, monkeypatch) == "ab\ncd\nef\ngh\n"
 
 
+def test_a_quiet_log_may_break_off(monkeypatch) -> None:
+    lost = ConnectionResetError("lost")
+    connections = [["ab\n", 3600.0, lost], [50.0, lost], ["ab\n", 3600.0, lost], ["ab\ncd\n"]]
+    assert follow(Job(connections), monkeypatch) == "ab\ncd\n"
+
+
 def test_a_cluster_that_stays_away_is_told(monkeypatch) -> None:
-    monkeypatch.setattr(jobs, "_PATIENCE_S", -1.0)
-    with pytest.raises(ClusterError, match="must answer, got: lost"):
-        follow(Job([["ab\n", ConnectionResetError("lost")], []]), monkeypatch)
+    lost = ConnectionResetError("lost")
+    told = "must answer, got no answer for 70 s, at last: lost"
+    with pytest.raises(ClusterError, match=told):
+        follow(Job([["ab\n", lost], [30.0, lost], [40.0, lost], []]), monkeypatch)
 
 
 @pytest.mark.parametrize(
