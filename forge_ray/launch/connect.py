@@ -31,6 +31,11 @@ _WORKER_ENV = {
     "RAY_TRAIN_V2_ENABLED": "1",
     # Of a spot machine's notice: some clouds leave 15 seconds, and Ray looks every 5.
     "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "2",
+    # Read where `fit()` is called, which in a sweep is a trial's process: for the Train tab.
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+    # A task sees the GPUs that it asked for, also where those are none: devices are chosen by what
+    # torch sees.
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "1",
     "OMP_WAIT_POLICY": "passive",
     "TOKENIZERS_PARALLELISM": "false",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -39,12 +44,10 @@ _WORKER_ENV = {
 _DRIVER_ENV = {
     **_WORKER_ENV,
     "RAY_USAGE_STATS_ENABLED": "0",
-    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
     "RAY_DEDUP_LOGS": "1",
     # Rich draws our progress; Ray's own bars and tables would fight it.
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_DATA_DISABLE_PROGRESS_BARS": "1",
-    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
 _STARTS = 3
 _SLOW_START = "timed out during startup"
@@ -122,11 +125,16 @@ def default_token_file() -> Path:
 
 @contextmanager
 def closing_new(path: Path) -> Iterator[None]:
-    """Leaves a file that the block makes to its owner: Ray lets all users read a new token."""
+    """Leaves a file that the block makes to its owner: Ray lets all users read a new token.
+
+    Also where the block fails: the token stays for the next start.
+    """
     is_old = path.exists()
-    yield
-    if not is_old and path.exists():
-        path.chmod(0o600)
+    try:
+        yield
+    finally:
+        if not is_old and path.exists():
+            path.chmod(0o600)
 
 
 def _worker_env() -> dict[str, str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import os
 
 import pytest
 import ray
@@ -22,6 +23,8 @@ def test_connect_again_keeps_the_running_ray(ray_local: None) -> None:
 
 
 def test_workers_get_their_threads_and_settings(ray_local: None) -> None:
+    before = os.environ.get("CUDA_VISIBLE_DEVICES")
+
     @ray.remote(num_cpus=1)
     def environment() -> dict[str, str]:
         import os
@@ -32,6 +35,10 @@ def test_workers_get_their_threads_and_settings(ray_local: None) -> None:
     assert seen["OMP_NUM_THREADS"] == "1"
     assert seen["OMP_WAIT_POLICY"] == "passive"
     assert seen["RAY_DATA_EXECUTION_NO_PROGRESS_TIMEOUT_S"] == "-1"
+    assert seen["RAY_TRAIN_ENABLE_STATE_TRACKING"] == "1"
+    # It asked for no GPU: on a machine with some it sees none of them.
+    assert seen["CUDA_VISIBLE_DEVICES"] == ""
+    assert os.environ.get("CUDA_VISIBLE_DEVICES") == before
 
 
 def test_quiet_hides_what_is_not_an_error(ray_local: None) -> None:
@@ -71,6 +78,18 @@ def test_a_new_token_is_its_owners(tmp_path) -> None:
                 made.write_text("x")
     assert made.stat().st_mode & 0o777 == 0o600
     assert known.stat().st_mode == modes
+
+
+def test_a_new_token_is_its_owners_where_the_start_fails(tmp_path) -> None:
+    made = tmp_path / "made"
+
+    def start() -> None:
+        made.write_text("x")
+        raise ClusterError("no start")
+
+    with pytest.raises(ClusterError), closing_new(made):
+        start()
+    assert made.stat().st_mode & 0o777 == 0o600
 
 
 def test_a_slow_start_is_tried_again_and_then_named(monkeypatch, caplog) -> None:
