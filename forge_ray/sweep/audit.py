@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,13 +18,22 @@ import numpy as np
 
 from forge_ray.sid.metrics.registry import METRICS, audited
 from forge_ray.sweep.calibration import deleted_residuals, normal_scores
-from forge_ray.sweep.correlation import Interval, RankCorrelation, correlate
+from forge_ray.sweep.correlation import (
+    Floats,
+    Interval,
+    RankCorrelation,
+    correlate,
+    holm,
+    permutation_tails,
+)
 from forge_ray.sweep.ledger import Resource, TrialRecord
 from forge_ray.sweep.limits import is_finite
 from forge_ray.sweep.views import STAGES
 
 MIN_TRIALS = 6
 """Fewer points say nothing about a rank correlation."""
+LEVEL = 0.05
+"""Chance that any useless proxy of a sweep is called trusted; the same for misleading."""
 
 Verdict = Literal["trusted", "no evidence", "misleading", "too few trials"]
 
@@ -37,11 +46,14 @@ class ProxyAudit:
         proxy: Its name.
         num_trials: Trials with both values.
         correlation: Rank correlations with the metric, the proxy turned so that + is good.
+        p_value: That chance correlates as much in this direction, corrected for the number of
+            proxies (Holm); NaN where there is nothing to test.
     """
 
     proxy: str
     num_trials: int
     correlation: RankCorrelation
+    p_value: float
 
     @property
     def spearman(self) -> Interval:
@@ -50,12 +62,12 @@ class ProxyAudit:
 
     @property
     def verdict(self) -> Verdict:
-        """What the interval of Spearman's rho allows to say."""
-        if self.num_trials < MIN_TRIALS or math.isnan(self.spearman.value):
+        """What Spearman's rho allows to say, with all the other proxies looked at as well."""
+        if math.isnan(self.p_value):
             return "too few trials"
-        if self.spearman.low > 0:
-            return "trusted"
-        return "misleading" if self.spearman.high < 0 else "no evidence"
+        if self.p_value > LEVEL:
+            return "no evidence"
+        return "trusted" if self.spearman.value > 0 else "misleading"
 
     @property
     def line(self) -> str:
@@ -65,7 +77,7 @@ class ProxyAudit:
             return f"{self.proxy}: nothing to say ({why}, {self.num_trials} trials)"
         return (
             f"{self.proxy}: {self.verdict} (Spearman {self.spearman}, Kendall "
-            f"{self.correlation.kendall}, {self.num_trials} trials)"
+            f"{self.correlation.kendall}, corrected p {self.p_value:.2g}, {self.num_trials} trials)"
         )
 
 
@@ -187,7 +199,7 @@ def audit(records: Sequence[TrialRecord], *, metric: str) -> Audit:
 
 
 def _correlate(records: Sequence[TrialRecord], values: dict[str, float | None]) -> list[ProxyAudit]:
-    audits = []
+    measured: dict[str, tuple[Floats, Floats]] = {}
     for metric in audited():
         proxy = metric.name
         pairs = [
@@ -197,9 +209,43 @@ def _correlate(records: Sequence[TrialRecord], values: dict[str, float | None]) 
         ]
         if pairs:
             first, second = np.array(pairs, dtype=np.float64).T
-            found = correlate(first, second)
-            audits.append(ProxyAudit(proxy=proxy, num_trials=len(pairs), correlation=found))
-    return audits
+            measured[proxy] = (first, second)
+    found = {proxy: correlate(*columns) for proxy, columns in measured.items()}
+    tested = {
+        proxy: columns
+        for proxy, columns in measured.items()
+        if len(columns[0]) >= MIN_TRIALS and not math.isnan(found[proxy].spearman.value)
+    }
+    chance = _corrected(tested)
+    return [
+        ProxyAudit(
+            proxy=proxy,
+            num_trials=len(measured[proxy][0]),
+            correlation=correlation,
+            p_value=chance.get(proxy, math.nan),
+        )
+        for proxy, correlation in found.items()
+    ]
+
+
+def _corrected(tested: Mapping[str, tuple[Floats, Floats]]) -> dict[str, float]:
+    """By proxy, the p-value in the direction that its correlation has."""
+    groups: dict[bytes, list[str]] = {}
+    for proxy, (_, values) in tested.items():
+        groups.setdefault(values.tobytes(), []).append(proxy)
+    above: dict[str, float] = {}
+    below: dict[str, float] = {}
+    # Proxies of the same trials share the shuffles, which are most of the work.
+    for proxies in groups.values():
+        columns = np.column_stack([tested[one][0] for one in proxies])
+        tails = permutation_tails(columns, tested[proxies[0]][1])
+        above |= zip(proxies, tails.above.tolist(), strict=True)
+        below |= zip(proxies, tails.below.tolist(), strict=True)
+    sides = [
+        dict(zip(side, holm(np.array(list(side.values()))).tolist(), strict=True))
+        for side in (above, below)
+    ]
+    return {proxy: min(side[proxy] for side in sides) for proxy in above}
 
 
 def _regret(records: Sequence[TrialRecord], audits: Sequence[ProxyAudit]) -> GateRegret:

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from forge_ray.sid.metrics.registry import audited
 from forge_ray.sweep.audit import ProxyAudit, audit
 from forge_ray.sweep.correlation import Interval, RankCorrelation
 from forge_ray.sweep.ledger import TrialRecord
@@ -55,28 +56,59 @@ def test_nothing_to_audit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("num", "rho", "low", "high", "verdict"),
+    ("rho", "p_value", "verdict"),
     [
-        (5, 0.9, 0.8, 1.0, "too few trials"),
-        (9, math.nan, math.nan, math.nan, "too few trials"),
-        (9, 0.9, 0.2, 1.0, "trusted"),
-        (9, -0.9, -1.0, -0.2, "misleading"),
-        (9, 0.3, -0.1, 0.7, "no evidence"),
+        (0.9, math.nan, "too few trials"),
+        (math.nan, math.nan, "too few trials"),
+        (0.9, 0.05, "trusted"),
+        (0.9, 0.06, "no evidence"),
+        (-0.9, 0.05, "misleading"),
+        (-0.9, 0.06, "no evidence"),
     ],
 )
-def test_verdicts(num: int, rho: float, low: float, high: float, verdict: str) -> None:
-    both = Interval(value=rho, low=low, high=high)
+def test_verdicts(rho: float, p_value: float, verdict: str) -> None:
+    both = Interval(value=rho, low=rho - 0.1, high=rho + 0.1)
     found = ProxyAudit(
-        proxy="x", num_trials=num, correlation=RankCorrelation(spearman=both, kendall=both)
+        proxy="x",
+        num_trials=9,
+        correlation=RankCorrelation(spearman=both, kendall=both),
+        p_value=p_value,
     )
     assert found.verdict == verdict
 
 
+def test_few_trials_have_no_verdict() -> None:
+    few = audit([trial(i, value=0.01 * (i + 1)) for i in range(5)], metric=METRIC).final
+    assert {one.verdict for one in few} == {"too few trials"}
+
+
+def test_among_proxies_of_noise_hardly_any_is_believed() -> None:
+    """Intervals of 90 % leave 0 outside for one in ten of them; the verdict counts all of them."""
+    believed, outside = 0, 0
+    for seed in range(10):
+        rng = np.random.default_rng(seed)
+        noise = [
+            trial(
+                i,
+                value=0.05 + 0.01 * float(rng.normal()),
+                proxies={one.name: float(rng.normal()) for one in audited()},
+            )
+            for i in range(12)
+        ]
+        found = audit(noise, metric=METRIC).final
+        assert len(found) == len(audited())
+        believed += any(one.verdict in ("trusted", "misleading") for one in found)
+        outside += any(one.spearman.low > 0 or one.spearman.high < 0 for one in found)
+    # One sweep in ten at most, on average, either word; three would be no surprise.
+    assert believed <= 3
+    assert outside > 7
+
+
 def test_verdicts_are_said_plainly() -> None:
     found = audit([trial(i, value=0.01 * (i + 1)) for i in range(8)], metric=METRIC)
-    assert "gini: misleading (Spearman -1.00 [-1.00, -1.00], Kendall -1.00 " in "\n".join(
-        found.lines
-    )
+    said = "\n".join(found.lines)
+    assert "gini: misleading (Spearman -1.00 [-1.00, -1.00], Kendall -1.00 " in said
+    assert "corrected p 0.0002, 8 trials)" in said
     assert "uniqueness: nothing to say (constant, 8 trials)" in found.lines
     few = audit([trial(i, value=0.01 * (i + 1)) for i in range(2)], metric=METRIC)
     assert "gini: nothing to say (too few, 2 trials)" in few.lines
