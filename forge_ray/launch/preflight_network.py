@@ -1,6 +1,6 @@
 """Whether nodes reach each other as trainings do: an all-reduce over all of them.
 
-NCCL where every node offers a GPU that is free, gloo elsewhere.
+With gloo over all nodes; where that succeeds, with NCCL over those that have a free GPU.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import ray
+from ray._private import state
 from ray.exceptions import GetTimeoutError, RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -70,24 +71,28 @@ def check_network(nodes: Sequence[Node]) -> Finding:
     """All-reduce between nodes; one node has nobody to reach."""
     if len(nodes) < 2:
         return Finding(check="network", verdict="ok", text="one node")
-    backend = "nccl" if _have_free_gpus(len(nodes), nodes) else "gloo"
-    error = all_reduce(nodes, backend=backend)
-    if not error:
-        text = f"{backend} all-reduce over {len(nodes)} nodes"
-        return Finding(check="network", verdict="ok", text=text)
-    interface = "NCCL_SOCKET_IFNAME" if backend == "nccl" else "GLOO_SOCKET_IFNAME"
+    # Private name: a test pins it. The public sum over the cluster hides which node is busy.
+    free = state.available_resources_per_node()
+    with_gpus = [one for one in nodes if free.get(one.id, {}).get("GPU", 0.0) >= 1]
+    rounds = {"gloo": nodes, "nccl": with_gpus if len(with_gpus) > 1 else []}
+    passed = []
+    for backend, members in rounds.items():
+        error = all_reduce(members, backend=backend) if members else ""
+        if error:
+            return _failed(backend, len(members), error)
+        if members:
+            passed.append(f"{backend} all-reduce over {len(members)} nodes")
+    return Finding(check="network", verdict="ok", text=", ".join(passed))
+
+
+def _failed(backend: str, num_nodes: int, error: str) -> Finding:
     return Finding(
         check="network",
         verdict="failed",
         text=f"nodes must reach each other on all ports, got no {backend} all-reduce over "
-        f"{len(nodes)} nodes: {error}. Open the ports between nodes (security group, network "
-        f"policy); on hosts with several networks set {interface}.",
+        f"{num_nodes} nodes: {error}. Open the ports between nodes (security group, network "
+        f"policy); on hosts with several networks set {backend.upper()}_SOCKET_IFNAME.",
     )
-
-
-def _have_free_gpus(wanted: int, nodes: Sequence[Node]) -> bool:
-    offered = all(one.resources.get("GPU", 0) >= 1 for one in nodes)
-    return offered and ray.available_resources().get("GPU", 0) >= wanted
 
 
 def all_reduce(nodes: Sequence[Node], *, backend: str) -> str:
