@@ -19,6 +19,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from ray._private import worker
+
 import forge_ray
 from forge_ray.artifacts import open_filesystem
 from forge_ray.errors import ConfigError, ForgeError
@@ -71,7 +73,7 @@ class NodeReport:
         name: Host and beginning of Ray's node id.
         versions: Of Python, forge-ray and `LIBRARIES`; empty for what is not installed.
         storage: Which place cannot be used from here, and why; empty where all can.
-        disk_free: Bytes free where Ray and builds write.
+        disk_free: Bytes free where Ray spills objects and keeps logs.
         disk_size: Bytes of that disk.
         object_store: Bytes of Ray's object store.
         compiler: Why a training could not compile its blocks here; empty where it could, or
@@ -111,7 +113,7 @@ def look(
         compiles: Whether trainings compile their blocks.
         is_thorough: Whether to take seconds: looks at GPUs, clears locks.
     """
-    disk = shutil.disk_usage(tempfile.gettempdir())
+    disk = shutil.disk_usage(ray_folder())
     return NodeReport(
         name=name or socket.gethostname(),
         versions=installed(),
@@ -123,6 +125,13 @@ def look(
         gpus=look_at_gpus(gpus) if gpus and is_thorough else None,
         locks=clear_locks(extensions_folder()) if is_thorough else Locks(),
     )
+
+
+def ray_folder() -> Path:
+    """Where the Ray of this node writes (`ray start --temp-dir`); temporary files without one."""
+    # Private name: a test pins it.
+    node = worker._global_node
+    return Path(node.get_session_dir_path() if node else tempfile.gettempdir())
 
 
 def installed() -> dict[str, str]:

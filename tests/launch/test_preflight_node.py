@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import ray
 
 from forge_ray.launch import preflight_node
 from forge_ray.launch.preflight_node import (
@@ -18,6 +20,7 @@ from forge_ray.launch.preflight_node import (
     leave_mark,
     look,
     look_at_gpus,
+    ray_folder,
     remove_mark,
     try_store,
 )
@@ -98,6 +101,17 @@ def test_file_systems_are_told_apart(tmp_path: Path) -> None:
     assert filesystem_type(Path("/net/x"), mounts) == "tmpfs"  # mounted over the other
     assert filesystem_type(Path("/net/a b/c"), mounts) == "cifs"
     assert filesystem_type(Path("/network"), mounts) == "ext4"
+
+
+@pytest.mark.ray
+def test_the_disk_is_the_one_that_ray_writes_to(ray_local: None, monkeypatch) -> None:
+    monkeypatch.setattr(preflight_node.tempfile, "gettempdir", lambda: "/nowhere")
+    here = ray_folder()
+    assert (here / "logs").is_dir()
+    assert ray.get(ray.remote(num_cpus=0)(ray_folder).remote()) == here
+    disks = {here: shutil.disk_usage("/")._replace(free=7)}
+    monkeypatch.setattr(preflight_node.shutil, "disk_usage", disks.__getitem__)
+    assert look({}).disk_free == 7
 
 
 def test_versions_are_those_of_this_process() -> None:
