@@ -27,8 +27,9 @@ def show_dry_run(config: SweepConfig, store: ArtifactStore, *, as_json: bool) ->
             "the data is not prepared: which designs have too few SIDs, and what the store has, "
             "shows once it is"
         )
-    for line in found.warm_start:
-        _say(line)
+    for line in (*found.warm_start, found.gate):
+        if line:
+            _say(line)
     emit(_with_values(found.trials), title=f"{config.name}: trials", as_json=False)
     if found.rejected:
         _say(f"{describe_rejections(Counter(found.rejected))}; they are no trials")

@@ -258,6 +258,11 @@ class SweepConfig:
         """All objectives, the metric first."""
         return self.objectives or [self.metric]
 
+    @property
+    def takes_turns(self) -> bool:
+        """Whether every other trial is picked for its promise; drawn ones come as drawn."""
+        return self.order == "promising" and self.sampler.kind not in DRAWING
+
 
 def _check_objectives(metric: str, objectives: Sequence[str], prices: Prices) -> None:
     if not objectives:

@@ -19,6 +19,7 @@ from forge_ray.sid.fit import shared_parts
 from forge_ray.sweep.budget import budget_state
 from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.estimate import StageEstimate, TrialEstimate
+from forge_ray.sweep.gate import late_start
 from forge_ray.sweep.resolve import Catalogue, check_rungs
 from forge_ray.sweep.runner import Planned, plan_trials
 from forge_ray.sweep.searcher import TrialSpec
@@ -42,6 +43,7 @@ class DryRun:
     Attributes:
         is_prepared: Whether its data is.
         warm_start: What earlier sweeps gave, a line each.
+        gate: That the sweep may end before its gate can act; empty where it does not.
         trials: One row per known trial, finished ones first: `trial`, `design`, `state`, `reason`,
             and `seconds` and `cost_usd` ahead of it, None where a stage was never measured.
         rejected: Designs of the space that are no trials, by the rule that they break.
@@ -55,6 +57,7 @@ class DryRun:
 
     is_prepared: bool
     warm_start: list[str]
+    gate: str
     trials: list[dict[str, Any]]
     rejected: dict[str, int]
     drawn: int
@@ -84,6 +87,9 @@ def dry_run(config: SweepConfig, store: ArtifactStore) -> DryRun:
     return DryRun(
         is_prepared=dataset is not None,
         warm_start=planned.warm.lines,
+        gate=late_start(
+            config.gate, takes_turns=config.takes_turns, num_trials=planned.source.total
+        ),
         trials=[
             *_finished_rows(planned),
             *(_waiting_row(one, ahead[one.key], planned) for one in waiting),

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import numpy as np
 
 from forge_ray.sid.metrics.registry import METRICS, rankable
-from forge_ray.sweep.calibration import Assessment, Floats, Trained, assess
+from forge_ray.sweep.calibration import Assessment, Floats, Trained, assess, controls_needed
 from forge_ray.sweep.limits import GateConfig, broken_limit, is_finite
 
 Rule = Literal[
@@ -102,6 +102,24 @@ def decide(
         decision = dataclasses.replace(decision, is_control=False)
     state.decisions[key] = vars(decision).copy()
     return decision
+
+
+def late_start(config: GateConfig, *, takes_turns: bool, num_trials: int) -> str:
+    """What to say of a sweep that may end before the calibrated rule can prune; else nothing.
+
+    Args:
+        config: Mode, risk and warm-up.
+        takes_turns: Whether every other trial is picked for its promise: such are no controls.
+        num_trials: Trials of the whole sweep.
+    """
+    first = max(controls_needed(config.risk) * (1 + takes_turns), config.warmup)
+    if config.mode != "calibrated" or num_trials > first:
+        return ""
+    return (
+        f"the calibrated gate can first act after about {first} trials, this sweep has "
+        f"{num_trials}: until then only the hard limits prune before training. Set num_trials "
+        "higher, gate.risk=0.2, order=planned or, to trust one proxy at once, gate.mode=quantile"
+    )
 
 
 def note_scores(

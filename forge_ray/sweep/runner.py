@@ -50,6 +50,7 @@ from forge_ray.sweep.estimate import (
 )
 from forge_ray.sweep.events import SweepCallback
 from forge_ray.sweep.faults import explaining
+from forge_ray.sweep.gate import late_start
 from forge_ray.sweep.ledger import Ledger, SweepRecords, write_json
 from forge_ray.sweep.metrics import exporting
 from forge_ray.sweep.plan import (
@@ -506,5 +507,8 @@ def _announce(job: SweepJob, planned: Planned) -> None:
     )
     if left:
         logger.info("stop it with Ctrl-C; the same command continues where it ended")
+    late = late_start(job.config.gate, takes_turns=job.config.takes_turns, num_trials=source.total)
+    if late:
+        logger.warning("%s", late)
     for line in (*planned.warm.lines, *estimate_lines(planned.estimates)):
         logger.info("%s", line)

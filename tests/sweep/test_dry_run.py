@@ -83,6 +83,7 @@ def test_data_that_is_not_prepared_stays_so(sweep: list[str], tmp_path: Path) ->
     assert result.output.count("levels=") == 6
     assert "unknown" in result.output
     assert "budget: 0 of 5 USD are spent" in result.output
+    assert "can first act after about 18 trials, this sweep has 6" in result.output
     assert not (tmp_path / "store").exists()
 
 

@@ -11,12 +11,14 @@ from forge_ray.sweep.gate import (
     GateState,
     decide,
     describe,
+    late_start,
     note_scores,
     passes_at_random,
     record_final,
     trained_trials,
 )
 from forge_ray.sweep.limits import GateConfig, broken_limit, infeasible_reason, missing_proxies
+from forge_ray.sweep.order import pick
 
 GOOD = {"uniqueness": 0.9, "usage_min": 0.9, "backoff_gain": 0.5, "backoff_bits": 12.0}
 NO_LUCK = GateConfig(mode="quantile", warmup=2, keep_quantile=0.5, random_share=0.0)
@@ -286,3 +288,42 @@ def test_infeasible_codebooks() -> None:
 def test_bad_settings_are_refused(change) -> None:
     with pytest.raises(ConfigError):
         GateConfig(**change)
+
+
+@pytest.mark.parametrize(("takes_turns", "first"), [(False, 9), (True, 18)])
+def test_a_sweep_too_short_for_the_calibrated_gate_is_told_so(
+    takes_turns: bool, first: int
+) -> None:
+    """The sentence names the trial after which designs that proxies rank are first judged."""
+    config = GateConfig(random_share=0.0, proxies=["backoff_bits"])
+    state, waiting = GateState(), {str(bits): {**GOOD, "backoff_bits": bits} for bits in range(40)}
+    tested = None
+    for number in range(40):
+        keys = list(waiting)
+        place = 0
+        if takes_turns:
+            found = pick(
+                [waiting[key] for key in keys], turn=number, state=state, config=config, stopped={}
+            )
+            place = found.place
+            state.picked[keys[place]] = found.by
+        key = keys[place]
+        proxies = waiting.pop(key)
+        answer = decide(key, proxies, state=state, config=config)
+        if tested is None and answer.reason.startswith("p ="):
+            tested = number
+        record_final(key, 1 / (1 + proxies["backoff_bits"]), 0.0, state=state)
+    assert tested == first
+    said = {
+        num: late_start(config, takes_turns=takes_turns, num_trials=num)
+        for num in (first, first + 1)
+    }
+    assert f"after about {first} trials, this sweep has {first}" in said[first]
+    assert not said[first + 1]
+
+
+def test_other_modes_start_when_they_say() -> None:
+    for mode in ("quantile", "off"):
+        assert not late_start(GateConfig(mode=mode), takes_turns=True, num_trials=1)
+    few = GateConfig(risk=0.2, warmup=6)
+    assert "about 6 trials" in late_start(few, takes_turns=False, num_trials=6)
