@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from forge_ray.config import canonical_json
 from forge_ray.errors import DataError
 from forge_ray.sid.metrics.registry import Metric, audited, find_metric
 from forge_ray.sweep.correlation import RankCorrelation, correlate
@@ -55,25 +56,23 @@ class ProxyRanking:
 
 @dataclass(frozen=True, kw_only=True)
 class SeedSpread:
-    """What a second seed of SIDs and generator changes.
+    """What other seeds of SIDs and generator change.
 
     Attributes:
-        designs: Labels of the designs that were trained twice.
-        first: Their final values.
-        second: Those of the second seeds.
+        designs: Labels of the designs that were trained more than once.
+        values: Their final values, first seeds first.
     """
 
     designs: tuple[str, ...]
-    first: tuple[float, ...]
-    second: tuple[float, ...]
+    values: tuple[tuple[float, ...], ...]
 
     @property
     def deviation(self) -> float:
-        """Standard deviation of one training, pooled over the pairs; NaN without any."""
-        if not self.first:
+        """Standard deviation of one training, pooled over the designs; NaN without any."""
+        if not self.values:
             return math.nan
-        changes = np.subtract(self.first, self.second)
-        return float(np.sqrt(np.mean(changes**2) / 2))
+        squares = sum(float(np.var(one)) * len(one) for one in self.values)
+        return math.sqrt(squares / sum(len(one) - 1 for one in self.values))
 
 
 def designs_of(records: Iterable[TrialRecord]) -> list[TrialRecord]:
@@ -91,21 +90,20 @@ def designs_of(records: Iterable[TrialRecord]) -> list[TrialRecord]:
         )
     first: dict[str, TrialRecord] = {}
     for one in found:
-        first.setdefault(_label(one), one)
+        first.setdefault(_design_key(one), one)
     return list(first.values())
 
 
 def seed_spread(records: Iterable[TrialRecord]) -> SeedSpread:
-    """Pairs of trials that differ in their seeds alone."""
-    groups: dict[str, list[float]] = {}
+    """Trials that differ in their seeds alone, together."""
+    groups: dict[str, list[TrialRecord]] = {}
     for one in sorted(records, key=lambda one: one.number):
         if one.value is not None:
-            groups.setdefault(_label(one), []).append(one.value)
-    pairs = {label: values for label, values in groups.items() if len(values) > 1}
+            groups.setdefault(_design_key(one), []).append(one)
+    repeated = [group for group in groups.values() if len(group) > 1]
     return SeedSpread(
-        designs=tuple(pairs),
-        first=tuple(values[0] for values in pairs.values()),
-        second=tuple(values[1] for values in pairs.values()),
+        designs=tuple(label_point(_without_seeds(group[0])) for group in repeated),
+        values=tuple(tuple(float(one.value or 0.0) for one in group) for group in repeated),
     )
 
 
@@ -196,9 +194,13 @@ def _rank(
     )
 
 
-def _label(record: TrialRecord) -> str:
-    point: Point = {name: value for name, value in record.point.items() if name not in SEEDS}
-    return label_point(point)
+def _without_seeds(record: TrialRecord) -> Point:
+    return {name: value for name, value in record.point.items() if name not in SEEDS}
+
+
+def _design_key(record: TrialRecord) -> str:
+    # Not its label, which shows three digits of a number.
+    return canonical_json(_without_seeds(record))
 
 
 def _seconds(record: TrialRecord, *stages: str) -> float:

@@ -25,10 +25,29 @@ def test_second_seeds_are_no_designs() -> None:
     other = design(2, 0.03)
     assert designs_of([other, again, first]) == [first, other]
     spread = seed_spread([other, again, first])
-    assert (spread.first, spread.second) == ((0.05,), (0.04,))
+    assert spread.values == ((0.05, 0.04),)
     # Half the variance of a difference is the variance of one training.
     assert spread.deviation == pytest.approx(0.01 / math.sqrt(2))
     assert math.isnan(seed_spread([first, other]).deviation)
+
+
+def test_all_seeds_of_a_design_count() -> None:
+    """Three trainings with deviation .01 have two degrees of freedom, the pair one."""
+    first = design(0, 0.05)
+    more = [
+        design(number, value, point={**first.point, "gr.seed": number})
+        for number, value in ((1, 0.04), (2, 0.06))
+    ]
+    pair = [design(3, 0.02), design(4, 0.02, point={**design(3, 0.02).point, "sid.seed": 1})]
+    spread = seed_spread([first, *more, *pair])
+    assert spread.values == ((0.05, 0.04, 0.06), (0.02, 0.02))
+    assert spread.deviation == pytest.approx(math.sqrt(2 * 0.01**2 / 3))
+
+
+def test_values_that_a_label_shows_alike_are_two_designs() -> None:
+    near = [design(number, 0.05, point={"lr": lr}) for number, lr in enumerate((0.12341, 0.12342))]
+    assert designs_of(near) == near
+    assert math.isnan(seed_spread(near).deviation)
 
 
 def test_evidence_with_gaps_is_refused() -> None:
