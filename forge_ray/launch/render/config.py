@@ -47,7 +47,8 @@ class ClusterConfig:
     market: Literal["spot", "on_demand"] = "spot"
     """How GPU nodes are paid. Head and drivers are always on demand."""
     driver_cpus: int = 8
-    """CPUs of a driver node: drivers, tokenizers, scoring and data tasks run there."""
+    """CPUs of a driver node: drivers, tokenizers, scoring and data tasks run there. On Kubernetes
+    its pod asks for one less, which the node's own services need."""
     max_driver_nodes: int = 4
     """Driver nodes at most; they start with the first job."""
     idle_minutes: int = 10
@@ -286,6 +287,11 @@ class KubeRayConfig(ClusterConfig):
     def notice_s(self) -> int:
         """Seconds between the eviction of a spot pod and its end, less a margin for the kill."""
         return 15 if self.platform == "gke" else 90
+
+    @property
+    def driver_pod_cpus(self) -> int:
+        """CPUs of a driver pod: with all of its node's it would never be placed."""
+        return self.driver_cpus - 1
 
     @property
     def driver_memory_gib(self) -> int:

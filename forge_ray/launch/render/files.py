@@ -37,7 +37,9 @@ def render(config: ClusterConfig) -> dict[str, str]:
     """
     provider = next(name for name, one in PROVIDERS.items() if one is type(config))
     files = _aws_files(config) if isinstance(config, AwsConfig) else _FILES[provider]
-    return _fill(config, files) | {f"{provider}{SWEEP_RESOURCES}": sweep_resources(config)}
+    return _fill(config, files, provider) | {
+        f"{provider}{SWEEP_RESOURCES}": sweep_resources(config)
+    }
 
 
 def write(texts: Mapping[str, str], folder: Path) -> list[Path]:
@@ -86,10 +88,10 @@ _FILES = {
 }
 
 
-def _fill(config: ClusterConfig, files: Mapping[str, str]) -> dict[str, str]:
+def _fill(config: ClusterConfig, files: Mapping[str, str], provider: str) -> dict[str, str]:
     values = {
         "c": config,
-        "c_provider": "aws" if isinstance(config, AwsConfig) else "gcp",
+        "provider": provider,
         "disk": SHARED_DISK,
         "ray_version": RAY_VERSION,
         "gke_gpu": GKE_GPUS.get(config.gpu, ""),

@@ -54,7 +54,8 @@ def _sizes(config: ClusterConfig) -> tuple[int, int, int, int]:
     if isinstance(config, KubeRayConfig):
         # Ray in a pod hands out all of the container's memory.
         return (
-            config.driver_cpus, config.driver_memory_gib, config.gpu_cpus, config.gpu_memory_gib
+            config.driver_pod_cpus, config.driver_memory_gib,
+            config.gpu_cpus, config.gpu_memory_gib,
         )  # fmt: skip
     assert isinstance(config, (AwsConfig, GcpConfig))
     driver, gpu = config.driver_machine, config.gpu_machine

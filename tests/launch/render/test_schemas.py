@@ -38,8 +38,12 @@ KUBERAY = {
     "defaults": [],
     "kueue": ["queue=gpus", "platform=karpenter", "market=on_demand", "storage_class=''"],
     "eks": ["platform=eks", "gpu=A10G", "store=s3://shop-artifacts/forge", "job_retries=0"],
+    "words": [
+        "name='on'", "namespace='123'", "queue='1.0'", "claim='yes'", "storage_class='1e3'",
+        "image='1:20'", "operator_namespace='0'", "monitoring_namespace='no'", "identity={'on': y}",
+    ],
     "plain": ["platform=plain", "gpu=H200", "gpus_per_node=8", "gpu_cpus=180", "claim_gib=4000"],
-}
+}  # fmt: skip
 
 
 def rendered(provider: str, overrides: list[str]) -> dict[str, str]:
@@ -182,7 +186,7 @@ def test_the_autoscaler_reads_the_groups(case: str) -> None:
     types = _derive_autoscaling_config_from_ray_cr(found)["available_node_types"]
     assert types["headgroup"]["resources"]["CPU"] == 0
     driver, gpu = types["driver"], types["gpu"]
-    assert driver["resources"] | {"memory": 0} == {"CPU": 8, "driver": 1, "memory": 0}
+    assert driver["resources"] | {"memory": 0} == {"CPU": 7, "driver": 1, "memory": 0}
     assert driver["labels"] == {"ray.io/market-type": "on-demand"}
     assert gpu["resources"]["GPU"] == config.gpus_per_node
     assert gpu["resources"]["memory"] == config.gpu_memory_gib * 2**30
