@@ -17,6 +17,8 @@ from ray.tune import TuneError
 from forge_ray.errors import ForgeError, StorageError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT}
+_DISK = {errno.EIO, errno.ESTALE, errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOENT, errno.EFBIG}
+"""Of files, also where an error names none, as when an open one is written to."""
 _AGAIN = "The same command continues the sweep."
 
 
@@ -54,7 +56,7 @@ def explain(error: BaseException, *, folder: Path, storage: str) -> ForgeError |
             return full_disk(str(one.filename or folder), str(one.strerror))
         if isinstance(one, StorageInternalError):
             return _database(one, storage)
-        if isinstance(one, OSError) and one.errno is not None:
+        if isinstance(one, OSError) and (one.filename is not None or one.errno in _DISK):
             return StorageError(
                 f"{one.filename or folder} must be writable while the sweep runs, got "
                 f"{one.strerror}. Bring the disk back. {_AGAIN}"

@@ -144,7 +144,10 @@ def test_the_cause_is_found_below_what_tune_makes_of_it(tmp_path: Path) -> None:
     except TuneError as error:
         found = explain(error, folder=tmp_path, storage="x")
     assert str(found).startswith("/disk/ledger.jsonl must be writable while the sweep runs, got In")
-    assert explain(TuneError("a bug"), folder=tmp_path, storage="x") is None
+    for other in (TuneError("a bug"), ConnectionRefusedError(errno.ECONNREFUSED, "refused")):
+        assert explain(other, folder=tmp_path, storage="x") is None
+    stale = explain(OSError(errno.ESTALE, "Stale file handle"), folder=tmp_path, storage="x")
+    assert str(stale).startswith(f"{tmp_path} must be writable while the sweep runs, got Stale")
     with (
         pytest.raises(StorageError, match=r"storage sqlite:///x must take .* database is locked"),
         explaining(folder=tmp_path, storage="sqlite:///x"),
