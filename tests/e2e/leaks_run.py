@@ -26,7 +26,7 @@ from forge_ray.sweep.config import SweepConfig
 from forge_ray.sweep.sweep import run_sweep
 from tests.e2e.clusters import descendants
 
-NAMES = ("ImplicitFunc", "RayTrainWorker", "TrainController", "PlacementGroupCleaner", "Validation")
+NAMES = ("ImplicitFunc", "RayTrainWorker", "TrainController", "GroupCleaner", "Validation")
 """Of processes that a trial starts."""
 WARM_UP = (
     "name=warm",
