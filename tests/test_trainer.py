@@ -41,6 +41,23 @@ def living_cleaners() -> set[str]:
 
 @pytest.mark.ray
 @pytest.mark.timeout(900)
+def test_the_helper_of_a_training_that_ended_has_ended_in_good_order(
+    ray_local: None, tmp_path: Path
+) -> None:
+    before = set(state.actors())
+    ForgeTrainer(
+        lambda: None,
+        scaling_config=ray.train.ScalingConfig(num_workers=1, resources_per_worker={"CPU": 0.5}),
+        run_config=ray.train.RunConfig(name="run", storage_path=str(tmp_path)),
+    ).fit()
+    found = {key: one for key, one in state.actors().items() if key not in before}
+    (helper,) = (key for key, one in found.items() if one["ActorClassName"] == "GroupCleaner")
+    wait_until(lambda: state.actors(actor_id=helper)["State"] == "DEAD", "it stayed", 60)
+    assert "exit_actor" in str(state.actors(actor_id=helper)["DeathCause"])
+
+
+@pytest.mark.ray
+@pytest.mark.timeout(900)
 def test_a_killed_controller_leaves_no_helper_and_frees_its_workers(
     ray_local: None, tmp_path: Path
 ) -> None:
