@@ -11,6 +11,7 @@ import logging
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, cast
 
 import ray
@@ -72,6 +73,8 @@ def examine(places: Sequence[str], *, compiles: bool = False) -> list[Finding]:
 def check_before_sweep(places: Sequence[str]) -> None:
     """The quick checks: storage, versions, disk and clocks; one node is asked nothing.
 
+    A cluster that asks for no token is warned of.
+
     Args:
         places: See `examine`.
 
@@ -80,17 +83,21 @@ def check_before_sweep(places: Sequence[str]) -> None:
     """
     nodes = alive_nodes()
     with marked(places) as marks:
-        reports, skews = [_here(marks)], {}
+        reports, skews, silent = [_here(marks)], {}, {}
         if len(nodes) > 1:
             with probing(nodes) as probes:
                 found, silent = _look(nodes, probes, marks, is_thorough=False)
                 reports += found
                 skews = measure_skews(nodes, probes, silent)
+    auth = check_auth(authentication_mode())
     findings = [
+        _answering(nodes, silent),
         check_storage(reports, places),
         check_versions(reports),
         check_disk(reports),
         check_clocks(skews),
+        # A laptop's own Ray has a token; who turned that off is told, not stopped.
+        auth if auth.verdict == "ok" else replace(auth, verdict="warning"),
     ]
     require_sound(findings)
 
@@ -214,19 +221,32 @@ def _answer(answer: Any, *, timeout_s: float) -> NodeReport | str:
     try:
         return cast("NodeReport", ray.get(answer, timeout=timeout_s))
     except (RayError, ModuleNotFoundError) as error:
-        return str(error).strip().splitlines()[-1]
+        return _last_line(error)
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[-1]
 
 
 def measure_skews(
-    nodes: Sequence[Node], probes: Mapping[str, Any], silent: Mapping[str, str]
+    nodes: Sequence[Node], probes: Mapping[str, Any], silent: dict[str, str]
 ) -> dict[str, float]:
-    """Seconds by which clocks are surely off the driver's, whatever the way there took."""
+    """Seconds by which clocks are surely off the driver's, whatever the way there took.
+
+    Args:
+        nodes: Of the cluster.
+        probes: By node.
+        silent: Why nodes do not answer, by node; those that are lost now are added.
+    """
     skews = {}
     for one in nodes:
         if one.name in silent:
             continue
         probe = probes[one.name]
-        skews[one.name] = min((_skew(probe) for _ in range(_PINGS)), key=abs)
+        try:
+            skews[one.name] = min((_skew(probe) for _ in range(_PINGS)), key=abs)
+        except RayError as error:
+            silent[one.name] = _last_line(error)
     return skews
 
 

@@ -173,13 +173,13 @@ def check_ops(reports: Sequence[NodeReport], *, compiles: bool) -> Finding:
 
 
 def check_locks(reports: Sequence[NodeReport]) -> Finding:
-    """Whether a build of an extension is under way, or was left half-done."""
+    """Whether a build of a torch extension is under way, or was left half-done; none is ours."""
     held = {one.name: ", ".join(one.locks.held) for one in reports if one.locks.held}
     if held:
         return _warning(
             "build locks",
-            f"{_by_text(held)}: trainings wait for them. If nobody builds there, remove them; on a "
-            "network disk set TORCH_EXTENSIONS_DIR to a local one.",
+            f"{_by_text(held)}: whoever builds the same extension waits for them. If nobody builds "
+            "there, remove them; on a network disk set TORCH_EXTENSIONS_DIR to a local one.",
         )
     cleared = {one.name: ", ".join(one.locks.cleared) for one in reports if one.locks.cleared}
     if cleared:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from ray.exceptions import RayActorError
 from typer.testing import CliRunner
 
 from forge_ray.cli.cluster import app as cluster_app
@@ -16,6 +20,8 @@ from forge_ray.cli.sweep import app as sweep_app
 from forge_ray.errors import ClusterError
 from forge_ray.launch import preflight
 from forge_ray.launch.preflight import check_before_sweep
+from forge_ray.launch.preflight_network import Node
+from forge_ray.launch.preflight_node import look
 
 SWEEP = """
 name: tiny
@@ -30,6 +36,50 @@ def test_on_one_node_no_task_is_started(ray_local, tmp_path: Path, monkeypatch) 
     store = tmp_path / "store"
     check_before_sweep([str(store)])
     assert list(store.iterdir()) == []
+
+
+@pytest.mark.ray
+def test_a_sweep_says_that_its_cluster_is_open_and_goes_on(
+    ray_local, tmp_path: Path, monkeypatch
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(preflight.logger, "warning", lambda text, *words: said.append(words[0]))
+    check_before_sweep([str(tmp_path)])
+    assert "auth" not in said  # the Ray that we start has a token
+    monkeypatch.setattr(preflight, "authentication_mode", lambda: "disabled")
+    check_before_sweep([str(tmp_path)])
+    assert said.count("auth") == 1
+
+
+def test_a_lost_node_stops_a_sweep_with_its_name(tmp_path: Path, monkeypatch) -> None:
+    nodes = [Node(id=name, name=name, resources={}) for name in ("here", "mute", "lost")]
+    report = look({}, name="here", is_thorough=False)
+
+    class Probe:
+        """Of a node: what it answers to `look` and to `clock`."""
+
+        def __init__(self, *answers: object) -> None:
+            self.look, self.clock = (
+                SimpleNamespace(remote=lambda *_, _given=one, **__: _given) for one in answers
+            )
+
+    dead = RayActorError("its node is gone")
+    probes = {
+        "here": Probe(report, time.time()),
+        "mute": Probe(dead, dead),
+        "lost": Probe(report, dead),
+    }
+
+    def get(answer: object, timeout: float) -> object:
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    monkeypatch.setattr(preflight, "ray", SimpleNamespace(get=get))
+    monkeypatch.setattr(preflight, "alive_nodes", lambda: nodes)
+    monkeypatch.setattr(preflight, "probing", lambda _: contextlib.nullcontext(probes))
+    with pytest.raises(ClusterError, match=r"nodes: every node must run a task .*mute: .*lost: "):
+        check_before_sweep([str(tmp_path)])
 
 
 @pytest.mark.ray
