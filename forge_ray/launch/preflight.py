@@ -82,8 +82,9 @@ def check_before_sweep(places: Sequence[str]) -> None:
         ClusterError: One of them failed; nothing has been computed.
     """
     nodes = alive_nodes()
+    silent: dict[str, str] = {}
     with marked(places) as marks:
-        reports, skews, silent = [_here(marks)], {}, {}
+        reports, skews = [_here(marks)], {}
         if len(nodes) > 1:
             with probing(nodes) as probes:
                 found, silent = _look(nodes, probes, marks, is_thorough=False)
