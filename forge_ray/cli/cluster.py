@@ -94,7 +94,8 @@ def submit(
 ) -> None:
     """Send the current folder and a sweep to a cluster; the same command continues it.
 
-    Prints the submission id. A sweep that runs already is not sent again.
+    Prints the submission id, with --wait the job's log instead. A sweep that runs already is not
+    sent again.
     """
     # Imports torch, which looking at jobs does without.
     from forge_ray.launch.submit import Standing, SubmitOptions, plan_job, submit_job

@@ -104,11 +104,10 @@ class Dashboard:
 
     def links(self) -> str:
         """The first page: each sweep with its state, and where to see more of it."""
-        studies = self._view.get_all_studies()
         rows = []
         for place, sweep in enumerate(self._sweeps):
-            own = [one for one in studies if one._study_id % len(self._sweeps) == place]
-            rows.append(_row(place, sweep, [(one._study_id, one.study_name) for one in own]))
+            studies = self._view.studies_of(place)
+            rows.append(_row(place, sweep, [(one._study_id, one.study_name) for one in studies]))
         return str(self._template.render(sweeps=rows, servers=server_links(os.environ)))
 
     def report(self, place: int) -> str:
@@ -189,7 +188,7 @@ def _row(place: int, sweep: ShownSweep, studies: list[tuple[int, str]]) -> dict[
         "elapsed": str(timedelta(seconds=round(state.elapsed_s))),
         "metric": metric,
         "best": state.best,
-        "ray": state.dashboard,
+        "ray": state.dashboard if _is_page(state.dashboard) else "",
         "report": f"/report/{place}",
         "studies": [
             {"url": f"/dashboard/studies/{number}", "name": name} for number, name in studies
@@ -204,8 +203,13 @@ def server_links(environ: Mapping[str, str]) -> list[dict[str, str]]:
     return [
         {"name": name, "url": place}
         for name, place in places.items()
-        if place.startswith(("http://", "https://"))  # Ray takes `DISABLED` too
+        if _is_page(place)  # Ray takes `DISABLED` too
     ]
+
+
+def _is_page(url: str) -> bool:
+    # Other schemes may run what a ledger or a variable says: `javascript:`.
+    return url.startswith(("http://", "https://"))
 
 
 def tracker_links(config: SweepConfig, folder: Path) -> list[dict[str, str]]:
@@ -214,7 +218,7 @@ def tracker_links(config: SweepConfig, folder: Path) -> list[dict[str, str]]:
     if asked.mlflow is not None:
         place = asked.mlflow.tracking_uri or f"sqlite:///{folder.resolve() / 'mlflow.db'}"
         command = shlex.join(["mlflow", "ui", "--backend-store-uri", place])
-        url = place if place.startswith("http") else ""
+        url = place if _is_page(place) else ""
         links.append({"name": "MLflow", "url": url, "command": command})
     if asked.tensorboard is not None:
         place = asked.tensorboard.folder or str(folder / "tensorboard")

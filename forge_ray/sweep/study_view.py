@@ -88,20 +88,22 @@ class StudyView(BaseStorage):
 
     def get_all_studies(self) -> list[FrozenStudy]:
         """The studies of all sweeps; a storage that cannot be reached is left out."""
-        return [
-            study
-            for place, source in enumerate(self._sources)
-            for study in self._readable(place, source)
-        ]
+        return [one for place in range(len(self._sources)) for one in self.studies_of(place)]
 
-    def _readable(self, place: int, source: StudySource) -> list[FrozenStudy]:
+    def studies_of(self, place: int) -> list[FrozenStudy]:
+        """The studies of one sweep; none where its storage cannot be reached.
+
+        Args:
+            place: Of its source.
+        """
+        source = self._sources[place]
         try:
-            return self._studies_of(place, source)
+            return self._read(place, source)
         except (sqlalchemy.exc.SQLAlchemyError, StorageInternalError, OSError) as error:
             logger.warning("sweep %s: its studies cannot be read: %s", source.sweep, error)
             return []
 
-    def _studies_of(self, place: int, source: StudySource) -> list[FrozenStudy]:
+    def _read(self, place: int, source: StudySource) -> list[FrozenStudy]:
         storage = self._storage(place)
         return [
             FrozenStudy(

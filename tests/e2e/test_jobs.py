@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.e2e.faults import TinySweep, trains
+from tests.e2e.faults import TinySweep, rows_told, trains
 from tests.e2e.head import TokenHead
 from tests.gr.processes import wait_until
 
@@ -74,6 +74,9 @@ def test_a_stopped_job_is_continued_by_submitting_again(head: TokenHead, tmp_pat
     assert "the same command continues" in seen  # it ended by itself: no kill
     before = finished(sweep)
     assert before
+    begun = {key: told for key, told in rows_told(sweep).items() if key not in before}
+    assert begun, "the training ended before the stop came"
+    assert all(told[-1] > 0 for told in begun.values())
 
     seen, told = answer(head, folder, *submit, "--wait")
     assert f"submitted {first[:-1]}2" in told
@@ -83,6 +86,13 @@ def test_a_stopped_job_is_continued_by_submitting_again(head: TokenHead, tmp_pat
     assert len(after) == 3
     trials = sweep.ledger.read().trials
     assert all(len(trials[key].attempts) == 1 for key in before)
+    # A training that began anew would report its first step again.
+    rows = rows_told(sweep)
+    for told in rows.values():
+        assert told == sorted(set(told))
+    for key, told in begun.items():
+        assert rows[key][: len(told)] == told
+        assert rows[key][-1] > told[-1]
 
     out, err = answer(head, folder, *submit)
     assert (out.strip(), "has finished" in err) == (f"{first[:-1]}2", True)

@@ -124,6 +124,16 @@ def test_links_and_report_are_made_from_the_ledger(tmp_path: Path) -> None:
     assert not (sweep.folder / "report.html").exists()
 
 
+def test_a_ledger_links_nothing_but_pages(tmp_path: Path) -> None:
+    sweep = make_sweep(tmp_path)
+    Ledger(sweep.folder).append("session", remaining=4, dashboard="javascript:alert(1)")
+    with served(sweep) as page, SweepLock(sweep.folder).held():
+        text = fetch(page)
+    assert "running, 4 of 4" in text
+    assert "javascript:" not in text
+    assert "Ray dashboard" not in text
+
+
 def test_servers_are_linked_where_rays_variables_name_them(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("RAY_GRAFANA_HOST", "http://grafana:3000")
     monkeypatch.setenv("RAY_PROMETHEUS_HOST", "DISABLED")

@@ -65,5 +65,14 @@ def test_the_report_of_that_sweep(watched: WatchedSweep, tmp_path: Path) -> None
     text = dom(path.as_uri(), tmp_path / "profile")
     screenshot(path.as_uri(), tmp_path / "profile", "report")
     assert f"{winner.value:.4f}" in text
+    tiles = {
+        label: value
+        for value, label in re.findall(
+            r'<div class="tile"><b>([^<]+)</b><span>([^<]+)</span></div>', text
+        )
+    }
+    named = ("trials", "complete", "pruned before training")
+    assert [tiles[label] for label in named] == ["3", "2", "1"]
+    assert "failed" not in tiles
     assert "too few SIDs" in text or "hard limits" in text
     assert text.count("js-plotly-plot") >= 2
