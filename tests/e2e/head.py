@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import os
 import secrets
@@ -13,9 +14,11 @@ import sys
 import tempfile
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from tests.e2e.clusters import descendants
 from tests.gr.processes import pids_of, wait_until
 
 _PR_SET_PDEATHSIG, _STARTS = 1, 3
@@ -104,6 +107,13 @@ class TokenHead:
         except (urllib.error.URLError, TimeoutError, ConnectionError):
             return False
 
+    def kill(self) -> None:
+        """Ends all its processes at once, drivers of jobs too: a machine that is gone."""
+        for pid in [self.process.pid, *descendants(self.process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
     def stop(self) -> None:
         """Ends the head; its raylet ends the workers, and the drivers of jobs with them."""
         if self.process.poll() is None:
@@ -116,6 +126,16 @@ class TokenHead:
                 self.process.wait()
         wait_until(lambda: not pids_of(str(self.folder)), "processes of the head are left", 60)
         shutil.rmtree(self.folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def token_head() -> Iterator[TokenHead]:
+    """A head for the length of a block."""
+    head = TokenHead.start()
+    try:
+        yield head
+    finally:
+        head.stop()
 
 
 def _end_with_parent() -> None:

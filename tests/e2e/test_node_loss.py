@@ -11,9 +11,11 @@ import numpy as np
 import pytest
 
 from forge_ray.artifacts import ArtifactStore
-from forge_ray.sweep.ledger import TrialRecord
+from forge_ray.sweep.ledger import SweepRecords, TrialRecord
 from tests.e2e.clusters import LocalCluster, LocalNode, local_cluster
 from tests.e2e.faults import TinySweep, rows_told, steps, trains
+from tests.e2e.head import token_head
+from tests.e2e.test_jobs import answer
 from tests.gr.processes import wait_until
 from tests.tiny_sweep import SWEEP
 
@@ -44,6 +46,8 @@ resources:
   driver_labels: {{pool: "!spot"}}
   stage_labels: {{pool: "!spot"}}
 """
+UNHURRIED = ("gr.max_steps=1000", "gr.validation.every=50")
+"""Trainings that can be met half-way."""
 SAVED = re.compile(r"saved at step (\d+), going on elsewhere")
 
 
@@ -122,22 +126,52 @@ def start_small(cluster: LocalCluster) -> LocalNode:
     return cluster.start_head("--num-cpus=2", "--include-dashboard=false")
 
 
+def half_way(records: SweepRecords) -> bool:
+    """Whether a trial is complete and another trains."""
+    return any(one.state == "complete" for one in records.trials.values()) and trains(records)
+
+
+def assert_finished_once(sweep: TinySweep, before: list[TrialRecord]) -> None:
+    """The sweep is over, and what had finished before was not repeated."""
+    after = sweep.ledger.read().trials
+    assert sorted(one.state for one in after.values()) == ["complete", "complete", "pruned"]
+    for told in rows_told(sweep).values():
+        assert told == sorted(set(told))
+    assert before
+    for one in before:
+        assert (after[one.key].state, after[one.key].value) == (one.state, one.value)
+        assert len(after[one.key].attempts) == 1
+
+
 def test_a_sweep_outlives_its_head(tmp_path: Path) -> None:
     sweep = TinySweep.make(tmp_path / "sweep", SWEEP)
     with local_cluster() as cluster:
         head = start_small(cluster)
-        driver = sweep.start(env=cluster.env)
-        sweep.wait(driver, trains, "a training")
-        before = {one.key: one for one in sweep.ledger.read().finished()}
+        driver = sweep.start(*UNHURRIED, env=cluster.env)
+        sweep.wait(driver, half_way, "a complete trial and a training")
+        before = sweep.ledger.read().finished()
         head.kill()
         # A driver without its cluster ends: a job that stayed would never be tried again.
         assert driver.wait(timeout=300) != 0
     with local_cluster() as cluster:
         start_small(cluster)
-        sweep.finish(sweep.start(env=cluster.env))
-    after = sweep.ledger.read()
-    assert sorted(one.state for one in after.trials.values()) == ["complete", "complete", "pruned"]
-    for told in rows_told(sweep).values():
-        assert told == sorted(set(told))
-    for key in before:
-        assert len(after.trials[key].attempts) == 1
+        sweep.finish(sweep.start(*UNHURRIED, env=cluster.env))
+    assert_finished_once(sweep, before)
+
+
+@pytest.mark.timeout(3600)
+def test_a_submitted_sweep_outlives_its_head(tmp_path: Path) -> None:
+    sweep = TinySweep.make(tmp_path / "sweep", SWEEP)
+    submit = ["submit", "sweep.yaml", *UNHURRIED, "--store", str(sweep.folder / "store")]
+    submit += ["--driver-cpus", "0.5"]
+    with token_head() as head:
+        answer(head, sweep.folder, *submit)
+        wait_until(lambda: half_way(sweep.ledger.read()), "no second training", 900)
+        head.kill()
+        before = sweep.ledger.read().finished()
+        assert len(before) < 3
+    # Another head, which knows of no job; the sweep is what lies in the store.
+    with token_head() as fresh:
+        seen, _ = answer(fresh, sweep.folder, *submit, "--wait")
+    assert f"3 trials, {len(before)} finished" in seen
+    assert_finished_once(sweep, before)
