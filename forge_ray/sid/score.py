@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import numpy.typing as npt
 
-from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter, timed
+from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactStore, ArtifactWriter, timed
 from forge_ray.config import to_mapping
 from forge_ray.data.schema import Dataset
 from forge_ray.embed.vectors import open_vectors
@@ -55,6 +55,7 @@ __all__ = [
     "ScoreInputs",
     "ScoreSplit",
     "Scores",
+    "build_scores",
     "control_table",
     "load_inputs",
     "score_sids",
@@ -143,7 +144,25 @@ def score_sids(
     split: ScoreSplit = "validation",
     control: Control | None = None,
 ) -> Scores:
-    """Score a fitted SID artifact, computed once: cached as an artifact of kind `scores`.
+    """Score a fitted SID artifact, computed once; arguments as in `build_scores`.
+
+    Returns:
+        As `score_table`, with `seconds`, the time that computing them took.
+    """
+    artifact = build_scores(sids, dataset, store, config, split=split, control=control)
+    return dict(artifact.manifest.metrics)
+
+
+def build_scores(
+    sids: SidArtifact,
+    dataset: Dataset,
+    store: ArtifactStore,
+    config: ScoreConfig | None = None,
+    *,
+    split: ScoreSplit = "validation",
+    control: Control | None = None,
+) -> Artifact:
+    """Build the artifact of kind `scores` of a fitted SID artifact, or find it.
 
     Args:
         sids: what `fit_sids` returned.
@@ -154,7 +173,7 @@ def score_sids(
         control: score this control of the table instead.
 
     Returns:
-        As `score_table`, with `seconds`, the time that computing them took.
+        Its metrics are the scores; `is_new` tells whether they were computed now.
     """
     config = ScoreConfig() if config is None else config
     if config.space is None:
@@ -177,7 +196,7 @@ def score_sids(
             )
         return ArtifactInfo(metrics=scores)
 
-    artifact = store.build(
+    return store.build(
         KIND,
         sids.artifact.manifest.name,
         {"score": to_mapping(config), "split": split, **({"control": control} if control else {})},
@@ -185,7 +204,6 @@ def score_sids(
         produce=produce,
         command=f"forge-ray sid score {sids.artifact.manifest.ref}",
     )
-    return dict(artifact.manifest.metrics)
 
 
 def control_table(table: SidTable, control: Control, *, seed: int = 0) -> SidTable:

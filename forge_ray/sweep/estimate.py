@@ -264,7 +264,7 @@ def measure(records: Iterable[TrialRecord], *, meaning: Mapping[str, Any]) -> li
                     stage=stage,
                     group=group_of(stage, record.config, meaning),
                     seconds=seconds / steps if stage == "train" else seconds,
-                    labels=record.places[-1].get(stage, {}) if record.places else {},
+                    labels=record.place(stage),
                 )
             )
     return found

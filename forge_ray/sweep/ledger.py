@@ -55,7 +55,8 @@ class TrialRecord:
         objectives: Value of every objective of a complete trial, the metric first; empty where the
             sweep has but one.
         artifacts: References by stage.
-        cached: Stages answered from the store.
+        cached: Stages that the store answered at every start: what an earlier start or the scoring
+            before it had worked for is none.
         prior: Seconds by stage before the first start, when all designs were scored.
         prior_places: Labels of the node by stage, for those seconds.
         attempts: Seconds by stage, one mapping per start.
@@ -107,6 +108,11 @@ class TrialRecord:
                 total[stage] = total.get(stage, 0.0) + value
         return total
 
+    def place(self, stage: str) -> dict[str, str]:
+        """Labels of the node where a stage ran last; empty where none is known."""
+        known = (one.get(stage) for one in (*reversed(self.places), self.prior_places))
+        return next((labels for labels in known if labels), {})
+
     def held(self, resource: Resource) -> dict[str, float]:
         """CPU or GPU seconds by stage, over all attempts and before them."""
         units = self.cpus if resource == "CPU" else self.gpus
@@ -139,6 +145,7 @@ class ScoredDesign:
     cpus: dict[str, float]
     gpus: dict[str, float]
     places: dict[str, dict[str, str]] = field(default_factory=dict)
+    cached: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -326,6 +333,8 @@ def _fold_start(
     trials: dict[str, TrialRecord], event: Mapping[str, Any], scored: ScoredDesign | None
 ) -> None:
     record = trials.setdefault(event["key"], _only(TrialRecord, event))
+    if scored is not None and not record.attempts:
+        record.cached = list(scored.cached)
     if scored is not None:
         record.prior, record.prior_places = dict(scored.seconds), dict(scored.places)
         record.cpus.update(scored.cpus)
@@ -359,7 +368,12 @@ def _fold_row(record: TrialRecord, event: Mapping[str, Any]) -> None:
     record.gpus.update(event.get("gpus", {}))
     record.artifacts.update(event.get("artifacts", {}))
     if "cached" in event:
-        record.cached = list(event["cached"])
+        earlier = (record.prior, *record.attempts[:-1])
+        record.cached = [
+            stage
+            for stage in event["cached"]
+            if stage in record.cached or not any(stage in one for one in earlier)
+        ]
 
 
 def _fold_finish(record: TrialRecord, event: Mapping[str, Any]) -> None:

@@ -81,4 +81,5 @@ def _record(ledger: Ledger, spec: TrialSpec, report: StageReport, held: StageRep
         cpus=held.cpus,
         gpus=held.gpus,
         places=report.places,
+        cached=report.cached,
     )

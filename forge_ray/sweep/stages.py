@@ -155,7 +155,7 @@ def fit_and_score(
     """Fits SIDs and computes their proxies; a Ray task."""
     from forge_ray.sid.config import SidConfig
     from forge_ray.sid.fit import fit_sids
-    from forge_ray.sid.score import ScoreConfig, score_sids
+    from forge_ray.sid.score import ScoreConfig, build_scores
 
     set_threads(cpus)
     store = ArtifactStore(store_uri)
@@ -163,17 +163,18 @@ def fit_and_score(
     began = time.perf_counter()
     sids = fit_sids(from_mapping(SidConfig, sid), dataset, store)
     fitted = time.perf_counter()
-    scores = score_sids(sids, dataset, store, from_mapping(ScoreConfig, score))
+    scores = build_scores(sids, dataset, store, from_mapping(ScoreConfig, score))
     scored = time.perf_counter()
+    built = {"fit": sids.quantizer_artifact.is_new, "score": scores.is_new}
     return StageReport(
-        metrics=scores,
+        metrics=dict(scores.manifest.metrics),
         seconds={"fit": fitted - began, "score": scored - fitted},
         artifacts={
             "sids": sids.artifact.manifest.ref,
             "quantizer": sids.quantizer_artifact.manifest.ref,
         },
-        cached=() if sids.quantizer_artifact.is_new else ("fit",),
-        places=dict.fromkeys(("fit", "score"), _place()),
+        cached=tuple(stage for stage, is_new in built.items() if not is_new),
+        places=dict.fromkeys(built, _place()),
     )
 
 

@@ -151,6 +151,7 @@ def _train(
     rules: TrialRules,
 ) -> StageReport:
     clock = _TrainClock()
+    before = seconds.get("train", 0.0)  # held by an earlier try, which an outage ended
     sids = tokenized.artifacts["sids"]
     name = f"trial-{params['key'][:16]}"
     last_step = 0
@@ -158,23 +159,27 @@ def _train(
     def report(row: dict[str, Any]) -> None:
         nonlocal last_step
         last_step = int(row["global_step"])
-        seconds["train"] = clock.held_s(row.pop("workers_started", None))
+        seconds["train"] = before + clock.held_s(row.pop("workers_started", None))
         group, labels = row.pop("placement_group", None), row.pop("node_labels", {})
         step = {rules.metric: row[rules.metric], "row": row, "placement_group": group}
         row = _row("gr", int(row["global_step"]), None, seconds, **step)
         tune.report({**row, "places": {"train": labels}})
 
-    trained = relay(
-        lambda callbacks: stages.train(params["config"], sids, name=name, callbacks=callbacks),
-        report,
-        required=("global_step", rules.metric),
-    )
+    try:
+        trained = relay(
+            lambda callbacks: stages.train(params["config"], sids, name=name, callbacks=callbacks),
+            report,
+            required=("global_step", rules.metric),
+        )
+    except OSError:
+        seconds["train"] = before + clock.held_s(None)
+        raise
     # A model that the store had already reported nothing: halving and Optuna see its rows now.
     for row in trained.history:
         if row["global_step"] > last_step:
             report(row)
     # A model of the store held no worker.
-    seconds["train"] = 0.0 if "train" in trained.cached else clock.held_s(None)
+    seconds["train"] = before + (0.0 if "train" in trained.cached else clock.held_s(None))
     return trained
 
 

@@ -96,6 +96,13 @@ def test_what_the_store_answered_measures_nothing() -> None:
     }
 
 
+def test_a_fit_before_the_start_is_measured_where_it_ran() -> None:
+    spot = {"zone": "spot"}
+    record = record_of(0, "fsq", fit=0.2, prior={"fit": 60.0}, prior_places={"fit": spot})
+    (found,) = [one for one in measure([record], meaning=MEANING) if one.stage == "fit"]
+    assert (found.seconds, found.labels) == (60.2, spot)
+
+
 def test_a_resumed_trial_has_less_ahead() -> None:
     whole = record_of(0, "fsq", fit=2.0)
     half = record_of(1, "fsq", fit=2.0, state="running", history=[{"global_step": 15}])

@@ -74,6 +74,27 @@ def test_restart_adds_seconds_and_replaces_repeated_steps(tmp_path: Path) -> Non
     assert not record.is_finished
 
 
+def test_what_an_earlier_start_worked_for_is_no_gift_of_the_store(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)
+    scored = {"proxies": {"x": 1}, "cpus": {}, "gpus": {}}
+    ledger.append("scored", key="k0", seconds={"fit": 60.0, "score": 2.0}, **scored)
+    ledger.append("scored", key="k1", seconds={"fit": 0.1, "score": 2.0}, cached=["fit"], **scored)
+    both = {"stage": "proxy", "metrics": {"x": 1}, "cached": ["fit", "score"]}
+    for key in ("k0", "k1"):
+        for number in range(2):
+            start(ledger, key, number)
+            ledger.append("row", key=key, seconds={"fit": 0.1, "score": 0.1}, **both)
+    trials = ledger.read().trials
+    assert (trials["k0"].cached, trials["k1"].cached) == ([], ["fit"])
+    assert trials["k0"].seconds["fit"] == pytest.approx(60.2)
+    # A model that an earlier start trained, which died before the last row.
+    start(ledger, "k2", 2)
+    ledger.append("row", key="k2", stage="gr", metrics={"global_step": 9}, seconds={"train": 5.0})
+    start(ledger, "k2", 2)
+    ledger.append("row", key="k2", stage="final", metrics={}, cached=["fit", "train"])
+    assert ledger.read().trials["k2"].cached == ["fit"]
+
+
 def test_cut_line_is_skipped_and_does_not_swallow_the_next(tmp_path: Path) -> None:
     ledger = Ledger(tmp_path)
     start(ledger, "k0", 0)

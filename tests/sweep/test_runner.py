@@ -143,6 +143,7 @@ def test_promising_designs_are_scored_together_and_train_first(ray_local, tmp_pa
     # What scoring took is part of the trial's price, once.
     first = next(one for one in found.trials.values() if one.value == 0.9)
     assert first.prior["fit"] == 0.01
+    assert first.cached == []
     assert first.cpus["fit"] == 1.0
     state = json.loads((tmp_path / "scheduler.json").read_text())["gate"]
     assert sorted(set(state["picked"].values())) == ["plan", "promise"]
