@@ -179,8 +179,7 @@ class BudgetWatch(Stopper):
     def stop_all(self) -> bool:
         """Whether the limit is reached: running trials are interrupted then."""
         now = time.monotonic()
-        if now - self._beaten >= _BEAT_S:
-            self.beat()
+        self.beat_if_due()
         if not self._has_limit or now - self._checked < _CHECK_S:
             return False
         self._checked = now
@@ -205,6 +204,11 @@ class BudgetWatch(Stopper):
     def drop(self, key: str) -> None:
         """Notes that a trial ended."""
         self._since.pop(key, None)
+
+    def beat_if_due(self) -> None:
+        """Writes what running trials hold, once a minute; also keeps the session's time."""
+        if time.monotonic() - self._beaten >= _BEAT_S:
+            self.beat()
 
     def beat(self) -> None:
         """Writes what running trials hold."""

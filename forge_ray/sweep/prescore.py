@@ -2,25 +2,38 @@
 
 Runs the tokenizer stage of the waiting trials, `max_concurrent` at a time, in threads of the
 driver: the stage itself works in Ray tasks and leaves artifacts that the trial finds. Each answer
-goes to the ledger when it comes; a killed sweep asks only for what is missing.
+goes to the ledger when it comes; a killed sweep asks only for what is missing. Nothing is begun
+beyond the budget, and what is left unscored waits for the plan to reach it.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
+from collections import deque
 from collections.abc import Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, as_completed
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    CancelledError,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
 from typing import Any
 
 from ray.exceptions import RayError
 
 from forge_ray.errors import ForgeError
+from forge_ray.sweep.budget import BudgetWatch
 from forge_ray.sweep.ledger import Ledger
+from forge_ray.sweep.patience import outlast
 from forge_ray.sweep.searcher import TrialSpec
 from forge_ray.sweep.space import label_point
 from forge_ray.sweep.trial import StageReport, Stages
 
 logger = logging.getLogger(__name__)
+
+_LOOK_S = 1.0
 
 
 def score_waiting(
@@ -30,6 +43,7 @@ def score_waiting(
     ledger: Ledger,
     known: Mapping[str, Mapping[str, Any]],
     max_concurrent: int,
+    watch: BudgetWatch,
 ) -> dict[str, dict[str, Any]]:
     """Proxies of the waiting designs by trial key.
 
@@ -39,28 +53,57 @@ def score_waiting(
         ledger: Gets one `scored` event for each design.
         known: Proxies of designs that were scored before.
         max_concurrent: Stages at a time.
+        watch: Says when the budget is spent: no further design is begun then.
 
     Returns:
-        Without the designs that could not be scored: their trial fails with the reason.
+        Without the designs that could not be scored, whose trial fails with the reason, and those
+        that the budget did not reach.
     """
     scores = {one.key: dict(known[one.key]) for one in waiting if one.key in known}
-    asked = [one for one in waiting if one.key not in scores and not one.infeasible]
+    asked = deque(one for one in waiting if one.key not in scores and not one.infeasible)
     if asked:
         logger.info("scoring %d designs, the promising ones train first", len(asked))
+    ending = threading.Event()
+    running: dict[Future[StageReport], TrialSpec] = {}
     with ThreadPoolExecutor(max_concurrent) as pool:
-        running = {pool.submit(stages.tokenize, one.config): one for one in asked}
         try:
-            for future in as_completed(running):
-                report = _report(future, running[future])
-                if report is not None:
-                    held = stages.resources(running[future].config)
-                    _record(ledger, running[future], report, held)
-                    scores[running[future].key] = report.metrics
+            while running or asked:
+                while asked and len(running) < max_concurrent and not _is_spent(watch, asked):
+                    spec = asked.popleft()
+                    running[pool.submit(_tokenize, stages, spec, ending)] = spec
+                done, _ = wait(running, timeout=_LOOK_S, return_when=FIRST_COMPLETED)
+                watch.beat_if_due()
+                for future in done:
+                    spec = running.pop(future)
+                    report = _report(future, spec)
+                    if report is not None:
+                        _record(ledger, spec, report, stages.resources(spec.config))
+                        scores[spec.key] = report.metrics
         except BaseException:
-            # Ctrl-C: what has not begun must not hold up the end.
-            pool.shutdown(wait=False, cancel_futures=True)
+            # Ctrl-C: what waits for its storage must not hold up the end.
+            ending.set()
             raise
     return scores
+
+
+def _is_spent(watch: BudgetWatch, asked: deque[TrialSpec]) -> bool:
+    reason = watch.state().spent_reason
+    if reason:
+        logger.warning("%s; %d designs stay unscored", reason, len(asked))
+        asked.clear()
+    return bool(reason)
+
+
+def _tokenize(stages: Stages, spec: TrialSpec, ending: threading.Event) -> StageReport:
+    def pause(seconds: float) -> None:
+        if ending.wait(seconds):
+            raise CancelledError
+
+    return outlast(
+        lambda: stages.tokenize(spec.config),
+        say=lambda text: logger.warning("scoring %s: %s", label_point(spec.point), text),
+        sleep=pause,
+    )
 
 
 def _report(future: Future[StageReport], spec: TrialSpec) -> StageReport | None:

@@ -322,8 +322,12 @@ def _search(
             ledger=ledger,
             known={key: one.proxies for key, one in records.scored.items()},
             max_concurrent=room.scoring,
+            watch=watch,
         )
         scheduler.order_by(scores)
+        # Scoring may have spent what was left; it also tells more of what a trial takes.
+        if not watch.may_start(estimate_waiting(planned.estimator, watch.records, source.queue)):
+            return
     searcher = PrunedAwareOptunaSearch(
         space=space,
         source=source,
