@@ -40,6 +40,7 @@ class BudgetState:
         max_cost: Limit in USD, None for none.
         max_hours: Limit in hours, None for none.
         usd_by_stage: Where the money went; `cluster` is what `cluster_hour` adds.
+        cluster_hour: USD that an hour of the sweep costs whatever its trials do.
         stopped: The last session's end at the budget: `reason`, `next` (the trials that come
             next, each with `design`, `seconds`, `cost_usd`), `left` (how many); None where it did
             not end so.
@@ -50,6 +51,7 @@ class BudgetState:
     max_cost: float | None
     max_hours: float | None
     usd_by_stage: dict[str, float]
+    cluster_hour: float
     stopped: dict[str, Any] | None
 
     @property
@@ -101,6 +103,7 @@ def budget_state(
         max_cost=config.max_cost,
         max_hours=config.max_hours,
         usd_by_stage=by_stage,
+        cluster_hour=config.prices.cluster_hour,
         stopped=records.stopped,
     )
 
@@ -115,10 +118,11 @@ def refusal(state: BudgetState, ahead: TrialEstimate, *, committed_usd: float = 
     """
     if state.spent_reason:
         return state.spent_reason
-    if state.left_usd is not None and ahead.cost_usd > state.left_usd - committed_usd:
+    usd = _whole_usd(ahead, state.cluster_hour)
+    if state.left_usd is not None and usd > state.left_usd - committed_usd:
         return (
             f"budget.max_cost: {state.spent_usd:.4g} of {state.max_cost:g} USD are spent and the "
-            f"next trial is expected to cost {ahead.cost_usd:.4g}"
+            f"next trial is expected to cost {usd:.4g}"
         )
     if state.left_s is not None and ahead.seconds > state.left_s:
         return (
@@ -126,6 +130,12 @@ def refusal(state: BudgetState, ahead: TrialEstimate, *, committed_usd: float = 
             f"the next trial is expected to take {ahead.seconds / _HOUR_S:.3g}"
         )
     return ""
+
+
+def _whole_usd(ahead: TrialEstimate, cluster_hour: float) -> float:
+    # Trials at once share the cluster's hours, which count for the next one alone, as if those that
+    # run ended before it: less than will be paid where they outlast it, never more.
+    return ahead.cost_usd + cluster_hour * ahead.seconds / _HOUR_S
 
 
 def check_affordable(estimates: Sequence[TrialEstimate], config: BudgetConfig) -> None:
@@ -136,9 +146,8 @@ def check_affordable(estimates: Sequence[TrialEstimate], config: BudgetConfig) -
     """
     if not estimates:
         return
-    usd, seconds = (
-        min(getattr(one, name) for one in estimates) for name in ("cost_usd", "seconds")
-    )
+    usd = min(_whole_usd(one, config.prices.cluster_hour) for one in estimates)
+    seconds = min(one.seconds for one in estimates)
     if config.max_cost is not None and usd > config.max_cost:
         raise ConfigError(
             f"budget.max_cost must pay for a trial, got {config.max_cost:g} USD for an estimated "
@@ -191,9 +200,10 @@ class BudgetWatch(Stopper):
         return bool(reason)
 
     def may_start(self, waiting: Sequence[TrialEstimate]) -> bool:
-        """Whether the cheapest of the waiting trials fits; of a drawn one nobody knows yet."""
-        least = min(waiting, key=lambda one: one.cost_usd, default=TrialEstimate())
-        self.reason = refusal(self.state(), least)
+        """Whether one of the waiting trials fits; of a drawn one nobody knows yet."""
+        state = self.state()
+        refusals = [refusal(state, one) for one in waiting or [TrialEstimate()]]
+        self.reason = refusals[0] if all(refusals) else ""
         return not self.reason
 
     def touch(self, key: str) -> None:
@@ -213,10 +223,11 @@ class BudgetWatch(Stopper):
     def beat(self) -> None:
         """Writes what running trials hold."""
         self._beaten = time.monotonic()
-        held = {}
+        held, places = {}, {}
         for key, (stage, seconds) in self._pending().items():
             held[key] = {stage: self._trial(key).attempts[-1].get(stage, 0.0) + seconds}
-        self._ledger.append("alive", held=held)
+            places[key] = {stage: self._place(key, stage)}
+        self._ledger.append("alive", held=held, places=places)
         for key in held:
             self.touch(key)
 
@@ -267,10 +278,22 @@ class BudgetWatch(Stopper):
             {stage: seconds},
             cpus=record.cpus,
             gpus=record.gpus,
-            places=record.places[-1],
+            places={stage: self._place(key, stage)},
             prices=self._config.prices,
         )
         return costs[stage]
+
+    def _place(self, key: str, stage: str) -> dict[str, str]:
+        """Labels of the node that a stage under way most likely holds.
+
+        Its first row will tell. Until then: where this trial or another one last ran it, else the
+        node that costs most.
+        """
+        record = self._trial(key)
+        others = reversed(self._ledger.follow().trials.values())
+        known = (one.place(stage) for one in (record, *others))
+        held = {"cpus": record.cpus.get(stage, 0.0), "gpus": record.gpus.get(stage, 0.0)}
+        return next((one for one in known if one), None) or self._config.prices.dearest(**held)
 
     def _trial(self, key: str) -> TrialRecord:
         return self._ledger.follow().trials[key]

@@ -288,7 +288,7 @@ class Fold:
         elif kind == "budget":
             self._stopped = {name: event[name] for name in ("reason", "next", "left")}
         elif kind == "alive":
-            self._add_held(event["held"])
+            self._add_held(event["held"], event.get("places") or {})
         elif kind == "finalize":
             self._finalized.append(_only(FinalizeRecord, event))
         elif kind == "floors":
@@ -306,10 +306,13 @@ class Fold:
         elif self._spans and kind != "finalize":  # which may come days later
             self._spans[-1] = (self._spans[-1][0], at)
 
-    def _add_held(self, held: Mapping[str, Mapping[str, float]]) -> None:
+    def _add_held(
+        self, held: Mapping[str, Mapping[str, float]], places: Mapping[str, Mapping[str, Any]]
+    ) -> None:
         # Of a stage under way; its own row will say it better.
         for key in held.keys() & self.trials.keys():
             self.trials[key].attempts[-1].update(held[key])
+            self.trials[key].places[-1].update(places.get(key, {}))
 
     def records(self) -> SweepRecords:
         """All trials so far; they are shared with this object, which keeps changing them."""

@@ -76,6 +76,13 @@ class Prices:
         flat = self.cpu_hour or self.gpu_hour or self.cluster_hour
         return bool(flat or any(one.hour for one in self.nodes.values()))
 
+    def dearest(self, *, cpus: float, gpus: float) -> dict[str, str]:
+        """Labels of the node on which CPUs and GPUs cost most; those of none by the flat prices."""
+        candidates: list[dict[str, str]] = [{}, *(one.labels for one in self.nodes.values())]
+        return dict(
+            max(candidates, key=lambda one: self.per_second(cpus=cpus, gpus=gpus, labels=one))
+        )
+
     def per_second(self, *, cpus: float, gpus: float, labels: Mapping[str, str]) -> float:
         """Price of holding CPUs and GPUs for a second on a node with these labels."""
         for node in self.nodes.values():

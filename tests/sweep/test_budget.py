@@ -12,7 +12,7 @@ from forge_ray.sweep.budget import BudgetWatch, budget_state, check_affordable, 
 from forge_ray.sweep.config import BudgetConfig
 from forge_ray.sweep.estimate import Estimator, StageEstimate, TrialEstimate
 from forge_ray.sweep.ledger import Ledger, ScoredDesign
-from forge_ray.sweep.prices import Prices
+from forge_ray.sweep.prices import NodePrice, Prices
 from forge_ray.sweep.searcher import TrialSpec
 from tests.sweep.records import records, trial
 from tests.sweep.stubs import StubStages
@@ -71,6 +71,21 @@ def test_a_budget_below_one_trial_is_refused() -> None:
         check_affordable([ahead(7200.0, 0.0)], config)
 
 
+def test_the_cluster_s_hours_count_for_what_comes_next() -> None:
+    prices = Prices(cluster_hour=10.0)
+    found = dataclasses.replace(
+        records(trial(0, attempts=[])), spans=[("2030-01-01T00:00", "2030-01-01T00:03")]
+    )
+    config = BudgetConfig(max_cost=1.0, prices=prices)
+    state = budget_state(found, config)
+    assert state.left_usd == 0.5
+    assert refusal(state, ahead(180.0, 0.0)) == ""
+    assert "expected to cost 10" in refusal(state, ahead(3600.0, 0.0))
+    check_affordable([ahead(3600.0, 0.0), ahead(300.0, 0.1)], config)
+    with pytest.raises(ConfigError, match=r"got 1 USD for an estimated 1\.1"):
+        check_affordable([ahead(360.0, 0.1)], config)
+
+
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     at = [1000.0]
@@ -78,10 +93,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return at
 
 
-def watch_of(folder: Path, **limits: float) -> tuple[BudgetWatch, Ledger]:
+def watch_of(
+    folder: Path, *, prices: Prices = PRICES, **limits: float
+) -> tuple[BudgetWatch, Ledger]:
     ledger = Ledger(folder)
-    config = BudgetConfig(prices=PRICES, **limits)
-    estimator = Estimator(stages=StubStages(str(folder)), prices=PRICES, meaning={}, max_steps=30)
+    config = BudgetConfig(prices=prices, **limits)
+    estimator = Estimator(stages=StubStages(str(folder)), prices=prices, meaning={}, max_steps=30)
     ledger.append("session")
     return BudgetWatch(ledger=ledger, config=config, estimator=estimator), ledger
 
@@ -135,3 +152,36 @@ def test_admitted_trials_are_paid_for_before_they_start(tmp_path: Path, clock) -
     assert [watch.admits(spec) for spec in specs] == [True, True, False]
     assert "expected to cost 10" in watch.reason
     assert watch.admits(TrialSpec(number=9, key="i", point={}, config={}, infeasible="too small"))
+
+
+def test_before_its_first_row_a_stage_counts_where_one_ran_last(tmp_path: Path, clock) -> None:
+    zones = {name: {"zone": name} for name in ("cheap", "dear")}
+    nodes = {
+        name: NodePrice(hour=3600.0 * usd, cpus=1.0, labels=zones[name])
+        for name, usd in (("cheap", 1.0), ("dear", 5.0))
+    }
+    watch, ledger = watch_of(tmp_path, prices=Prices(nodes=nodes))
+    start(watch, ledger, "a")
+    clock[0] += 10
+    assert watch.state().spent_usd == 50.0  # nothing is known: the dearest
+    watch.beat()
+    assert watch.state().spent_usd == 50.0
+    row = {"stage": "proxy", "metrics": {"x": 1}, "seconds": {"fit": 10.0}}
+    ledger.append("row", key="a", places={"fit": zones["cheap"]}, **row)
+    ledger.append("finish", key="a", state="pruned")
+    watch.drop("a")
+    assert watch.state().spent_usd == 10.0  # its row says it better
+    start(watch, ledger, "b")
+    clock[0] += 10
+    assert watch.state().spent_usd == 20.0
+    watch.beat()
+    kept = budget_state(Ledger(tmp_path).read(), BudgetConfig(prices=Prices(nodes=nodes)))
+    assert kept.spent_usd == 20.0
+
+
+def test_one_design_that_does_not_fit_stops_no_sweep(tmp_path: Path, clock) -> None:
+    watch, _ = watch_of(tmp_path, prices=Prices(), max_hours=1.0)
+    assert watch.may_start([ahead(7200.0, 0.0), ahead(60.0, 0.0)])
+    assert watch.may_start([])
+    assert not watch.may_start([ahead(7200.0, 0.0), ahead(3700.0, 0.0)])
+    assert "expected to take 2" in watch.reason
