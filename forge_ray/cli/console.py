@@ -105,7 +105,7 @@ def _without_passwords(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_passwords(one) for key, one in value.items()}
     if isinstance(value, (list, tuple)):
-        return [_without_passwords(one) for one in value]
+        return type(value)(_without_passwords(one) for one in value)
     return value
 
 
