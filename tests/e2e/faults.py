@@ -134,14 +134,39 @@ def results(records: SweepRecords) -> dict[str, tuple[str, dict[str, Any]]]:
     }
 
 
+def training_rows(sweep: TinySweep) -> list[tuple[str, dict[str, Any]]]:
+    """All rows that trainings ever reported, each with its trial's key, in their order."""
+    events = map(json.loads, sweep.ledger.path.read_text(encoding="utf-8").splitlines())
+    return [
+        (event["key"], event["metrics"])
+        for event in events
+        if event["event"] == "row" and event["stage"] == "gr"
+    ]
+
+
 def rows_told(sweep: TinySweep) -> dict[str, list[int]]:
     """Steps of all training rows ever reported, by trial key, in the order of the ledger."""
     told: dict[str, list[int]] = {}
-    for line in sweep.ledger.path.read_text(encoding="utf-8").splitlines():
-        event = json.loads(line)
-        if event["event"] == "row" and event["stage"] == "gr":
-            told.setdefault(event["key"], []).append(int(event["metrics"]["global_step"]))
+    for key, metrics in training_rows(sweep):
+        told.setdefault(key, []).append(int(metrics["global_step"]))
     return told
+
+
+def check_trials(found: SweepRecords, whole: SweepRecords) -> None:
+    """The same trials with the same ends after the same steps."""
+    assert results(found) == results(whole)
+    for key, one in found.trials.items():
+        assert steps(one) == steps(whole.trials[key])
+
+
+def check_same(sweep: TinySweep, undisturbed: TinySweep) -> None:
+    """The same trials with the same ends; nothing is trained twice; no zombie."""
+    check_trials(sweep.ledger.read(), undisturbed.ledger.read())
+    # A training that began anew would report its first step again.
+    for told in rows_told(sweep).values():
+        assert told == sorted(set(told))
+    assert sweep.models() == undisturbed.models()
+    assert not {TrialState.RUNNING, TrialState.WAITING} & set(sweep.optuna_states())
 
 
 def steps(record: TrialRecord) -> list[int]:

@@ -5,32 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from optuna.trial import TrialState
 
-from tests.e2e.faults import TinySweep, below, kill_one, results, rows_told, steps, trains
+from tests.e2e.faults import TinySweep, below, check_same, kill_one, trains
 from tests.gr.processes import wait_until
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]
-
-
-@pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> TinySweep:
-    sweep = TinySweep.make(tmp_path_factory.mktemp("undisturbed"))
-    sweep.finish(sweep.start())
-    return sweep
-
-
-def check_same(sweep: TinySweep, undisturbed: TinySweep) -> None:
-    """The same trials with the same ends; nothing is trained twice; no zombie."""
-    after, whole = sweep.ledger.read(), undisturbed.ledger.read()
-    assert results(after) == results(whole)
-    for key, one in after.trials.items():
-        assert steps(one) == steps(whole.trials[key])
-    # A training that began anew would report its first step again.
-    for told in rows_told(sweep).values():
-        assert told == sorted(set(told))
-    assert sweep.models() == undisturbed.models()
-    assert not {TrialState.RUNNING, TrialState.WAITING} & set(sweep.optuna_states())
 
 
 @pytest.mark.parametrize("victim", ["ray::ImplicitFunc", "ray::RayTrainWorker"])

@@ -9,17 +9,16 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import Any
 
-import optuna
 import pytest
-from optuna.trial import TrialState
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import load_config
 from forge_ray.sweep.config import SweepConfig
+from forge_ray.sweep.gate import GateState, decide, note_scores
+from forge_ray.sweep.halving import AshaState, stop_reason
 from forge_ray.sweep.ledger import Ledger, SweepRecords
-from forge_ray.sweep.study import open_storage
+from tests.e2e.faults import TinySweep, check_same, rows_told, training_rows, trains
 from tests.tiny_sweep import with_sections
 
 SWEEP = with_sections(
@@ -28,6 +27,19 @@ space:
   sid.quantizer.codebook_size: {choice: [32, 64]}
   sid.resolver.kind: {choice: [bucket, extra_token]}
 max_concurrent: 2
+"""
+)
+# Both rules decide: half of the designs pass the gate, rungs at a third and two thirds of training
+# stop those that learn nothing. With two trials at a time who is judged first is a matter of luck.
+DECIDING = with_sections(
+    """
+space:
+  sid.quantizer.codebook_size: {choice: [32, 48, 64]}
+  sid.resolver.kind: {choice: [bucket, extra_token]}
+  gr.engine.learning_rate: {choice: [3.0e-3, 1.0e-7]}
+max_concurrent: 2
+gate: {mode: quantile, warmup: 0, keep_quantile: 0.5, random_share: 0.0}
+asha: {grace_steps: 20, reduction_factor: 2, min_earlier: 1}
 """
 )
 RUN = (
@@ -72,7 +84,8 @@ def kill_during_training(folder: Path, *, finished: int) -> None:
     while time.monotonic() < deadline and driver.poll() is None:
         records = ledger(folder).read()
         training = [one for one in records.trials.values() if one.state == "running"]
-        if len(records.finished()) >= finished and any(one.proxies for one in training):
+        # A checkpoint lies behind whoever has reported a step.
+        if len(records.finished()) >= finished and any(one.history for one in training):
             break
         time.sleep(0.2)
     assert driver.poll() is None, "the sweep ended before it could be killed"
@@ -83,14 +96,6 @@ def kill_during_training(folder: Path, *, finished: int) -> None:
 def tokenizers(folder: Path) -> dict[str, str]:
     manifests = ArtifactStore(folder / "store").manifests("quantizer")
     return {one.key: one.created for one in manifests}
-
-
-def proxies(records: SweepRecords) -> dict[str, dict[str, Any]]:
-    """SID metrics by trial key, without what differs by machine."""
-    return {
-        key: {name: value for name, value in one.proxies.items() if "seconds" not in name}
-        for key, one in records.trials.items()
-    }
 
 
 @pytest.mark.slow
@@ -108,8 +113,8 @@ def test_killed_sweep_continues_and_equals_an_uninterrupted_one(tmp_path: Path) 
     for one in before.finished():
         assert len(after.trials[one.key].attempts) == 1
     assert {key: tokenizers(broken)[key] for key in ids} == ids
-    # The same trials with the same SID metrics.
-    assert proxies(after) == proxies(ledger(whole).read())
+    # The same trials with the same ends; no step is trained twice, Optuna holds no zombie.
+    check_same(TinySweep(broken), TinySweep(whole))
     assert all(one.is_finished for one in after.trials.values())
     # The control was stopped by the gate, the ranking stands, floors beside it.
     control = next(
@@ -118,15 +123,6 @@ def test_killed_sweep_continues_and_equals_an_uninterrupted_one(tmp_path: Path) 
     assert control.pruned_by == "gate"
     assert {row["kind"] for row in output["ranking"]} == {"trial", "floor"}
     assert Path(output["report"]).stat().st_size > 1_000_000
-    # Optuna holds no zombie.
-    folder = ledger(broken).folder
-    storage = open_storage("", folder)
-    states = [
-        trial.state
-        for name in optuna.get_all_study_names(storage)
-        for trial in optuna.load_study(study_name=name, storage=storage).trials
-    ]
-    assert not {TrialState.RUNNING, TrialState.WAITING} & set(states)
 
     # One new value in the space trains only what is new.
     models = {one.key for one in ArtifactStore(broken / "store").manifests("model")}
@@ -146,6 +142,54 @@ def test_killed_sweep_continues_and_equals_an_uninterrupted_one(tmp_path: Path) 
     assert {row["model"] for row in first} >= {"popularity", "item_knn"}
     assert json.loads(run(broken, "finalize", "--json")) == first
     assert len(ledger(broken).read().finalized) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(1800)
+def test_gate_and_rungs_remember_what_a_killed_driver_knew(tmp_path: Path) -> None:
+    """Whatever the order was: the decisions are those of one scheduler that saw every row."""
+    sweep = TinySweep.make(tmp_path / "sweep", DECIDING)
+    config = load_config(SweepConfig, path=sweep.folder / "sweep.yaml")
+    driver = sweep.start()
+    sweep.wait(driver, has_judged_a_rung_and_trains, "a rung behind one trial and one in training")
+    before = sweep.ledger.read()
+    driver.kill()
+    driver.wait()
+    sweep.finish(sweep.start())
+    trials = sweep.ledger.read().trials
+    assert all(one.is_finished for one in trials.values())
+    for one in before.finished():
+        assert len(trials[one.key].attempts) == 1
+
+    # Halving: the rows of the ledger, judged again in their order, fill the same rungs.
+    asha = AshaState()
+    for key, row in training_rows(sweep):
+        step, value = int(row["global_step"]), float(row[config.metric])
+        rules = {"max_steps": config.gr["max_steps"], "config": config.asha}
+        stop_reason(key, step, value, state=asha, **rules)
+    kept = json.loads((sweep.ledger.folder / "scheduler.json").read_text(encoding="utf-8"))
+    assert kept["asha"]["rungs"] == asha.rungs
+    stopped = {key for key, one in trials.items() if one.pruned_by == "asha"}
+    assert stopped == asha.stopped.keys()
+    assert stopped
+    for told in rows_told(sweep).values():
+        assert told == sorted(set(told))
+
+    # The gate: with all designs scored before anything trained, its answers depend on no order.
+    gate = GateState()
+    note_scores({key: one.proxies for key, one in trials.items()}, state=gate, config=config.gate)
+    answers = {
+        key: decide(key, one.proxies, state=gate, config=config.gate) for key, one in trials.items()
+    }
+    assert {key for key, one in trials.items() if one.pruned_by == "gate"} == {
+        key for key, answer in answers.items() if not answer.go
+    }
+    assert {answer.rule for answer in answers.values()} == {"limit", "quantile", "passed"}
+
+
+def has_judged_a_rung_and_trains(records: SweepRecords) -> bool:
+    """Whether a trial has trained to its end, whatever that was, and another is under way."""
+    return trains(records) and any(one.history for one in records.finished())
 
 
 @pytest.mark.parametrize("name", ["quickstart", "beauty"])
