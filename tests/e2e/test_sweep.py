@@ -205,7 +205,7 @@ def test_shipped_sweeps_are_valid(name: str, caplog: pytest.LogCaptureFixture) -
     config = load_config(SweepConfig, path=ROOT / "sweeps" / f"{name}.yaml")
     check_rungs(config)
     assert not caplog.text
-    drawn = islice(quasi_random_points(parse_space(config.space), seed=0), 24)
+    drawn = islice(quasi_random_points(parse_space(config.space), seed=0), 12)
     points = [*config.points, *(drawn if config.space else ())]
     kinds = {trial_config(config, point).sid.quantizer.kind for point in points}
     assert kinds >= {"random", "rq_kmeans", "rq_vae"}
