@@ -258,9 +258,9 @@ def test_a_container_sees_the_store_and_the_shared_folders(root: Path) -> None:
     words = shlex.split(context.py_executable)
     assert words[-1] == "image:1"
     mounts = {after for word, after in itertools.pairwise(words) if word == "-v"}
-    assert mounts == {
-        *("/tmp/ray:/tmp/ray", "/shared/store:/shared/store", "/mnt/raw data:/mnt/raw data")
-    }
+    # Beside those that Ray adds: its own folder, a token's file.
+    assert {"/shared/store:/shared/store", "/mnt/raw data:/mnt/raw data"} <= mounts
+    assert "/shared/store/more:/shared/store/more" not in mounts
     # A bucket is no folder; a path that podman would cut in two is refused.
     bucket = environment(image="image:1", shared=["/mnt/raw"], store="s3://bucket/x")
     assert bucket["container"]["run_options"] == ["-v", "/mnt/raw:/mnt/raw"]
