@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
 from scipy.stats import qmc
@@ -21,6 +22,8 @@ from forge_ray.errors import ConfigError
 from forge_ray.sweep.config import DRAWING, SweepConfig
 from forge_ray.sweep.searcher import Rejection, Resolve
 from forge_ray.sweep.space import Point, Space, parse_space
+
+logger = logging.getLogger(__name__)
 
 PLAN = "plan.json"
 """The plan of the sessions so far, in the sweep's folder."""
@@ -152,12 +155,41 @@ def extend_plan(
     return points
 
 
+def cap_plan(
+    points: Sequence[Point], *, started: Collection[str], previous: Space | None, limit: int
+) -> list[Point]:
+    """Those of a plan that fit into a number of trials, in their order.
+
+    Trials that began are trials; then come points that the space gained, since somebody asked for
+    them last, then those that were planned before.
+
+    Args:
+        points: The plan.
+        started: Names of the points of the space that began, in the plan or drawn.
+        previous: Space of the plan before, None for a first plan.
+        limit: Trials in all.
+    """
+    waiting = [one for one in points if canonical_json(one) not in started]
+    is_old = [previous is None or previous.contains(one) for one in waiting]
+    room = max(0, limit - len(started))
+    chosen = sorted(range(len(waiting)), key=is_old.__getitem__)[:room]
+    kept = {*started, *(canonical_json(waiting[place]) for place in chosen)}
+    return [one for one in points if canonical_json(one) in kept]
+
+
 def make_plan(
-    config: SweepConfig, space: Space, folder: Path, sieve: Sieve, *, first: Sequence[Point] = ()
+    config: SweepConfig,
+    space: Space,
+    folder: Path,
+    sieve: Sieve,
+    *,
+    first: Sequence[Point] = (),
+    started: Iterable[Point] = (),
 ) -> list[Point]:
     """The points of the space to run before anything is drawn, in order; writes nothing.
 
-    Fixed points come before them. A plan only grows: see `extend_plan`.
+    Fixed points come before them. A plan keeps what began and grows: see `extend_plan`; what lies
+    beyond `num_trials` and did not begin is left out, and comes back with a larger number.
 
     Args:
         config: The sweep file.
@@ -165,6 +197,7 @@ def make_plan(
         folder: Where the plan of earlier sessions is.
         sieve: Which designs may be trials.
         first: Points of the space to plan before those of grid or sequence.
+        started: Points of the trials that began.
 
     Raises:
         ConfigError: A point is no valid configuration, or every one was rejected.
@@ -183,7 +216,18 @@ def make_plan(
     )
     if config.sampler.kind not in DRAWING:
         sieve.require_some(bool(plan))
-    return plan
+    if limit is None:
+        return plan
+    fixed = {canonical_json(point) for point in config.points}
+    began = {canonical_json(point) for point in started if space.contains(point)} - fixed
+    capped = cap_plan(plan, started=began, previous=previous, limit=limit)
+    if len(capped) < len(plan):
+        logger.info(
+            "num_trials=%d leaves out %d planned designs; raise it to run them",
+            config.num_trials,
+            len(plan) - len(capped),
+        )
+    return capped
 
 
 def _previous_plan(path: Path, space: Space) -> tuple[Space | None, list[Point]]:

@@ -79,8 +79,8 @@ class Prices:
     def dearest(self, *, cpus: float, gpus: float) -> dict[str, str]:
         """Labels of the node on which CPUs and GPUs cost most; those of none by the flat prices."""
         candidates: list[dict[str, str]] = [{}, *(one.labels for one in self.nodes.values())]
-        return dict(
-            max(candidates, key=lambda one: self.per_second(cpus=cpus, gpus=gpus, labels=one))
+        return max(
+            candidates, key=lambda labels: self.per_second(cpus=cpus, gpus=gpus, labels=labels)
         )
 
     def per_second(self, *, cpus: float, gpus: float, labels: Mapping[str, str]) -> float:

@@ -180,12 +180,20 @@ def plan_trials(job: SweepJob) -> Planned:
         meaning=meaning,
         resolve=resolve,
     )
-    plan = make_plan(config, space, job.folder, sieve, first=warm.first)
+    plan = make_plan(
+        config,
+        space,
+        job.folder,
+        sieve,
+        first=warm.first,
+        started=(one.point for one in records.trials.values()),
+    )
     source = TrialSource(
         records=records.trials,
         planned=[*config.points, *plan],
         num_trials=config.num_trials if is_drawing else None,
         resolve=resolve,
+        space=space,
     )
     source.rejections += sieve.rejections
     estimator = make_estimator(job, meaning)

@@ -145,6 +145,7 @@ class TrialSource:
         planned: Points to run in order, before anything is drawn.
         num_trials: Trials in all, when further points may be drawn; None draws none.
         resolve: Turns a point into a configuration and its key.
+        space: What an earlier session left unfinished outside of it is not run.
     """
 
     def __init__(
@@ -154,6 +155,7 @@ class TrialSource:
         planned: Iterable[Point],
         num_trials: int | None,
         resolve: Resolve,
+        space: Space,
     ) -> None:
         self._resolve = resolve
         self._known = {key: one.number for key, one in records.items()}
@@ -166,7 +168,11 @@ class TrialSource:
         self.rejections: Counter[str] = Counter()
         # A sampler that draws does not propose the same point again: what a killed driver left
         # behind is run before anything new. A plan holds those points anyway.
-        left = [one.point for one in records.values() if not one.is_finished]
+        left = [
+            one.point
+            for one in records.values()
+            if not one.is_finished and space.contains(one.point)
+        ]
         self.queue: deque[TrialSpec] = deque()
         self._wanted: set[str] = set()
         self._handed: dict[str, TrialSpec] = {}

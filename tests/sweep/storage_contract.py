@@ -158,7 +158,13 @@ def make(
     """A sweep's searcher on a storage of its own opening."""
     return PrunedAwareOptunaSearch(
         space=parse_space(space),
-        source=TrialSource(records={}, planned=(), num_trials=num_trials, resolve=stub_resolve),
+        source=TrialSource(
+            records={},
+            planned=(),
+            num_trials=num_trials,
+            resolve=stub_resolve,
+            space=parse_space(space),
+        ),
         ledger=Ledger(folder),
         objectives=[METRIC],
         sampler=make_sampler(kind, seed=0),

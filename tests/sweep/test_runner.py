@@ -6,6 +6,7 @@ import dataclasses
 import json
 import logging
 from pathlib import Path
+from typing import Any
 
 import optuna
 import pytest
@@ -18,7 +19,7 @@ from forge_ray.sweep import runner
 from forge_ray.sweep.budget import budget_state
 from forge_ray.sweep.config import BudgetConfig, SamplerConfig, SweepConfig
 from forge_ray.sweep.halving import AshaConfig
-from forge_ray.sweep.ledger import SweepRecords
+from forge_ray.sweep.ledger import SweepRecords, write_json
 from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.objectives import pareto_front
 from forge_ray.sweep.plan import Sieve, make_plan
@@ -263,6 +264,37 @@ def test_planned_designs_are_replaced_where_rejected(tmp_path: Path) -> None:
     plan = make_plan(config, parse_space(DEPTHS), tmp_path, sieve)
     assert [point["levels"] for point in plan] == [2] * 6
     assert sieve.rejections["capacity"] > 0
+
+
+def test_a_smaller_number_of_trials_leaves_out_what_did_not_begin(tmp_path: Path, caplog) -> None:
+    space = {"kind": {"choice": ["a"]}, "quality": {"float": [0, 1]}}
+    fixed = {"kind": "a", "quality": 0.5}
+    config = dataclasses.replace(
+        CONFIG,
+        space=space,
+        points=[fixed],
+        sampler=SamplerConfig(kind="quasi_random"),
+        num_trials=7,
+    )
+
+    def plan(num_trials: int, *began: int) -> list[dict[str, Any]]:
+        found = make_plan(
+            dataclasses.replace(config, num_trials=num_trials),
+            parse_space(space),
+            tmp_path,
+            Sieve(stub_resolve),
+            started=[fixed, *(first[place] for place in began)],
+        )
+        write_json(tmp_path / "plan.json", {"space": space, "points": found})
+        return found
+
+    first: list[dict[str, Any]] = []
+    first = plan(7)
+    assert len(first) == 6
+    with caplog.at_level("INFO"):
+        assert plan(4, 5) == [first[0], first[1], first[5]]
+    assert "num_trials=4 leaves out 3 planned designs" in caplog.text
+    assert {one["quality"] for one in plan(7, 5)} == {one["quality"] for one in first}
 
 
 @pytest.mark.ray

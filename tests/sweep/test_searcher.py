@@ -44,7 +44,11 @@ def make(
     space=SPACE,
 ) -> PrunedAwareOptunaSearch:
     source = TrialSource(
-        records=records or {}, planned=planned, num_trials=num_trials, resolve=stub_resolve
+        records=records or {},
+        planned=planned,
+        num_trials=num_trials,
+        resolve=stub_resolve,
+        space=space,
     )
     return PrunedAwareOptunaSearch(
         space=space,
@@ -310,6 +314,18 @@ def test_failed_and_interrupted_trials_are_tried_again(tmp_path: Path) -> None:
     assert search.suggest("t2") == Searcher.FINISHED
 
 
+def test_what_failed_outside_the_space_does_not_come_back(tmp_path: Path) -> None:
+    points = [{"kind": "a", "quality": 0.1}, {"kind": "b", "quality": 0.2}]
+    records = {
+        one.key: one
+        for one in (record_of(point, state="failed", number=n) for n, point in enumerate(points))
+    }
+    narrowed = parse_space({**DEFINITION, "kind": {"choice": ["b"]}})
+    search = make(tmp_path, records=records, num_trials=2, space=narrowed)
+    assert search.suggest("t0")["config"] == points[1]
+    assert search.suggest("t1") == Searcher.FINISHED
+
+
 def test_tpe_draws_distinct_trials_up_to_the_budget(tmp_path: Path) -> None:
     search = make(tmp_path, num_trials=5)
     keys = {search.suggest(f"t{index}")["key"] for index in range(5)}
@@ -332,6 +348,7 @@ def test_a_trial_of_an_earlier_space_is_not_wanted() -> None:
         planned=[{"kind": "a"}],
         num_trials=None,
         resolve=stub_resolve,
+        space=SPACE,
     )
     assert source.wants(stub_resolve({"kind": "a"}).key)
     assert not source.wants(old.key)
@@ -415,5 +432,7 @@ def test_a_resumed_plan_has_the_numbers_that_it_had() -> None:
     points = [{"kind": "a", "quality": place / 8} for place in range(3)]
     started = record_of(points[2], state="failed", number=2)
     for records in ({}, {started.key: started}):
-        source = TrialSource(records=records, planned=points, num_trials=None, resolve=stub_resolve)
+        source = TrialSource(
+            records=records, planned=points, num_trials=None, resolve=stub_resolve, space=SPACE
+        )
         assert [spec.number for spec in source.queue] == [0, 1, 2]

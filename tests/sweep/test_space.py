@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from forge_ray.config import canonical_json
 from forge_ray.errors import ConfigError
-from forge_ray.sweep.plan import extend_plan, quasi_random_points
+from forge_ray.sweep.plan import cap_plan, extend_plan, quasi_random_points
 from forge_ray.sweep.space import apply_point, label_point, parse_space
 from forge_ray.sweep.study import make_sampler
 
@@ -196,6 +196,20 @@ def test_larger_budget_continues_the_sequence() -> None:
         planned=first, previous=SPACE, candidates=quasi_random_points(SPACE, seed=5), limit=9
     )
     assert more == list(itertools.islice(quasi_random_points(SPACE, seed=5), 9))
+
+
+@pytest.mark.parametrize("limit", [3, 4, 9])
+def test_a_plan_holds_no_more_than_the_most_trials(limit: int) -> None:
+    small = parse_space({"k": {"int": [1, 6]}})
+    points = [{"k": number} for number in range(1, 9)]
+    began = {canonical_json(one) for one in points[:2]}
+    # Seven and eight are new: they go before what merely waits.
+    expected = {3: [1, 2, 7], 4: [1, 2, 7, 8], 9: [*range(1, 9)]}
+    found = cap_plan(points, started=began, previous=small, limit=limit)
+    assert [one["k"] for one in found] == expected[limit]
+    # What began stays, however low the number is set.
+    assert cap_plan(points, started=began, previous=small, limit=1) == points[:2]
+    assert cap_plan(points, started=(), previous=None, limit=2) == points[:2]
 
 
 def test_apply_point_sets_nested_values_and_keeps_the_base() -> None:
