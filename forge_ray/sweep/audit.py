@@ -124,11 +124,6 @@ class PassThrough:
     num_controls: int
     num_spared: int
 
-    @property
-    def share(self) -> float:
-        """Controls among the trials judged; 0 where none was."""
-        return self.num_controls / max(1, self.num_judged)
-
 
 @dataclass(frozen=True, kw_only=True)
 class StageCompute:

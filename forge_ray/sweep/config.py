@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from forge_ray.config import canonical_json, to_mapping
@@ -282,6 +282,14 @@ def _check_objectives(metric: str, objectives: Sequence[str], prices: Prices) ->
 
 
 _FIXED = ("sid", "gr", "score", "sampler", "metric", "gate", "asha", "evaluation")
+
+
+CHANGEABLE = tuple(
+    one.name
+    for one in fields(SweepConfig)
+    if one.name not in (*_FIXED, "name", "data", "synthetic", "folder")
+)
+"""Sections of a sweep file that may change under its name."""
 
 
 def identity(config: SweepConfig, *, dataset_key: str) -> dict[str, Any]:

@@ -420,12 +420,13 @@ class SweepLock:
             yield
 
     def is_held(self) -> bool:
-        """Whether a driver is alive."""
-        if not self.path.exists():
+        """Whether a driver is alive; needs no right to write."""
+        try:
+            with self.path.open() as stream:
+                # Shared: those who look do not take each other for a driver.
+                return not _try_lock(stream, fcntl.LOCK_SH)
+        except FileNotFoundError:
             return False
-        with self.path.open("a+") as stream:
-            # Shared: those who look do not take each other for a driver.
-            return not _try_lock(stream, fcntl.LOCK_SH)
 
 
 def _acquire(stream: IO[str]) -> bool:

@@ -31,6 +31,7 @@ from forge_ray.quiet_tune import quiet_tune
 from forge_ray.secrets import masked_url, masked_words, without_password
 from forge_ray.sweep.budget import BudgetWatch, check_affordable, stop_event
 from forge_ray.sweep.config import (
+    CHANGEABLE,
     DRAWING,
     IDENTITY,
     ResourceConfig,
@@ -461,7 +462,7 @@ def check_identity(folder: Path, content: Mapping[str, Any], *, name: str) -> No
     """Refuses an identity other than the one the sweep began with; a new sweep has none yet.
 
     Raises:
-        ConfigError: Something other than space, points, trials or resources changed.
+        ConfigError: Something that decides what a trial means changed.
     """
     path = folder / IDENTITY
     if not path.exists():
@@ -470,8 +471,8 @@ def check_identity(folder: Path, content: Mapping[str, Any], *, name: str) -> No
     changed = difference(old, json.loads(json.dumps(content)))
     if changed:
         raise ConfigError(
-            f"sweep {name!r} must keep its settings (only space, points, num_trials, resources may "
-            f"change), got {'; '.join(changed)}. Set another name: finished artifacts are reused."
+            f"sweep {name!r} must keep its settings (only {', '.join(CHANGEABLE)} may change), got "
+            f"{'; '.join(changed)}. Set another name: finished artifacts are reused."
         )
 
 

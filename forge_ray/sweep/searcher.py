@@ -40,6 +40,8 @@ from forge_ray.sweep.study import KEY, begin_trial, proxy_attributes
 logger = logging.getLogger(__name__)
 
 _MAX_REPEATS, _MAX_REJECTED = 64, 512
+_LOOKED_AT = 16
+"""Waiting trials that are asked for one that fits; Tune asks again and again."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -235,7 +237,10 @@ class TrialSource:
 
     def next_planned(self, next_place: NextPlace) -> TrialSpec:
         """Takes one waiting trial out of the queue."""
-        place = next_place([one.key for one in self.queue])
+        return self.take(next_place([one.key for one in self.queue]))
+
+    def take(self, place: int) -> TrialSpec:
+        """Takes the waiting trial at a place out of the queue."""
         spec = self.queue[place]
         del self.queue[place]
         self._handed[spec.key] = spec
@@ -380,14 +385,26 @@ class PrunedAwareOptunaSearch(OptunaSearch):
         return dataclasses.replace(outcome, objectives=values)
 
     def _ask_planned(self, trial_id: str) -> TrialSpec | None:
-        spec = self._source.next_planned(self._next_place)
-        if not self._admits(spec):
-            self._source.put_back(spec)
+        spec = self._first_admitted()
+        if spec is None:
             return None
         attributes = _attributes(spec, trial_id)
         trial = begin_trial(self._ot_study, self._parameters, spec.point, attributes)
         self._ot_trials[trial_id] = trial
         return spec
+
+    def _first_admitted(self) -> TrialSpec | None:
+        """The next trial in line, or one behind it where that does not fit into the budget."""
+        spec = self._source.next_planned(self._next_place)
+        if self._admits(spec):
+            return spec
+        self._source.put_back(spec)
+        others = range(1, min(len(self._source.queue), _LOOKED_AT))
+        # Asked last, the next in line is what the session's end will name.
+        for place in (*others, 0) if others else ():
+            if self._admits(self._source.queue[place]):
+                return self._source.take(place)
+        return None
 
     def _ask_drawn(self, trial_id: str) -> TrialSpec | None:
         repeats = rejected = 0

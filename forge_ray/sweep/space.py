@@ -292,8 +292,16 @@ def _parse(
         return Choice(values=_parse_choices(f"{place.where}.choice", entry[form]), **shared)
     low, high = _parse_range(place.where, form, entry[form])
     if form == "int":
-        return IntRange(low=int(low), high=int(high), step=int(entry.get("step", 1)), **shared)
-    return FloatRange(low=low, high=high, log=form == "log", num=entry.get("num"), **shared)
+        step = _parse_count(f"{place.where}.step", entry.get("step", 1))
+        return IntRange(low=int(low), high=int(high), step=step, **shared)
+    num = None if entry.get("num") is None else _parse_count(f"{place.where}.num", entry["num"])
+    return FloatRange(low=low, high=high, log=form == "log", num=num, **shared)
+
+
+def _parse_count(where: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ConfigError(f"{where} must be a whole number >= 1, got {value!r}. Change it.")
+    return value
 
 
 def _parse_choices(where: str, values: Any) -> tuple[Value, ...]:

@@ -18,10 +18,15 @@ def ranking_rows(records: SweepRecords, *, metric: str) -> list[dict[str, Any]]:
     best trial, by the larger of the two errors.
     """
     rows = [
-        {"kind": "trial", "trial": one.number + 1, "design": label_point(one.point), **figures}
+        {
+            "kind": "trial",
+            "trial": one.number + 1,
+            "design": label_point(one.point),
+            **_figures(one.final, metric),
+            **_proxies(one),
+        }
         for one in records.trials.values()
         if one.state == "complete"
-        and (figures := _figures(one.final, metric) | _proxies(one)) is not None
     ]
     rows += [
         {"kind": "floor", "trial": None, "design": name, **_figures(metrics, metric)}

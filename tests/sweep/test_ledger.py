@@ -3,6 +3,7 @@ from __future__ import annotations
 import fcntl
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -132,6 +133,22 @@ def test_lock_admits_one_driver(tmp_path: Path) -> None:
         ):
             pass
     assert not lock.is_held()
+
+
+def test_a_look_at_the_lock_needs_no_right_to_write(tmp_path: Path, monkeypatch) -> None:
+    plain = Path.open
+
+    def read_only(path: Path, mode: str = "r", *args: Any, **kwargs: Any) -> Any:
+        if set(mode) & set("wa+"):
+            raise PermissionError(30, "Read-only file system")
+        return plain(path, mode, *args, **kwargs)
+
+    lock = SweepLock(tmp_path)
+    with lock.held():
+        monkeypatch.setattr(Path, "open", read_only)
+        assert SweepLock(tmp_path).is_held()
+    assert not lock.is_held()
+    assert not SweepLock(tmp_path / "nothing").is_held()
 
 
 def test_a_look_at_the_lock_stops_no_driver(tmp_path: Path) -> None:

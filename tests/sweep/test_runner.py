@@ -365,7 +365,7 @@ def test_another_identity_is_refused(tmp_path: Path) -> None:
     check_identity(tmp_path, {"a": {"b": 1}}, name="x")
     (tmp_path / "identity.json").write_text('{"a": {"b": 1}}')
     check_identity(tmp_path, {"a": {"b": 1}}, name="x")
-    with pytest.raises(ConfigError, match=r"a\.b: 1 -> 2"):
+    with pytest.raises(ConfigError, match=r"\(only space, .*budget.* may change\).* a\.b: 1 -> 2"):
         check_identity(tmp_path, {"a": {"b": 2}}, name="x")
 
 

@@ -249,19 +249,18 @@ def test_a_space_without_a_feasible_draw_ends(tmp_path: Path, monkeypatch) -> No
 
 def test_a_trial_that_may_not_start_waits_while_others_run(tmp_path: Path) -> None:
     points = [{"kind": "a", "quality": index / 8} for index in range(3)]
-    allowed = [True, False, False, True, False]
-    search = make(tmp_path, planned=points, admits=lambda spec: allowed.pop(0))
+    fitting = [points[0]]
+    search = make(tmp_path, planned=points, admits=lambda spec: spec.point in fitting)
     assert search.suggest("t0")["config"] == points[0]
     assert search.suggest("t1") is None
-    assert search.suggest("t1") is None
-    # The running one ended early, so there is something left for the next.
+    # The running one ended early, so there is something left: not for the next, but for another.
+    fitting.append(points[2])
+    assert search.suggest("t1")["config"] == points[2]
     search.on_trial_complete("t0", {"stage": "proxy", "decision/pruned_by": "gate"})
-    assert search.suggest("t1")["config"] == points[1]
+    assert search.suggest("t2") is None
     search.on_trial_complete("t1", {"stage": "final", "global_step": 20, METRIC: 0.3})
     assert search.suggest("t2") == Searcher.FINISHED
-    assert [one.point for one in search._source.queue] == points[2:]
-    # Handed out and never seen to start, it waits as well.
-    assert [one.point for one in search._source.unstarted(())] == points
+    assert [one.point for one in search._source.queue] == points[1:2]
 
 
 def test_late_results_are_ignored(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import time
 from pathlib import Path
 from typing import Any
 
@@ -219,6 +220,30 @@ def test_a_dead_tracker_is_told_once_and_hears_it_later(
     feed.close()
     assert [at for at, _ in flaky.heard[0].scalars] == [0, 10, 20, 30]
     assert len(flaky.heard) == 1
+
+
+def test_a_ledger_that_cannot_be_read_for_a_moment_ends_no_tracker(
+    tmp_path: Path, monkeypatch
+) -> None:
+    ledger, tracker = Ledger(tmp_path), Flaky()
+    tracker.is_down = False
+    begin(ledger, 0)
+    feed = TrackerFeed(tracker, tmp_path)
+    poll, failures = feed._tail.poll, [OSError(5, "Input/output error")]
+
+    def away_at_first() -> set[str]:
+        if failures:
+            raise failures.pop()
+        return poll()
+
+    monkeypatch.setattr(feed._tail, "poll", away_at_first)
+    feed.start()
+    deadline = time.monotonic() + 30
+    while not tracker.heard and time.monotonic() < deadline:
+        feed.wake()
+        time.sleep(0.01)
+    feed.close()
+    assert len(tracker.heard) == 1
 
 
 def test_a_server_that_is_down_ends_nothing(tmp_path: Path, caplog, monkeypatch) -> None:

@@ -94,13 +94,20 @@ class TrackerFeed:
         is_last = False
         while not is_last:
             is_last = self._closing.is_set()
-            self._pending |= self._tail.poll()
+            self._poll()
             if self._pending and (is_last or time.monotonic() >= self._retry_at):
                 self._try(self._send_pending)
             if not is_last:
                 self._wake.wait(_POLL_S)
                 self._wake.clear()
         self._try(self._tracker.close)
+
+    def _poll(self) -> None:
+        try:
+            self._pending |= self._tail.poll()
+        except OSError as error:
+            # A disk that stays away ends the sweep itself, which says so.
+            logger.debug("trackers: the ledger cannot be read now", exc_info=error)
 
     def _send_pending(self) -> None:
         trials = self._tail.records.trials
