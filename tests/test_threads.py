@@ -88,10 +88,14 @@ def test_a_worker_takes_the_threads_of_its_cpus(ray_local: None, name: str) -> N
         "embedding": (Config(), None, None, None),
         "recommending": (Job(),),
         "ranking": ([None], None, Config(), None),
-        "tokenizing": ("/nonexistent", "", {}, {}, 1.0),
-        "evaluating": ("/nonexistent", "", "validation", 0, {}, 1.0),
+        "tokenizing": ("/nonexistent", ""),
+        "evaluating": ("/nonexistent", ""),
     }
-    keywords: dict[str, dict[str, object]] = {"resolving": {"shared": None}}
+    keywords: dict[str, dict[str, object]] = {
+        "resolving": {"shared": None},
+        "tokenizing": {"sid": {}, "score": {}, "cpus": 1.0},
+        "evaluating": {"split": "validation", "users": 0, "evaluation": {}, "cpus": 1.0},
+    }
     found = ray.get(
         threads_around.remote(ENTRY_POINTS[name], arguments[name], keywords.get(name, {}))
     )

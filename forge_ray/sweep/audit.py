@@ -172,8 +172,16 @@ class Audit:
         return [one.line for one in self.final]
 
 
-def audit(records: Sequence[TrialRecord], *, metric: str) -> Audit:
-    """Audits a sweep's trials."""
+def audit(
+    records: Sequence[TrialRecord], *, metric: str, unstarted: Sequence[TrialRecord] = ()
+) -> Audit:
+    """Audits a sweep's trials.
+
+    Args:
+        records: Its trials.
+        metric: That ranks them.
+        unstarted: `SweepRecords.unstarted()`; they count as compute that was spent.
+    """
     step = _first_common_step(records, metric)
     final = {one.key: one.value for one in records if one.state == "complete"}
     early = {one.key: _value_at(one, step, metric) for one in records if step is not None}
@@ -189,7 +197,7 @@ def audit(records: Sequence[TrialRecord], *, metric: str) -> Audit:
             num_controls=sum(one.is_control for one in judged),
             num_spared=sum(one.would_prune and one.pruned_by != "gate" for one in judged),
         ),
-        compute=_compute(records),
+        compute=_compute([*records, *unstarted]),
     )
 
 

@@ -85,12 +85,8 @@ def budget_state(
         is_running: Whether a driver is alive: its session lasts until now then.
     """
     hours = elapsed_s(records, is_running=is_running) / _HOUR_S
-    costs = [stage_costs(one, config.prices) for one in records.trials.values()]
-    costs += [
-        cost_of(one.seconds, cpus=one.cpus, gpus=one.gpus, places=one.places, prices=config.prices)
-        for key, one in records.scored.items()
-        if key not in records.trials
-    ]
+    used = (*records.trials.values(), *records.unstarted())
+    costs = [stage_costs(one, config.prices) for one in used]
     by_stage: dict[str, float] = {}
     for cost in costs:
         for stage, value in cost.items():

@@ -146,6 +146,7 @@ class ScoredDesign:
     gpus: dict[str, float]
     places: dict[str, dict[str, str]] = field(default_factory=dict)
     cached: list[str] = field(default_factory=list)
+    time: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,6 +179,29 @@ class SweepRecords:
     def finished(self) -> list[TrialRecord]:
         """Trials that need no further work."""
         return [one for one in self.trials.values() if one.is_finished]
+
+    def unstarted(self) -> list[TrialRecord]:
+        """Designs that were scored and have not begun, as trials of no number that used just that.
+
+        Beside `trials`, whatever the sweep has used.
+        """
+        return [
+            TrialRecord(
+                number=-1,
+                key=key,
+                point={},
+                config={},
+                proxies=one.proxies,
+                cached=list(one.cached),
+                prior=one.seconds,
+                prior_places=one.places,
+                cpus=one.cpus,
+                gpus=one.gpus,
+                started=one.time,
+            )
+            for key, one in self.scored.items()
+            if key not in self.trials
+        ]
 
     def winner(self) -> TrialRecord | None:
         """The complete trial with the best objective; the earlier one where two tie."""

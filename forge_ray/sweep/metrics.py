@@ -137,7 +137,7 @@ def _incumbent(winner: TrialRecord | None, metric: str) -> list[Reading]:
 
 def _spent(records: SweepRecords, state: BudgetState) -> list[Reading]:
     seconds = dict.fromkeys(STAGES, 0.0)
-    for one in records.trials.values():
+    for one in (*records.trials.values(), *records.unstarted()):
         for stage, value in one.seconds.items():
             seconds[stage] = seconds.get(stage, 0.0) + value
     found = [

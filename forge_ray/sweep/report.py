@@ -76,7 +76,7 @@ def _content(records: SweepRecords, config: SweepConfig, *, is_running: bool) ->
     rows = trial_rows(records, metric=metric, is_running=is_running)
     ranking = ranking_rows(records, metric=metric)
     by_gate = [one for one in trials if one.pruned_by == "gate"]
-    found = audit(trials, metric=metric)
+    found = audit(trials, metric=metric, unstarted=records.unstarted())
     final = records.finalized[-1] if records.finalized else None
     winner = records.winner()
     return {

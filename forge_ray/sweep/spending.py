@@ -86,11 +86,31 @@ def waterfall(records: SweepRecords, gate: GateConfig, unit: Unit) -> list[Remov
         ended[ending_of(one, gate)].append(one)
     left = max(records.planned, len(trials))
     rungs = sorted({name for name in ended if name.startswith(_RUNG)}, key=_step)
-    rows = [_removal("not started yet", [], left - len(trials), left, unit, None)]
+    waiting = records.unstarted()
+    rows = [
+        _removal(
+            "not started yet",
+            waiting,
+            ended=left - len(trials),
+            before=left,
+            unit=unit,
+            typical=None,
+        )
+    ]
     for step in (*_EARLY, *rungs, "failed", "unfinished"):
         spares = typical if step in (*_EARLY, *rungs) else None
-        rows.append(_removal(step, ended[step], len(ended[step]), rows[-1].left, unit, spares))
-    return [row for row in rows if row.ended]
+        rows.append(
+            _removal(
+                step,
+                ended[step],
+                ended=len(ended[step]),
+                before=rows[-1].left,
+                unit=unit,
+                typical=spares,
+            )
+        )
+    # Designs that were scored and left the plan are none of it, and used something all the same.
+    return [row for row in rows if row.ended or row.used]
 
 
 _EARLY = ("too few SIDs", "hard limits", "proxy gate")
@@ -116,6 +136,7 @@ def _step(name: str) -> int:
 def _removal(
     step: str,
     gone: Sequence[TrialRecord],
+    *,
     ended: int,
     before: int,
     unit: Unit,
@@ -173,7 +194,7 @@ def _moments(
 ) -> list[tuple[float, str, float]]:
     last = max((end for _, end in spans), default=0.0)
     found = []
-    for one in records.trials.values():
+    for one in (*records.trials.values(), *records.unstarted()):
         start = _time(one.started) if one.started else last
         end = _time(one.ended) if one.ended else last
         for stage, used in unit.by_stage(one).items():

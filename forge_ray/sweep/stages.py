@@ -9,8 +9,9 @@ imported where it is used: a trial that the gate ends never is.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar, cast
 
 import ray
@@ -52,9 +53,16 @@ class ForgeStages:
 
     def tokenize(self, config: Mapping[str, Any]) -> StageReport:
         """Fits and scores in one task."""
-        arguments = (self.store_uri, self.dataset_key, config["sid"], dict(self.score))
         cpus, gpus = self.asked.sid_cpus, self.asked.sid_gpus
-        return self._run(fit_and_score, *arguments, cpus, cpus=cpus, gpus=gpus)
+        task = partial(
+            fit_and_score,
+            self.store_uri,
+            self.dataset_key,
+            sid=config["sid"],
+            score=dict(self.score),
+            cpus=cpus,
+        )
+        return self._run(task, cpus=cpus, gpus=gpus)
 
     def resources(self, config: Mapping[str, Any]) -> StageReport:
         """What the tasks and the workers of the Train job ask for."""
@@ -128,26 +136,34 @@ class ForgeStages:
         """Metrics of one split in one task; the test split is always whole."""
         cpus, gpus = self.asked.evaluate_cpus, self.asked.evaluate_gpus
         users = self.evaluation.users if split == "validation" else 0
-        arguments = (self.store_uri, model, split, users)
-        settings = to_mapping(self.evaluation)
-        return self._run(evaluate_model, *arguments, settings, cpus, cpus=cpus, gpus=gpus)
+        task = partial(
+            evaluate_model,
+            self.store_uri,
+            model,
+            split=split,
+            users=users,
+            evaluation=to_mapping(self.evaluation),
+            cpus=cpus,
+        )
+        return self._run(task, cpus=cpus, gpus=gpus)
 
-    def _run(self, task: Callable[..., T], *arguments: Any, cpus: float, gpus: float) -> T:
+    def _run(self, task: partial[T], *, cpus: float, gpus: float) -> T:
         labels = dict(self.asked.stage_labels)
         remote = ray.remote(_on_nodes).options(
-            name=task.__name__,
+            name=task.func.__name__,
             num_cpus=cpus,
             num_gpus=gpus,
             scheduling_strategy="DEFAULT",
             label_selector=labels,
             max_retries=2,
         )
-        return cast(T, ray.get(remote.remote(labels, task, *arguments)))
+        return cast(T, ray.get(remote.remote(labels, task)))
 
 
 def fit_and_score(
     store_uri: str,
     dataset_key: str,
+    *,
     sid: Mapping[str, Any],
     score: Mapping[str, Any],
     cpus: float,
@@ -181,6 +197,7 @@ def fit_and_score(
 def evaluate_model(
     store_uri: str,
     model: str,
+    *,
     split: Split,
     users: int,
     evaluation: Mapping[str, Any],
@@ -226,10 +243,10 @@ def evaluate_model(
     )
 
 
-def _on_nodes(labels: Mapping[str, str], task: Callable[..., T], *arguments: Any) -> T:
+def _on_nodes(labels: Mapping[str, str], task: partial[T]) -> T:
     # Ray reuses processes: the selector of an earlier task must not stay.
     stay_on(labels)
-    return task(*arguments)
+    return task()
 
 
 def _place() -> dict[str, str]:

@@ -88,10 +88,14 @@ def run_sweep(
         dataset = open_dataset(config, store, folder)
         job = replace(make_job(config, store, dataset, folder), command=command)
         outcome = run_trials(job)
+        records = outcome.records
         if not outcome.is_complete:
             logger.warning("stopped before its end; the same command continues the sweep")
-        else:
-            _conclude(job, store, dataset, outcome.records)
+        # Ctrl-C ends at once; at its budget a sweep has results, to be seen beside the floors.
+        if outcome.is_complete or (records.stopped and records.winner()):
+            _measure_floors(job, store, dataset, records)
+        if outcome.is_complete:
+            _conclude(job, store, dataset, records)
     return SweepResult(
         records=job.ledger.read(),
         report=make_report(config, folder),
@@ -99,14 +103,19 @@ def run_sweep(
     )
 
 
-def _conclude(job: SweepJob, store: ArtifactStore, dataset: Dataset, records: SweepRecords) -> None:
-    """Floors on validation, and the test split where the sweep file asks for it and none was used.
-
-    A later run that finds another winner does not touch the test split by itself.
-    """
+def _measure_floors(
+    job: SweepJob, store: ArtifactStore, dataset: Dataset, records: SweepRecords
+) -> None:
     if not records.floors:
         ks = job.config.evaluation.ks
         job.ledger.append("floors", floors=evaluate_floors(dataset, "validation", ks, store))
+
+
+def _conclude(job: SweepJob, store: ArtifactStore, dataset: Dataset, records: SweepRecords) -> None:
+    """The test split, where the sweep file asks for it and none was used.
+
+    A later run that finds another winner does not touch the test split by itself.
+    """
     winner = records.winner()
     if not job.config.finalize or winner is None:
         return

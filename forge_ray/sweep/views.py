@@ -85,17 +85,18 @@ def finalize_rows(record: FinalizeRecord, *, metric: str) -> list[dict[str, Any]
 
 
 def cost_rows(records: SweepRecords) -> list[dict[str, Any]]:
-    """Wall-clock, CPU and GPU seconds by stage over all trials."""
+    """Wall-clock, CPU and GPU seconds by stage over all trials and designs that were scored."""
+    used = [*records.trials.values(), *records.unstarted()]
     rows = []
     for stage in STAGES:
-        seconds = [one.seconds.get(stage, 0.0) for one in records.trials.values()]
-        cpu = [one.held("CPU").get(stage, 0.0) for one in records.trials.values()]
-        gpu = [one.held("GPU").get(stage, 0.0) for one in records.trials.values()]
+        seconds = [one.seconds.get(stage, 0.0) for one in used]
+        cpu = [one.held("CPU").get(stage, 0.0) for one in used]
+        gpu = [one.held("GPU").get(stage, 0.0) for one in used]
         rows.append(
             {
                 "stage": stage,
                 "trials": sum(value > 0 for value in seconds),
-                "cached": sum(stage in one.cached for one in records.trials.values()),
+                "cached": sum(stage in one.cached for one in used),
                 "seconds": round(sum(seconds), 1),
                 "CPU seconds": round(sum(cpu), 1),
                 "GPU seconds": round(sum(gpu), 1),

@@ -6,10 +6,12 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 from forge_ray.secrets import masked
+from forge_ray.sweep.audit import audit
+from forge_ray.sweep.budget import budget_state
 from forge_ray.sweep.charts.space import parallel_coordinates
-from forge_ray.sweep.config import SweepConfig
+from forge_ray.sweep.config import BudgetConfig, SweepConfig
 from forge_ray.sweep.importance import importances
-from forge_ray.sweep.ledger import SweepRecords, fold
+from forge_ray.sweep.ledger import ScoredDesign, SweepRecords, fold
 from forge_ray.sweep.limits import GateConfig
 from forge_ray.sweep.prices import Prices
 from forge_ray.sweep.report import render_report, write_report
@@ -169,6 +171,29 @@ def test_waterfall_says_who_ended_where_and_what_it_used() -> None:
     # A complete trial used 2 * 0.5 + 30 * 1 CPU seconds, the infeasible one nothing.
     assert (rows[1].used, rows[1].spared) == (0.0, 31.0)
     assert rows[0].spared is None
+
+
+def test_designs_that_were_scored_and_never_began_count_everywhere() -> None:
+    hour = "2030-01-01T{:02d}:00:00+00:00"
+    first = trial(0, value=0.05, started=hour.format(1), ended=hour.format(2))
+    cut = trial(1, state="running", attempts=[{"fit": 4.0}], started=hour.format(1))
+    costs = {"seconds": {"fit": 6.0}, "cpus": {"fit": 2.0}, "gpus": {}, "proxies": {}}
+    scored = {one: ScoredDesign(key=one, time=hour.format(0), **costs) for one in (first.key, "x")}
+    found = replace(
+        records(first, cut), scored=scored, planned=2, spans=[(hour.format(0), hour.format(2))]
+    )
+    prices = Prices(cpu_hour=3600.0)
+    used = timeline(found, Unit(name="USD", prices=prices))
+    spent = budget_state(found, BudgetConfig(prices=prices)).spent_usd
+    # 31 and 2 of the trials, 12 of the other; what was scored of a trial is its own.
+    assert (used.total, spent) == (45.0, 45.0)
+    assert used.by_stage["fit"][1] == 12.0
+    rows = {row.step: row for row in waterfall(found, NO_LIMITS, Unit(name="USD", prices=prices))}
+    assert (rows["not started yet"].ended, rows["not started yet"].used) == (0, 12.0)
+    fit = next(row for row in cost_rows(found) if row["stage"] == "fit")
+    assert fit["CPU seconds"] == 15.0
+    audited = audit([first, cut], metric=METRIC, unstarted=found.unstarted()).compute
+    assert next(one for one in audited if one.stage == "fit").spent == 15.0
 
 
 def test_limits_and_gate_are_told_apart() -> None:
