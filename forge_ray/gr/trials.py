@@ -7,6 +7,7 @@ finds it there. So nothing needs Tune's own restore, and a session that was inte
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 from ray import tune
@@ -37,7 +38,7 @@ def fill_store(
     filesystem, root = open_filesystem(folder)
     tuner = tune.Tuner(
         tune.with_resources(
-            tune.with_parameters(_run, jobs=dict(jobs)),
+            partial(_run, jobs=dict(jobs)),
             tune.PlacementGroupFactory([{"CPU": cpus, "memory": _DRIVER_MEMORY}]),
         ),
         param_space={"job": tune.grid_search(list(jobs))},

@@ -16,6 +16,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -417,7 +418,8 @@ def _fit(
         failure=lambda: searcher.failure,
     )
     rules = TrialRules(gate=config.gate, metric=config.metric)
-    trainable = tune.with_parameters(run_trial, stages=job.stages, rules=rules)
+    # Tune's with_parameters would keep an object in the store as long as this process lives.
+    trainable = partial(run_trial, stages=job.stages, rules=rules)
     tuner = tune.Tuner(
         tune.with_resources(trainable, _driver_bundle(config.resources)),
         tune_config=tune.TuneConfig(
