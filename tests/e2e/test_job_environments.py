@@ -63,7 +63,7 @@ def test_pinned_packages_are_there_for_the_driver_and_its_workers(
     notes.mkdir()
     (sweep.folder / "packages.txt").write_text(f"{NAME}=={VERSION}\n")
     submit = ["submit", "sweep.yaml", "points=[]", "gr.max_steps=20", "num_trials=1"]
-    submit += ["sampler.kind=random", "--store", str(sweep.folder / "store")]
+    submit += ["sampler.kind=quasi_random", "--store", str(sweep.folder / "store")]
     submit += ["--driver-cpus", "0.5", "--pip", "packages.txt"]
     answer(head, sweep.folder, *submit, "--env", f"FORGE_PROBE_FOLDER={notes}", "--wait")
     assert [one.state for one in sweep.ledger.read().trials.values()] == ["complete"]
