@@ -135,13 +135,19 @@ def results(records: SweepRecords) -> dict[str, tuple[str, dict[str, Any]]]:
 
 
 def training_rows(sweep: TinySweep) -> list[tuple[str, dict[str, Any]]]:
-    """All rows that trainings ever reported, each with its trial's key, in their order."""
+    """All rows that trainings measured, each with its trial's key, in their order.
+
+    A model that is found in the store tells its rows again, with the seconds that were measured
+    then; a training that began anew measures others.
+    """
     events = map(json.loads, sweep.ledger.path.read_text(encoding="utf-8").splitlines())
-    return [
-        (event["key"], event["metrics"])
-        for event in events
-        if event["event"] == "row" and event["stage"] == "gr"
-    ]
+    rows = {}
+    for event in events:
+        if event["event"] == "row" and event["stage"] == "gr":
+            row = event["metrics"]
+            measured = (row["global_step"], row["tokens_per_s"], row["validation_s"])
+            rows.setdefault((event["key"], *measured), (event["key"], row))
+    return list(rows.values())
 
 
 def rows_told(sweep: TinySweep) -> dict[str, list[int]]:
