@@ -19,7 +19,7 @@ def test_files_are_written_and_what_is_left_to_set_is_said(tmp_path: Path) -> No
     done = render("--provider", "gcp", "name=shop", "--out", str(tmp_path / "out"))
     assert done.exit_code == 0
     assert "still examples, set them before you start: image, nfs, project" in done.stderr
-    assert "cluster_name: shop" in (tmp_path / "out/gcp.yaml").read_text()
+    assert 'cluster_name: "shop"' in (tmp_path / "out/gcp.yaml").read_text()
     assert (tmp_path / "out/gcp-roles/head.yaml").is_file()
 
 
@@ -34,8 +34,8 @@ def test_settings_may_come_from_a_file(tmp_path: Path) -> None:
     file = tmp_path / "shop.yaml"
     file.write_text("name: shop\nidentity: {iam.gke.io/gcp-service-account: a@b.iam}\n")
     text = render("--provider", "kuberay", "-c", str(file), "namespace=other").stdout
-    assert 'iam.gke.io/gcp-service-account: "a@b.iam"' in text
-    assert "name: shop-worker\n  namespace: other" in text
+    assert '"iam.gke.io/gcp-service-account": "a@b.iam"' in text
+    assert 'name: shop-worker\n  namespace: "other"' in text
 
 
 def test_wrong_words_are_refused() -> None:
