@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import load_config
@@ -129,7 +130,9 @@ def test_killed_sweep_continues_and_equals_an_uninterrupted_one(tmp_path: Path) 
     # One new value in the space trains only what is new.
     models = {one.key for one in ArtifactStore(broken / "store").manifests("model")}
     file = broken / "sweep.yaml"
-    file.write_text(file.read_text().replace("choice: [32, 64]", "choice: [32, 64, 128]"))
+    content = yaml.safe_load(file.read_text())
+    content["space"]["sid.quantizer.codebook_size"]["choice"].append(128)
+    file.write_text(yaml.safe_dump(content))
     run(broken, "run")
     grown = ledger(broken).read()
     new = [one for key, one in grown.trials.items() if key not in after.trials]
