@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
+import logging
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -59,7 +60,8 @@ def score(
 
 def test_no_design_is_begun_beyond_the_budget(tmp_path: Path, caplog) -> None:
     stages = StubStages(str(tmp_path), fit_s=10.0)
-    scores, watch = score(Ledger(tmp_path), stages, DESIGNS, max_cost=25.0)
+    with caplog.at_level(logging.WARNING, logger="forge_ray"):
+        scores, watch = score(Ledger(tmp_path), stages, DESIGNS, max_cost=25.0)
     assert [*scores] == ["k0", "k1", "k2"]
     assert len(stages_run(tmp_path)) == 3
     assert watch.state().spent_usd == 30.0
@@ -72,7 +74,8 @@ def test_no_design_is_begun_beyond_the_budget(tmp_path: Path, caplog) -> None:
 def test_a_short_outage_is_outlasted(tmp_path: Path, monkeypatch, caplog) -> None:
     patient = functools.partial(prescore.outlast, pauses_s=(0.01, 0.01))
     monkeypatch.setattr(prescore, "outlast", patient)
-    scores, _ = score(Ledger(tmp_path), Away(str(tmp_path)), DESIGNS[:2], at_once=2)
+    with caplog.at_level(logging.WARNING, logger="forge_ray"):
+        scores, _ = score(Ledger(tmp_path), Away(str(tmp_path)), DESIGNS[:2], at_once=2)
     assert {*scores} == {"k0", "k1"}
     assert "scoring n=0: storage does not answer" in caplog.text
 

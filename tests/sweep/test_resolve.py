@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,10 +133,12 @@ def test_a_first_rung_before_a_third_is_warned_of(
     grace: int, warns: bool, caplog: pytest.LogCaptureFixture
 ) -> None:
     early = dataclasses.replace(CONFIG, asha=AshaConfig(grace_steps=grace))  # of 50 steps
-    check_rungs(early)
+    with caplog.at_level(logging.WARNING, logger="forge_ray"):
+        check_rungs(early)
     assert ("a third of gr.max_steps (17), got 16" in caplog.text) is warns
     caplog.clear()
-    check_rungs(dataclasses.replace(CONFIG, asha=AshaConfig(grace_steps=grace, enabled=False)))
+    with caplog.at_level(logging.WARNING, logger="forge_ray"):
+        check_rungs(dataclasses.replace(CONFIG, asha=AshaConfig(grace_steps=grace, enabled=False)))
     assert not caplog.text
 
 
