@@ -137,7 +137,8 @@ def row(design: str, seed: int, dataset: Dataset, store: ArtifactStore) -> dict[
     print(f"{design}, seed {seed}", file=sys.stderr)
     config = load_config(SidConfig, overrides=[*DESIGNS[design], f"seed={seed}"])
     sids = fit_sids(config, dataset, store)
-    return score_sids(sids, dataset, store) | resolved(sids) | train_agreement(sids, dataset)
+    scores = dict(score_sids(sids, dataset, store).manifest.metrics)
+    return scores | resolved(sids) | train_agreement(sids, dataset)
 
 
 def resolved(sids: SidArtifact) -> dict[str, float]:

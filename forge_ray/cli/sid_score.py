@@ -150,7 +150,8 @@ def _score_stored(
         )
     rows = []
     for control in controls:
-        scores = score_sids(sids, dataset, store, config, split=split, control=control)
+        found = score_sids(sids, dataset, store, config, split=split, control=control)
+        scores = dict(found.manifest.metrics)
         rows.append(_labelled(sids.artifact.manifest.ref, sids.artifact.uri, control, scores))
     return rows
 

@@ -55,7 +55,6 @@ __all__ = [
     "ScoreInputs",
     "ScoreSplit",
     "Scores",
-    "build_scores",
     "control_table",
     "load_inputs",
     "score_sids",
@@ -143,26 +142,8 @@ def score_sids(
     *,
     split: ScoreSplit = "validation",
     control: Control | None = None,
-) -> Scores:
-    """Score a fitted SID artifact, computed once; arguments as in `build_scores`.
-
-    Returns:
-        As `score_table`, with `seconds`, the time that computing them took.
-    """
-    artifact = build_scores(sids, dataset, store, config, split=split, control=control)
-    return dict(artifact.manifest.metrics)
-
-
-def build_scores(
-    sids: SidArtifact,
-    dataset: Dataset,
-    store: ArtifactStore,
-    config: ScoreConfig | None = None,
-    *,
-    split: ScoreSplit = "validation",
-    control: Control | None = None,
 ) -> Artifact:
-    """Build the artifact of kind `scores` of a fitted SID artifact, or find it.
+    """Score a fitted SID artifact, computed once: an artifact of kind `scores`.
 
     Args:
         sids: what `fit_sids` returned.
@@ -173,7 +154,8 @@ def build_scores(
         control: score this control of the table instead.
 
     Returns:
-        Its metrics are the scores; `is_new` tells whether they were computed now.
+        Its metrics are those of `score_table`, with `seconds`, the time that computing them took;
+        `is_new` tells whether that was now.
     """
     config = ScoreConfig() if config is None else config
     if config.space is None:

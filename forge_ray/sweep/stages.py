@@ -171,7 +171,7 @@ def fit_and_score(
     """Fits SIDs and computes their proxies; a Ray task."""
     from forge_ray.sid.config import SidConfig
     from forge_ray.sid.fit import fit_sids
-    from forge_ray.sid.score import ScoreConfig, build_scores
+    from forge_ray.sid.score import ScoreConfig, score_sids
 
     set_threads(cpus)
     store = ArtifactStore(store_uri)
@@ -179,7 +179,7 @@ def fit_and_score(
     began = time.perf_counter()
     sids = fit_sids(from_mapping(SidConfig, sid), dataset, store)
     fitted = time.perf_counter()
-    scores = build_scores(sids, dataset, store, from_mapping(ScoreConfig, score))
+    scores = score_sids(sids, dataset, store, from_mapping(ScoreConfig, score))
     scored = time.perf_counter()
     built = {"fit": sids.quantizer_artifact.is_new, "score": scores.is_new}
     return StageReport(

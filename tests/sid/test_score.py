@@ -282,13 +282,13 @@ def test_scores_of_an_artifact_are_computed_once(
         config=SidConfig(),
     )
     monkeypatch.setattr(score, "_quantizer", lambda _: quantizer)
-    shuffled = score_sids(sids, dataset, store, control="shuffled")
-    first = score_sids(sids, dataset, store)
+    shuffled = score_sids(sids, dataset, store, control="shuffled").manifest.metrics
+    first = score_sids(sids, dataset, store).manifest.metrics
     assert first["backoff_bits"] < shuffled["backoff_bits"] - 0.5
     assert first["embedding_hitrate_variant"] == "decoded"
     assert first["seconds"] > 0
     monkeypatch.setattr(score, "score_table", lambda *_, **__: pytest.fail("scored again"))
-    assert score_sids(sids, dataset, store) == first
+    assert score_sids(sids, dataset, store).manifest.metrics == first
 
 
 def test_amazon_beauty_reproduces_the_published_table(
