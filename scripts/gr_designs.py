@@ -6,7 +6,7 @@ Usage: python scripts/record.py gr_beauty -- python scripts/gr_designs.py DATA b
 A design is a SID table and a generator; the seed is that of both. Everything runs through the
 library, and what the store and the run folder hold is reused: a killed script continues. Prints
 JSON: figures of every design and seed, their mean and spread, differences to the first design of
-the group with users paired, the baselines on the same users, and the seconds of each training.
+the group with users paired, and the baselines on the same users, SASRec with as many seeds.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import argparse
 import json
 import os
 import sys
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -118,8 +118,10 @@ def main() -> None:
         trained = {name: train(name, options, dataset, store) for name in names}
         models = [source for one in trained.values() for source in one.sources]
         found = compare(models, dataset, config, store=store, tables=[model_table(models[0])])
+        sasrec = sasrec_seeds(dataset, config, store, options.seeds)
     shared = {"sids": options.sid, "gr": options.gr, "compare": options.compare}
-    print(json.dumps({"shared": shared, **record(trained, found, options.split)}, allow_nan=False))
+    rows = {**record(trained, found, options.split), **sasrec}
+    print(json.dumps({"shared": shared, **rows}, allow_nan=False))
 
 
 def train(
@@ -180,6 +182,20 @@ def record(trained: dict[str, Trained], found: Comparison, split: str) -> dict[s
     models = {source.name for one in trained.values() for source in one.sources}
     others = {name: row.metrics for name, row in found.rows.items() if name not in models}
     return {"split": split, "cpus": os.cpu_count(), "designs": designs, "baselines": others}
+
+
+def sasrec_seeds(
+    dataset: Dataset, config: CompareConfig, store: ArtifactStore, seeds: int
+) -> dict[str, Any]:
+    """SASRec trained once for each seed of the designs, where the table has it; seed 0 is its row."""
+    if "sasrec" not in config.baselines:
+        return {}
+    rows = []
+    for seed in range(seeds):
+        print(f"sasrec, seed {seed}", file=sys.stderr)
+        one = replace(config, baselines=["sasrec"], sasrec=replace(config.sasrec, seed=seed))
+        rows.append(compare([], dataset, one, store=store).rows["sasrec"].metrics)
+    return {"sasrec_seeds": {"rows": rows, **summary(rows)}}
 
 
 def summary(rows: list[dict[str, float]]) -> dict[str, dict[str, float]]:

@@ -114,7 +114,9 @@ def refusal(state: BudgetState, ahead: TrialEstimate, *, committed_usd: float = 
     """
     if state.spent_reason:
         return state.spent_reason
-    usd = _whole_usd(ahead, state.cluster_hour)
+    # Trials at once share the cluster's hours, which count for the next one alone, as if those that
+    # run ended before it: less than will be paid where they outlast it, never more.
+    usd = ahead.whole_usd(state.cluster_hour)
     if state.left_usd is not None and usd > state.left_usd - committed_usd:
         return (
             f"budget.max_cost: {state.spent_usd:.4g} of {state.max_cost:g} USD are spent and the "
@@ -128,12 +130,6 @@ def refusal(state: BudgetState, ahead: TrialEstimate, *, committed_usd: float = 
     return ""
 
 
-def _whole_usd(ahead: TrialEstimate, cluster_hour: float) -> float:
-    # Trials at once share the cluster's hours, which count for the next one alone, as if those that
-    # run ended before it: less than will be paid where they outlast it, never more.
-    return ahead.cost_usd + cluster_hour * ahead.seconds / _HOUR_S
-
-
 def check_affordable(estimates: Sequence[TrialEstimate], config: BudgetConfig) -> None:
     """Refuses a budget that does not pay for a single trial.
 
@@ -142,7 +138,7 @@ def check_affordable(estimates: Sequence[TrialEstimate], config: BudgetConfig) -
     """
     if not estimates:
         return
-    usd = min(_whole_usd(one, config.prices.cluster_hour) for one in estimates)
+    usd = min(one.whole_usd(config.prices.cluster_hour) for one in estimates)
     seconds = min(one.seconds for one in estimates)
     if config.max_cost is not None and usd > config.max_cost:
         raise ConfigError(

@@ -51,7 +51,7 @@ class DryRun:
         shared: One row per kind of artifact: how many the waiting trials need, for how many trials,
             and how many the store has.
         stages: One row per stage over the waiting trials: `trials`, `seconds`, `cost_usd`, and the
-            `source` of the figures.
+            `source` of the figures; `cluster` is what `cluster_hour` adds, trials one by one.
         budget: What is spent and what may be.
     """
 
@@ -97,7 +97,9 @@ def dry_run(config: SweepConfig, store: ArtifactStore) -> DryRun:
         rejected=dict(planned.source.rejections),
         drawn=planned.source.remaining - len(waiting),
         shared=[_shared_row(kind, parts, built[kind]) for kind in built],
-        stages=_stage_rows([ahead[one.key] for one in waiting]),
+        stages=_stage_rows(
+            [ahead[one.key] for one in waiting], config.budget.prices.cluster_hour
+        ),
         budget={
             "spent_usd": round(state.spent_usd, 6),
             "max_cost": state.max_cost,
@@ -177,13 +179,17 @@ def _shared_row(kind: str, parts: dict[str, dict[str, str]], built: set[str]) ->
     }
 
 
-def _stage_rows(waiting: Sequence[TrialEstimate]) -> list[dict[str, Any]]:
+def _stage_rows(waiting: Sequence[TrialEstimate], cluster_hour: float) -> list[dict[str, Any]]:
     rows = []
     for stage in STAGES:
         found = [part for one in waiting for part in one.stages if part.stage == stage]
         rows.append({"stage": stage, "trials": len(found), **_sums(found)})
-    everything = [part for one in waiting for part in one.stages]
-    return [*rows, {"stage": "in all", "trials": len(waiting), **_sums(everything)}]
+    whole = _sums([part for one in waiting for part in one.stages])
+    if cluster_hour and whole["seconds"] is not None:
+        usd = whole["seconds"] * cluster_hour / 3600
+        rows.append({**whole, "stage": "cluster", "trials": len(waiting), "cost_usd": round(usd, 6)})
+        whole["cost_usd"] = round(whole["cost_usd"] + usd, 6)
+    return [*rows, {"stage": "in all", "trials": len(waiting), **whole}]
 
 
 def _sums(parts: Sequence[StageEstimate]) -> dict[str, Any]:

@@ -67,6 +67,10 @@ class TrialEstimate:
         """USD of the stages that are known."""
         return sum(one.cost_usd or 0.0 for one in self.stages)
 
+    def whole_usd(self, cluster_hour: float) -> float:
+        """USD of the stages that are known, and of the cluster's hours while they run."""
+        return self.cost_usd + cluster_hour * self.seconds / 3600
+
 
 @dataclass(frozen=True, kw_only=True)
 class Measurement:
@@ -217,8 +221,13 @@ def estimate_waiting(
     return [estimator.waiting(times, one, records) for one in waiting if not one.infeasible]
 
 
-def estimate_lines(waiting: Sequence[TrialEstimate]) -> list[str]:
-    """The estimate of all waiting trials in words; none where nothing waits."""
+def estimate_lines(waiting: Sequence[TrialEstimate], *, cluster_hour: float = 0.0) -> list[str]:
+    """The estimate of all waiting trials in words; none where nothing waits.
+
+    Args:
+        waiting: What is ahead of each.
+        cluster_hour: USD that an hour of the sweep costs whatever its trials do.
+    """
     if not waiting:
         return []
     known = [one for one in waiting if one.is_known]
@@ -227,7 +236,8 @@ def estimate_lines(waiting: Sequence[TrialEstimate]) -> list[str]:
             stage.stage for one in waiting for stage in one.stages if stage.seconds is None
         )
         return [f"no measured time of {', '.join(missing)} yet: the first trials will tell"]
-    seconds, usd = sum(one.seconds for one in known), sum(one.cost_usd for one in known)
+    seconds = sum(one.seconds for one in known)
+    usd = sum(one.whole_usd(cluster_hour) for one in known)
     sources = dict.fromkeys(stage.source for one in known for stage in one.stages)
     less = "" if len(known) == len(waiting) else f" ({len(known)} of {len(waiting)} are known)"
     cost = f" and {usd:.4g} USD" if usd else ""

@@ -525,5 +525,6 @@ def _announce(job: SweepJob, planned: Planned) -> None:
     late = late_start(job.config.gate, takes_turns=job.config.takes_turns, num_trials=source.total)
     if late:
         logger.warning("%s", late)
-    for line in (*planned.warm.lines, *estimate_lines(planned.estimates)):
+    hourly = job.config.budget.prices.cluster_hour
+    for line in (*planned.warm.lines, *estimate_lines(planned.estimates, cluster_hour=hourly)):
         logger.info("%s", line)

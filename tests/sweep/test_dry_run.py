@@ -112,6 +112,18 @@ def test_the_matrix_the_shared_stages_and_what_they_take(sweep: list[str], prepa
     assert sorted(prepared.rglob("*")) == before
 
 
+def test_the_hours_of_the_cluster_are_in_the_sum(sweep: list[str], prepared: Path) -> None:
+    finish(prepared, {"sid.quantizer.levels": 2, "sid.resolver.kind": "bucket"})
+    hourly = ["budget.max_cost=500", "budget.prices.cluster_hour=36"]
+    content = json.loads(run([*sweep[:1], *hourly, *sweep[1:]], "--json").stdout)
+    stages = {row["stage"]: row for row in content["stages"]}
+    whole, cluster = stages.pop("in all"), stages.pop("cluster")
+    assert cluster["seconds"] == whole["seconds"] == sum(one["seconds"] for one in stages.values())
+    assert cluster["cost_usd"] == pytest.approx(whole["seconds"] / 100)
+    others = sum(one["cost_usd"] for one in stages.values())
+    assert whole["cost_usd"] == pytest.approx(others + cluster["cost_usd"])
+
+
 def test_artifacts_of_the_store_are_not_built_again(sweep: list[str], prepared: Path) -> None:
     finish(prepared, {"sid.quantizer.levels": 2, "sid.resolver.kind": "bucket"})
     store = ArtifactStore(sweep[2])

@@ -56,6 +56,7 @@ def test_medians_by_quantizer_and_training_by_the_step() -> None:
     assert by_stage(ahead, "cost_usd")["train"] == pytest.approx(60 * (2 + 10))
     assert by_stage(ahead, "num") == {"fit": 3, "score": 4, "train": 4, "evaluate": 4}
     assert ahead.is_known
+    assert ahead.whole_usd(36.0) == pytest.approx(ahead.cost_usd + ahead.seconds / 100)
     other = known.trial(config_of("opq"), held=HELD, prices=PRICES)
     assert by_stage(other, "source")["fit"] == "this sweep, other designs"
 
