@@ -15,7 +15,7 @@ import json
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +72,7 @@ SETS = {
     ),
     "movies": Set(
         sids=["vectors.space=minilm"],
-        train=["model.prefix_rows=16384"],
+        train=["model.prefix_rows=16384", "validation.users=1000"],
         converge=[
             "metric=HR@100",
             "old_steps=150",
@@ -80,9 +80,13 @@ SETS = {
             "train.max_steps=100",
             "train.validation.every=10",
         ],
-        stages=["train.max_steps=150", "train.validation.every=150"],
+        stages=["train.max_steps=150", "train.validation.every=150", "evaluate.users=2000"],
     ),
 }
+SETS["movies_short"] = replace(
+    SETS["movies"],
+    stages=["train.max_steps=40", "train.validation.every=40", "evaluate.users=2000"],
+)
 
 
 def main() -> None:
