@@ -187,7 +187,7 @@ def record(trained: dict[str, Trained], found: Comparison, split: str) -> dict[s
 def sasrec_seeds(
     dataset: Dataset, config: CompareConfig, store: ArtifactStore, seeds: int
 ) -> dict[str, Any]:
-    """SASRec trained once for each seed of the designs, where the table has it; seed 0 is its row."""
+    """SASRec with each seed of the designs, where the table has it; seed 0 is its row."""
     if "sasrec" not in config.baselines:
         return {}
     rows = []
