@@ -187,7 +187,8 @@ def _stage_rows(waiting: Sequence[TrialEstimate], cluster_hour: float) -> list[d
     whole = _sums([part for one in waiting for part in one.stages])
     if cluster_hour and whole["seconds"] is not None:
         usd = whole["seconds"] * cluster_hour / 3600
-        rows.append({**whole, "stage": "cluster", "trials": len(waiting), "cost_usd": round(usd, 6)})
+        part = {"trials": len(waiting), "cost_usd": round(usd, 6)}
+        rows.append({"stage": "cluster", **whole, **part})
         whole["cost_usd"] = round(whole["cost_usd"] + usd, 6)
     return [*rows, {"stage": "in all", "trials": len(waiting), **whole}]
 
