@@ -97,9 +97,7 @@ def dry_run(config: SweepConfig, store: ArtifactStore) -> DryRun:
         rejected=dict(planned.source.rejections),
         drawn=planned.source.remaining - len(waiting),
         shared=[_shared_row(kind, parts, built[kind]) for kind in built],
-        stages=_stage_rows(
-            [ahead[one.key] for one in waiting], config.budget.prices.cluster_hour
-        ),
+        stages=_stage_rows([ahead[one.key] for one in waiting], config.budget.prices.cluster_hour),
         budget={
             "spent_usd": round(state.spent_usd, 6),
             "max_cost": state.max_cost,
