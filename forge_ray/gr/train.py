@@ -47,7 +47,7 @@ from forge_ray.gr.checkpoint import (
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.health import best_row
 from forge_ray.gr.initial import resolved_initial, write_initial
-from forge_ray.gr.loop import PREEMPTED, LoopHooks, TrainJob, TrainLoop, Validation, reported
+from forge_ray.gr.loop import PREEMPTED, LoopHooks, TrainJob, TrainLoop, Validation
 from forge_ray.gr.meters import TrainMeters
 from forge_ray.gr.mixture import TextData
 from forge_ray.gr.models.pretrained import PretrainedConfig
@@ -56,7 +56,6 @@ from forge_ray.gr.run_folder import (
     CHECKPOINTS,
     OUTCOME_FILE,
     STOP_FILE,
-    FoundCheckpoint,
     RunFolder,
     checkpoint_name,
 )
@@ -253,12 +252,15 @@ def _fit(
     found = job.folder.newest_checkpoint(job.identity)
     for warning in found.warnings:
         logger.warning(warning)
-    tell_again(found, callbacks)
+    if callbacks:
+        from forge_ray.gr.telling import tell_again
+
+        tell_again(found, callbacks)
     if job.config.in_process:
         start = _here(table, callbacks)
     else:
-        run = _run_config(job.config, run_dir=run_dir, name=name, callbacks=callbacks)
-        start = _on_workers(table, run)
+        run = _run_config(job.config, run_dir=run_dir, name=name)
+        start = _on_workers(table, run, callbacks)
     warned = set(found.warnings)
     while True:
         outcome = _attempt(job, start, name)
@@ -308,7 +310,9 @@ def _here(
     return start
 
 
-def _on_workers(table: SidTable, run: ray.train.RunConfig) -> Callable[[TrainJob], None]:
+def _on_workers(
+    table: SidTable, run: ray.train.RunConfig, callbacks: Sequence[ray.train.UserCallback]
+) -> Callable[[TrainJob], None]:
     """Starts workers, and again where they are lost."""
     import ray
     import ray.train
@@ -321,12 +325,13 @@ def _on_workers(table: SidTable, run: ray.train.RunConfig) -> Callable[[TrainJob
 
     def start(job: TrainJob) -> None:
         config = job.config
+        watched = replace(run, callbacks=_telling(job, callbacks)) if callbacks else run
         trainer = ForgeTrainer(
             train_worker,
             train_loop_config={"job": job, "codes": codes},
             torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
             scaling_config=_scaling(config),
-            run_config=run,
+            run_config=watched,
         )
         try:
             with _waiting_for_resources(_attempt_s(config)):
@@ -337,13 +342,13 @@ def _on_workers(table: SidTable, run: ray.train.RunConfig) -> Callable[[TrainJob
     return start
 
 
-def tell_again(found: FoundCheckpoint, callbacks: Sequence[ray.train.UserCallback]) -> None:
-    """Repeats the rows before a checkpoint: who was told may have died before it took them up."""
-    history = found.manifest.progress.history if found.manifest else ()
-    for row in history:
-        for callback in callbacks:
-            # Outside of a run there is no context; the workers have not started.
-            callback.after_report(cast(Any, None), [reported(row)], None)
+def _telling(
+    job: TrainJob, callbacks: Sequence[ray.train.UserCallback]
+) -> list[ray.train.UserCallback]:
+    """Tells the callbacks, from the checkpoint on that workers start from now."""
+    from forge_ray.gr.telling import Telling
+
+    return [Telling(job.folder, callbacks, job.folder.newest_checkpoint(job.identity))]
 
 
 def _attempt_s(config: GrConfig) -> int:
@@ -420,9 +425,7 @@ def _scaling(config: GrConfig) -> ray.train.ScalingConfig:
     )
 
 
-def _run_config(
-    config: GrConfig, *, run_dir: str, name: str, callbacks: Sequence[ray.train.UserCallback]
-) -> ray.train.RunConfig:
+def _run_config(config: GrConfig, *, run_dir: str, name: str) -> ray.train.RunConfig:
     import ray.train
 
     filesystem, root = open_filesystem(run_dir)
@@ -430,7 +433,6 @@ def _run_config(
         name=name,
         storage_path=root,
         storage_filesystem=filesystem if "://" in run_dir else None,
-        callbacks=list(callbacks),
         failure_config=ray.train.FailureConfig(
             max_failures=config.max_failures,
             controller_failure_limit=_START_LIMIT_S // _attempt_s(config),

@@ -4,13 +4,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from ray.train import UserCallback
 
 from forge_ray.data.stream import Cursor
 from forge_ray.errors import ArtifactError
 from forge_ray.gr.checkpoint import MANIFEST_FILE, CheckpointManifest, Progress, RunIdentity
-from forge_ray.gr.run_folder import CHECKPOINTS, FoundCheckpoint, RunFolder, checkpoint_name
-from forge_ray.gr.train import tell_again
+from forge_ray.gr.run_folder import CHECKPOINTS, RunFolder, checkpoint_name
 
 IDENTITY = RunIdentity(
     config_hash="c" * 64,
@@ -193,18 +191,3 @@ def test_small_files(folder):
     folder.delete("a.json")
     folder.delete("a.json")
     assert not folder.exists("a.json")
-
-
-def test_who_watches_a_resumed_run_hears_of_its_past(folder):
-    """The driver of a sweep may have died between a checkpoint and the row before it."""
-    save(folder, 7)
-    told: list[dict[str, float]] = []
-
-    class Watcher(UserCallback):
-        def after_report(self, run_context, metrics, checkpoint) -> None:
-            told.extend(metrics)
-
-    tell_again(folder.newest_checkpoint(IDENTITY), [Watcher()])
-    assert told == [{"loss": 1.5}]
-    tell_again(FoundCheckpoint("", None), [Watcher()])
-    assert len(told) == 1

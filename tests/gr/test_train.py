@@ -402,7 +402,7 @@ def test_an_elastic_run_counts_its_nodes_again_soon(monkeypatch):
         with _waiting_for_resources(_attempt_s(config)):
             assert os.environ[name] == str(seconds)
         assert name not in os.environ
-        run_config = _run_config(config, run_dir="runs", name="run", callbacks=[])
+        run_config = _run_config(config, run_dir="runs", name="run")
         assert run_config.failure_config.controller_failure_limit == attempts
     monkeypatch.setenv(name, "5")
     with _waiting_for_resources(30):
