@@ -24,8 +24,9 @@ else
 	$(BIN)/forge-ray sweep run sweeps/quickstart.yaml
 endif
 
+# Two processes: one runs all tests that share a Ray and mostly wait, the other computes.
 test: setup
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadgroup
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not services" --timeout 3600

@@ -15,10 +15,19 @@ from forge_ray.artifacts import ArtifactStore
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Tables are as wide as in a pipe, whatever terminal this is.
+os.environ.pop("COLUMNS", None)
 
 # A deadline per example measures how busy the machine is.
 settings.register_profile("forge-ray", deadline=None)
 settings.load_profile("forge-ray")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """With several test processes (`-n 2 --dist loadgroup`) one runs all that share a Ray."""
+    for item in items:
+        if item.get_closest_marker("ray") or "ray_local" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.xdist_group("ray"))
 
 
 @pytest.fixture(scope="session")
