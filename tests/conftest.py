@@ -23,6 +23,7 @@ settings.register_profile("forge-ray", deadline=None)
 settings.load_profile("forge-ray")
 
 
+@pytest.hookimpl(tryfirst=True)  # before the groups are read
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With several test processes (`-n 2 --dist loadgroup`) one runs all that share a Ray."""
     for item in items:
