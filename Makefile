@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 export RAY_USAGE_STATS_ENABLED := 0
 export FORGE_RAY_STORE := $(STORE)
 
-.PHONY: demo test test-slow test-services scale lint docs-check setup clean
+.PHONY: demo test test-ray test-rest test-slow test-services scale lint docs-check setup clean
 .DEFAULT_GOAL := demo
 
 setup:
@@ -24,9 +24,12 @@ else
 	$(BIN)/forge-ray sweep run sweeps/quickstart.yaml
 endif
 
-# Two processes: one runs all tests that share a Ray and mostly wait, the other computes.
+# Two halves at once: tests that share a Ray mostly wait for its processes, the others compute.
 test: setup
-	$(BIN)/python -m pytest -n 2 --dist loadgroup
+	@$(MAKE) --no-print-directory -j2 -Oline test-ray test-rest
+
+test-ray test-rest: test-%:
+	$(BIN)/python -m pytest -m "$(if $(filter rest,$*),not )ray and not slow and not services"
 
 test-slow: setup
 	$(BIN)/python -m pytest -m "slow and not services" --timeout 3600

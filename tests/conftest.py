@@ -23,14 +23,6 @@ settings.register_profile("forge-ray", deadline=None)
 settings.load_profile("forge-ray")
 
 
-@pytest.hookimpl(tryfirst=True)  # before the groups are read
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With several test processes (`-n 2 --dist loadgroup`) one runs all that share a Ray."""
-    for item in items:
-        if item.get_closest_marker("ray") or "ray_local" in getattr(item, "fixturenames", ()):
-            item.add_marker(pytest.mark.xdist_group("ray"))
-
-
 @pytest.fixture(scope="session")
 def ray_local() -> Iterator[None]:
     """A Ray of two CPUs, shared by the whole run; tests never start their own."""

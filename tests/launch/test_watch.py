@@ -9,6 +9,7 @@ from ray._private import worker as ray_worker
 from forge_ray.launch import watch
 
 
+@pytest.mark.ray
 def test_a_living_ray_has_no_dead_process(ray_local) -> None:
     node = ray_worker._global_node
     kinds = set(node.all_processes)

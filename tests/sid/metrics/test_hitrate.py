@@ -116,6 +116,7 @@ def test_shards_do_not_change_the_value(seed: int, shard_items: int, k: int) -> 
     assert (sharded.num_rows, sharded.gallery_size) == (whole.num_rows, whole.gallery_size)
 
 
+@pytest.mark.ray
 def test_ray_tasks_give_the_value_of_one_process(ray_local: None) -> None:
     rng = np.random.default_rng(1)
     vectors = rng.normal(size=(80, 6)).astype(np.float32)[rng.integers(0, 80, size=400)]
