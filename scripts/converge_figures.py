@@ -1,4 +1,4 @@
-"""Draws docs/figures/convergence.svg from the records of convergence and prints its tables.
+"""Draws docs/figures/convergence.svg from docs/results/gr_converge.json and prints its tables.
 
 Usage: pip install -e .[docs] && python scripts/converge_figures.py
 """
@@ -16,7 +16,6 @@ import numpy as np
 from forge_ray.gr.convergence import Point, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
-RECORDS = {"shop": "gr_converge", "movies": "gr_converge_movies"}
 TITLES = {"shop": "synthetic shop", "movies": "MovieLens"}
 COLORS = {
     "cold": "#b3382c",
@@ -30,13 +29,13 @@ OLD = "#5c6670"
 
 def main() -> None:
     """Draws the online curves and prints a table a set."""
-    figure, axes = plt.subplots(1, len(RECORDS), figsize=(4.6 * len(RECORDS), 3.4))
-    for axis, (name, record) in zip(axes, RECORDS.items(), strict=True):
-        content = json.loads((ROOT / f"docs/results/{record}.json").read_text())["result"]
-        draw(axis, content[name])
-        axis.set_title(TITLES[name])
-        print(f"\n{name}\n\n" + "\n".join(table(content[name])))
-    axes[0].legend(frameon=False, fontsize=8)
+    content = json.loads((ROOT / "docs/results/gr_converge.json").read_text())["result"]
+    figure, axes = plt.subplots(1, len(content), figsize=(4.6 * len(content), 3.4))
+    for axis, (name, found) in zip(np.atleast_1d(axes), content.items(), strict=True):
+        draw(axis, found)
+        axis.set_title(TITLES.get(name, name))
+        print(f"\n{name}\n\n" + "\n".join(table(found)))
+    np.atleast_1d(axes)[0].legend(frameon=False, fontsize=8)
     figure.tight_layout()
     figure.savefig(ROOT / "docs/figures/convergence.svg", metadata={"Date": None})
 

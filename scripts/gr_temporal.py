@@ -47,6 +47,10 @@ TRAIN = [
 SIDS = ["quantizer.levels=3", "quantizer.codebook_size=64", "resolver.kind=zcr"]
 
 
+MANY = ["train.validation.users=1000", "evaluate.users=2000"]
+"""For a set whose every held-out event is a row (`split.targets=each`)."""
+
+
 @dataclass(frozen=True)
 class Set:
     """What differs between the sets."""
@@ -72,7 +76,7 @@ SETS = {
     ),
     "movies": Set(
         sids=["vectors.space=minilm"],
-        train=["model.prefix_rows=16384", "validation.users=1000"],
+        train=["model.prefix_rows=16384"],
         converge=[
             "metric=HR@100",
             "old_steps=150",
@@ -80,12 +84,11 @@ SETS = {
             "train.max_steps=100",
             "train.validation.every=10",
         ],
-        stages=["train.max_steps=150", "train.validation.every=150", "evaluate.users=2000"],
+        stages=["train.max_steps=150", "train.validation.every=150", *MANY],
     ),
 }
 SETS["movies_short"] = replace(
-    SETS["movies"],
-    stages=["train.max_steps=40", "train.validation.every=40", "evaluate.users=2000"],
+    SETS["movies"], stages=["train.max_steps=40", "train.validation.every=40", *MANY]
 )
 
 
