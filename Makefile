@@ -24,9 +24,9 @@ else
 	$(BIN)/forge-ray sweep run sweeps/quickstart.yaml
 endif
 
-# Two halves at once: tests that share a Ray mostly wait for its processes, the others compute.
+# Two halves at once, their dots mixed: tests that share a Ray mostly wait for it, the others compute.
 test: setup
-	@$(MAKE) --no-print-directory -j2 -Oline test-ray test-rest
+	@$(MAKE) --no-print-directory -j2 test-ray test-rest
 
 test-ray test-rest: test-%:
 	$(BIN)/python -m pytest -m "$(if $(filter rest,$*),not )ray and not slow and not services"
