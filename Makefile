@@ -25,10 +25,10 @@ else
 endif
 
 # Two halves at once, their dots mixed: tests that share a Ray mostly wait for it, the others compute.
-test: setup
+test:
 	@$(MAKE) --no-print-directory -j2 test-ray test-rest
 
-test-ray test-rest: test-%:
+test-ray test-rest: test-%: setup
 	$(BIN)/python -m pytest -m "$(if $(filter rest,$*),not )ray and not slow and not services"
 
 test-slow: setup

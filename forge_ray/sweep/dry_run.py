@@ -184,7 +184,7 @@ def _stage_rows(waiting: Sequence[TrialEstimate], cluster_hour: float) -> list[d
         rows.append({"stage": stage, "trials": len(found), **_sums(found)})
     whole = _sums([part for one in waiting for part in one.stages])
     if cluster_hour and whole["seconds"] is not None:
-        usd = whole["seconds"] * cluster_hour / 3600
+        usd = sum(one.whole_usd(cluster_hour) - one.cost_usd for one in waiting)
         part = {"trials": len(waiting), "cost_usd": round(usd, 6)}
         rows.append({"stage": "cluster", **whole, **part})
         whole["cost_usd"] = round(whole["cost_usd"] + usd, 6)
