@@ -20,15 +20,10 @@ from numpy.typing import NDArray
 from forge_ray.artifacts import ArtifactWriter
 from forge_ray.data import tasks
 from forge_ray.data.checks import (
-    DROPPED,
-    UNKNOWN,
-    ItemIndex,
     Screen,
     as_ids,
     as_matrix,
     is_empty,
-    to_bytes,
-    to_strings,
 )
 from forge_ray.data.importers import (
     CHUNK_ROWS,
@@ -36,6 +31,7 @@ from forge_ray.data.importers import (
     extra_schema,
     read_chunks,
 )
+from forge_ray.data.item_index import DROPPED, UNKNOWN, ItemIndex, to_bytes, to_strings
 from forge_ray.data.schema import vectors_schema
 from forge_ray.data.sources import SourcesConfig, VectorsConfig, event_columns
 from forge_ray.errors import DataError

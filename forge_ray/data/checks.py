@@ -15,7 +15,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from numpy.typing import NDArray
 
-from forge_ray.data.hashing import fixed_width
 from forge_ray.data.importers import Chunk
 from forge_ray.data.tasks import Ledger
 from forge_ray.errors import ConfigError, DataError
@@ -32,8 +31,6 @@ SKIPPABLE = {
     "missing_vector": "items without a vector, with their interactions",
 }
 TimeUnit = Literal["s", "ms", "us", "day"]
-UNKNOWN = -1
-DROPPED = -2
 
 
 def check_skip(skip: list[str]) -> None:
@@ -241,65 +238,3 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
 
 def _numpy(array: pa.Array) -> NDArray[Any]:
     return array.to_numpy(zero_copy_only=False)
-
-
-class ItemIndex:
-    """Finds the dense index of item ids; indices follow the sorted ids, not the order of files.
-
-    Holds the ids as fixed-width UTF-8 bytes, N times the longest id, so that Ray workers on a
-    machine share one copy.
-    """
-
-    ids: NDArray[np.bytes_]
-    """``[N]`` sorted; index i is the item with the i-th id."""
-
-    dropped: NDArray[np.bytes_]
-    """Sorted ids that were left out on request, with all that refers to them."""
-
-    def __init__(self, ids: NDArray[np.bytes_], dropped: NDArray[np.bytes_] | None = None) -> None:
-        self.ids = ids
-        self.dropped = np.empty(0, dtype="S1") if dropped is None else dropped
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    def lookup(self, ids: pa.Array) -> NDArray[np.int32]:
-        """Return the index of each id ``[n]`` int32; `UNKNOWN` or `DROPPED` where there is none.
-
-        Args:
-            ids: strings, possibly null. Distinct ids are searched once.
-        """
-        encoded = ids.dictionary_encode()
-        codes = _numpy(pc.fill_null(encoded.indices, len(encoded.dictionary)))
-        wanted = to_bytes(encoded.dictionary)
-        found = np.full(len(wanted) + 1, UNKNOWN, dtype=np.int32)
-        found[:-1][_search(self.dropped, wanted) >= 0] = DROPPED
-        places = _search(self.ids, wanted)
-        found[:-1][places >= 0] = places[places >= 0]
-        return found[codes]
-
-
-def to_bytes(ids: pa.Array) -> NDArray[np.bytes_]:
-    """Return strings without nulls as fixed-width UTF-8 bytes; byte order is code-point order."""
-    return fixed_width(ids) if len(ids) else np.empty(0, dtype="S1")
-
-
-def to_strings(ids: NDArray[np.bytes_]) -> pa.Array:
-    """Undo `to_bytes`."""
-    lengths = np.char.str_len(ids)
-    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
-    letters = np.ascontiguousarray(ids).view(np.uint8).reshape(len(ids), ids.dtype.itemsize)
-    packed = letters[np.arange(letters.shape[1]) < lengths[:, None]]
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(packed)]
-    return pa.Array.from_buffers(pa.large_string(), len(ids), buffers).cast(pa.string())
-
-
-def _search(haystack: NDArray[np.bytes_], needles: NDArray[np.bytes_]) -> NDArray[np.int64]:
-    if not len(haystack):
-        return np.full(len(needles), -1, dtype=np.int64)
-    # In order, neighbouring searches touch the same pages: a third of the time at 4 M ids.
-    order = np.argsort(needles)
-    places = np.empty(len(needles), dtype=np.int64)
-    places[order] = np.searchsorted(haystack, needles[order])
-    places[places == len(haystack)] = 0
-    return np.where(haystack[places] == needles, places, -1)

@@ -25,16 +25,11 @@ from forge_ray.config import to_mapping
 from forge_ray.data import tasks
 from forge_ray.data.catalogue import Inputs, index_items, write_items, write_vectors
 from forge_ray.data.checks import (
-    DROPPED,
-    UNKNOWN,
-    ItemIndex,
     Screen,
     TimeUnit,
     as_ids,
     as_timestamps,
     is_empty,
-    to_bytes,
-    to_strings,
 )
 from forge_ray.data.hashing import hash_ids
 from forge_ray.data.importers import (
@@ -45,6 +40,7 @@ from forge_ray.data.importers import (
     read_chunks,
     require_columns,
 )
+from forge_ray.data.item_index import DROPPED, UNKNOWN, ItemIndex, to_bytes, to_strings
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.sources import SourcesConfig, event_columns
 from forge_ray.errors import DataError

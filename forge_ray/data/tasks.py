@@ -32,7 +32,10 @@ _OURS = {cls.__name__: cls for cls in (DataError, ConfigError, ArtifactError, Tr
 _RAISED = re.compile(
     r"forge_ray\.errors\.(DataError|ConfigError|ArtifactError|TrainingError): ([^\n]+)"
 )
-SMALL_EXCHANGE = 64
+SMALL_EXCHANGE = 8
+EXCHANGED_AT_ONCE = 128 * 2**20
+"""Bytes of rows that one task of the default exchange distributes. Ray's 1 GiB keep a machine of
+few cores waiting for the first gigabyte."""
 MAX_BLOCKS = 1024
 LEDGER_FIELDS = (
     pa.field("cause", pa.string()),
@@ -94,9 +97,11 @@ def exchange(
         arguments: sent along with the function.
     """
     if shards <= SMALL_EXCHANGE:
-        # Ray's default exchange starts actors, which takes 10 s on a busy laptop; this one runs in
-        # the workers that are there (0.2 s), but makes blocks by the square of the shards.
+        # Ray's default exchange starts workers of its own, which takes up to 10 s on two cores;
+        # this one runs in those that are there (0.2 s), but holds all rows twice and makes blocks
+        # by the square of the shards.
         dataset.context.shuffle_strategy = ShuffleStrategy.SORT_SHUFFLE_PULL_BASED
+    dataset.context.shuffle_input_batch_bytes = EXCHANGED_AT_ONCE
     return dataset.groupby("shard", num_partitions=shards).map_groups(
         _group, batch_format="pyarrow", fn_kwargs={"fn": fn, "arguments": arguments}
     )

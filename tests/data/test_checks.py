@@ -4,19 +4,14 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from forge_ray.data.checks import (
-    UNKNOWN,
-    ItemIndex,
     Screen,
     TimeUnit,
     as_timestamps,
-    to_bytes,
-    to_strings,
 )
 from forge_ray.data.importers import Chunk, RawFile, extra_schema, list_files
 from forge_ray.data.sources import SourcesConfig, resolve
@@ -87,16 +82,3 @@ def test_vectors_beside_the_log_are_found_in_any_format(tmp_path: Path) -> None:
     write_vectors(tmp_path, ["a"], [[1, 2]])
     with pytest.raises(DataError, match="one input named vectors"):
         resolve(SourcesConfig(source=str(tmp_path)))
-
-
-def test_ids_become_bytes_of_one_width_and_come_back() -> None:
-    ids = ["b", "", "lång", "語", "b2"]
-    packed = to_bytes(pa.array(ids))
-    assert packed.tolist() == [one.encode() for one in ids]
-    assert to_strings(packed).to_pylist() == ids
-    assert to_strings(to_bytes(pa.array([], pa.string()))).to_pylist() == []
-    index = ItemIndex(np.sort(packed))
-    wanted = pa.array(["語", "none", None, "b"])
-    order = sorted(one.encode() for one in ids)
-    expected = [order.index("語".encode()), UNKNOWN, UNKNOWN, order.index(b"b")]
-    assert index.lookup(wanted).tolist() == expected

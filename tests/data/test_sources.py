@@ -133,6 +133,31 @@ def test_the_exchange_for_many_shards_gives_the_same(
     assert str(content(other)) == str(content(dataset))
 
 
+def _parts(number: int) -> Iterator[pa.Table]:
+    draw = np.random.default_rng(number)
+    for rows in (0, 50):
+        shard = pa.array(draw.integers(-1, 40, rows).astype(np.int32))
+        yield pa.table({"shard": shard, "value": pa.array(draw.integers(0, 9, rows))})
+
+
+def _summed(rows: pa.Table, *, more: int) -> pa.Table:
+    (shard,) = set(rows["shard"].to_pylist())
+    return pa.table({"shard": [shard], "sum": [sum(rows["value"].to_pylist()) + more]})
+
+
+@pytest.mark.parametrize("shards", [1, 7, 100])
+def test_the_exchange_brings_every_shard_together_once(shards: int) -> None:
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    expected: dict[int, int] = {}
+    for part in (part for number in range(5) for part in _parts(number)):
+        for row in part.to_pylist():
+            expected[row["shard"]] = expected.get(row["shard"], 10) + row["value"]
+    dataset = tasks.exchange(tasks.for_each(range(5), _parts), _summed, shards=shards, more=10)
+    found = tasks.results(dataset)
+    assert len(found) == len(expected)
+    assert dict(zip(found["shard"].to_pylist(), found["sum"].to_pylist(), strict=True)) == expected
+
+
 def _threads(number: int) -> Iterator[pa.Table]:
     yield pa.table({"threads": [pa.cpu_count()], "assigned": [tasks.limit_threads()]})
 

@@ -25,16 +25,14 @@ from numpy.typing import NDArray
 
 from forge_ray.data import tasks
 from forge_ray.data.checks import (
-    UNKNOWN,
-    ItemIndex,
     Screen,
     as_ids,
     as_timestamps,
     is_empty,
-    to_bytes,
 )
 from forge_ray.data.hashing import hash_ids
 from forge_ray.data.importers import RawFile, column_names, read_chunks
+from forge_ray.data.item_index import UNKNOWN, ItemIndex, to_bytes
 from forge_ray.data.log import shard_of
 from forge_ray.data.queries.matching import Taken, match_queries
 from forge_ray.data.queries.output import WRITTEN, Target
