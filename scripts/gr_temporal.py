@@ -47,7 +47,8 @@ TRAIN = [
 SIDS = ["quantizer.levels=3", "quantizer.codebook_size=64", "resolver.kind=zcr"]
 
 
-MANY = ["train.validation.users=1000", "evaluate.users=2000"]
+ROWS = "train.validation.users=1000"
+MANY = [ROWS, "evaluate.users=2000"]
 """For a set whose every held-out event is a row (`split.targets=each`)."""
 
 
@@ -83,6 +84,7 @@ SETS = {
             "offline_steps=100",
             "train.max_steps=100",
             "train.validation.every=10",
+            ROWS,
         ],
         stages=["train.max_steps=150", "train.validation.every=150", *MANY],
     ),
