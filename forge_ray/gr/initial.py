@@ -3,7 +3,7 @@
 Three ways (`initial.codes`): `keep` continues on the same SID table. `fresh` keeps what does not
 depend on SIDs and draws the vectors of codes anew (FORGE, arXiv 2509.20904, public code: load path
 `dense`). `mapped` is ours: the vector of a new code begins as the mean of the old vectors of its
-items, weighted by how often each occurs in training, at the same level of the SID; a level that the
+items, weighted by how often each occurred in the old model's training, at the same level of the SID; a level that the
 old table lacks reads its last one. Prefixes and (prefix, code) pairs with vectors of their own are
 mapped likewise.
 """
@@ -131,8 +131,10 @@ def _of_other_sids(
     old = Speaker(
         cast(Generator, loaded.generator), np.asarray(loaded.table.codes)[np.maximum(rows, 0)]
     )
-    # Items that never occurred count a little: their codes would stay fresh otherwise.
-    weights = np.where(rows >= 0, dataset.train_counts() + 1.0, 0.0)
+    # The old model's own events: those to be trained on have not happened yet. Items that never
+    # occurred count a little: their codes would stay fresh otherwise.
+    counts = source.dataset.train_counts()[np.maximum(rows, 0)]
+    weights = np.where(rows >= 0, counts + 1.0, 0.0)
     return transplant(old, new, is_mapped=config.codes == "mapped", weights=weights)
 
 
