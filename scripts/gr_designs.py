@@ -25,6 +25,7 @@ from forge_ray.artifacts import ArtifactStore
 from forge_ray.cli.inputs import open_data
 from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
+from forge_ray.gr.checkpoint import config_hash
 from forge_ray.gr.comparison import CompareConfig, Comparison, compare, model_table
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.source import ModelSource
@@ -140,7 +141,8 @@ def train(
             GrConfig,
             overrides=["engine.warmup_steps=100", *design.gr, *options.gr, f"seed={seed}"],
         )
-        run = f"{''.join(c if c.isalnum() else '-' for c in name)}-{dataset.key[:6]}-{seed}"
+        content = {"gr": config.identity(), "table": sids.artifact.key, "dataset": dataset.key}
+        run = f"{''.join(c if c.isalnum() else '-' for c in name)}-{config_hash(content)[:8]}"
         result = train_generator(
             config,
             dataset,

@@ -62,7 +62,7 @@ def compare(
     markov_backoff and sasrec. Rows that the store holds are not computed again.
     """
     from forge_ray.gr.comparison import CompareConfig, compare
-    from forge_ray.gr.source import ModelSource
+    from forge_ray.gr.source import ModelSource, own_table
 
     given = words or []
     overrides = [word for word in given if "=" in word]
@@ -70,11 +70,13 @@ def compare(
     settings = load_config(CompareConfig, path=config, overrides=overrides, values=values)
     opened = open_store(store)
     names = [word for word in given if "=" not in word]
-    models = [ModelSource.open(opened, name, sids=_foreign(sids)) for name in names]
+    models = [
+        ModelSource.open(opened, name, sids=own_table(opened, name, sids or [])) for name in names
+    ]
     dataset = _dataset(data, models, opened, verbose=verbose)
     tables = _tables(models, sids or [], dataset, opened)
     with workers(settings, verbose=verbose):
-        found = compare(models, dataset, settings, store=opened, tables=tables)
+        found = compare(models, dataset, settings, store=opened, tables=tables, against=against)
     boards = {name: row.metrics for name, row in found.rows.items()}
     if not boards:
         raise ConfigError("a comparison must have a row, got none. Name a model or a baseline.")
@@ -86,11 +88,6 @@ def compare(
     emit_rows(boards, dataset.name, settings, as_json=as_json)
     if changes:
         emit(changes, title=f"Difference to {against}, users paired", as_json=False)
-
-
-def _foreign(sids: Sequence[str] | None) -> str | None:
-    """The table file that models of foreign tables were trained with."""
-    return sids[0] if sids and len(sids) == 1 and sids[0].endswith(".npz") else None
 
 
 def _dataset(

@@ -50,7 +50,7 @@ UNSORTED = "unsorted_timestamp"
 SHARD_BYTES = 32 * 2**20
 MIN_SHARDS = 8
 MAX_SHARDS = 4096
-TICKS_PER_DAY = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000, "day": 1}
+TICKS_PER_DAY: dict[TimeUnit, int] = {"s": 86_400, "ms": 86_400_000, "us": 86_400_000_000, "day": 1}
 
 # Exchanged between all workers, so every byte of a row counts: `place` is file and row in one
 # number, and ledger rows are spelled out as the users of shard -1.
@@ -301,6 +301,12 @@ def _ledger_of(rows: pa.Table) -> tasks.Ledger:
     for text in rows["user_id"].to_pylist():
         ledger.add(*json.loads(text))
     return ledger
+
+
+def unit_of(ticks_per_day: int) -> TimeUnit:
+    """The unit of a log's times."""
+    units: dict[int, TimeUnit] = {ticks: unit for unit, ticks in TICKS_PER_DAY.items()}
+    return units[ticks_per_day]
 
 
 def shard_of(users: pa.Array, shards: int) -> NDArray[np.int32]:

@@ -117,7 +117,7 @@ def tables(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
         try:
             yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
         except RayError as error:
-            raise _unwrapped(error) from None
+            raise unwrapped(error) from None
 
 
 @contextmanager
@@ -165,7 +165,7 @@ def gathered(
             large, small = _gather.remote(fn, arguments, blocks)
             return large, ray.get(small)
         except RayError as error:
-            raise _unwrapped(error) from None
+            raise unwrapped(error) from None
 
 
 @ray.remote(num_returns=2)
@@ -256,7 +256,8 @@ def limit_threads() -> int:
     return threads
 
 
-def _unwrapped(error: RayError) -> Exception:
+def unwrapped(error: RayError) -> Exception:
+    """The error of ours that a task raised, as itself; any other as it came."""
     # Ray drops the original exception object (its cause is a UserCodeException without one), but
     # keeps its traceback text; our messages are one line each.
     # Its text and not `traceback_str`: Ray's dual exception classes do not forward that one.

@@ -16,11 +16,13 @@ from typing import Any, Protocol, TypeAlias, cast
 import numpy as np
 import numpy.typing as npt
 import ray
+from ray.exceptions import RayError
 
 from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter, timed
 from forge_ray.data.parts import Part, plan_parts, read_part
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Split, Users
+from forge_ray.data.tasks import unwrapped
 from forge_ray.evaluate.board import Board, Ranked
 from forge_ray.evaluate.config import EvaluationConfig
 from forge_ray.evaluate.ranking import distinct_items
@@ -223,10 +225,17 @@ def _on_ray(
     pending: list[ray.ObjectRef[Board]] = []
     for part in parts:
         if len(pending) == config.num_workers:
-            yield ray.get(pending.pop(0))
+            yield _got(pending.pop(0))
         pending.append(task.remote([opener], users, config, part))
     while pending:
-        yield ray.get(pending.pop(0))
+        yield _got(pending.pop(0))
+
+
+def _got(board: ray.ObjectRef[Board]) -> Board:
+    try:
+        return ray.get(board)
+    except RayError as error:
+        raise unwrapped(error) from None
 
 
 def _task(

@@ -195,22 +195,27 @@ def fit_item_knn(dataset: Dataset, config: ItemKnnConfig) -> ItemKnn:
     return ItemKnn.fit(counts, dataset.train_counts(), config)
 
 
-def tuned_item_knn(dataset: Dataset, store: ArtifactStore) -> ItemKnnConfig:
+def tuned_item_knn(
+    dataset: Dataset, store: ArtifactStore, *, exclude_seen: bool = True
+) -> ItemKnnConfig:
     """The constants of item-kNN that rank the validation targets best, by ItemNDCG@10.
 
     Args:
         dataset: a prepared dataset; its first 2,000 validation users are looked at.
         store: keeps the constants, as an artifact of kind `baseline`.
+        exclude_seen: whether the lists that they are meant for leave items of the history out.
     """
 
     def produce(_: ArtifactWriter) -> ArtifactInfo:
-        figure = validation_figure(dataset, users=_TUNING_USERS)
+        figure = validation_figure(dataset, users=_TUNING_USERS, exclude_seen=exclude_seen)
         starts = (fit_item_knn(dataset, ItemKnnConfig(max_length=one)) for one in MAX_LENGTHS)
         best = tune(starts, figure)
         return ArtifactInfo(metrics={"item_knn": to_mapping(best)})
 
     grid = {**GRID, "max_length": MAX_LENGTHS}
     content = {"kind": "item_knn", "users": _TUNING_USERS, "grid": _lists(grid)}
+    if not exclude_seen:
+        content["exclude_seen"] = False
     artifact = store.build(
         BASELINE_KIND,
         f"{dataset.name}-item_knn",
@@ -225,12 +230,15 @@ def _lists(grid: Mapping[str, Sequence[float]]) -> dict[str, list[float]]:
     return {name: list(values) for name, values in grid.items()}
 
 
-def validation_figure(dataset: Dataset, *, users: int) -> Callable[[Recommender], float]:
+def validation_figure(
+    dataset: Dataset, *, users: int, exclude_seen: bool = True
+) -> Callable[[Recommender], float]:
     """What decides between settings of a baseline: ItemNDCG@10 of some validation users.
 
     Args:
         dataset: a prepared dataset.
         users: the first so many validation users, a fixed random sample, are held in memory.
+        exclude_seen: whether items of the history are kept out of the lists.
     """
     batches = list(dataset.sequence_batches("validation", limit=users))
     histories = Ragged.concatenate([batch.items for batch in batches])
@@ -238,7 +246,7 @@ def validation_figure(dataset: Dataset, *, users: int) -> Callable[[Recommender]
     wanted = distinct_items(targets, dataset.num_items)
 
     def figure(recommender: Recommender) -> float:
-        lists = recommender.recommend(histories, _TUNING_CUT)
+        lists = recommender.recommend(histories, _TUNING_CUT, exclude_seen=exclude_seen)
         found = list_places(lists, wanted, [_TUNING_CUT]).metrics([_TUNING_CUT])
         return float(found[f"ItemNDCG@{_TUNING_CUT}"].mean())
 

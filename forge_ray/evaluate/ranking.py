@@ -29,6 +29,7 @@ Floats = npt.NDArray[np.float64]
 Integers = npt.NDArray[np.integer[Any]]
 
 OVERALL = "overall"
+_CELLS_AT_ONCE = 1 << 26
 
 
 def distinct_items(rows: Ragged, num_items: int) -> Ragged:
@@ -93,10 +94,28 @@ def list_places(ranked_items: Integers, targets: Ragged, ks: Sequence[int]) -> P
     """
     _check(targets, ranked_items.shape[1], ks)
     user = targets.row_ids
-    at = ranked_items[user] == targets.values[:, None]
     # A target at place r is a bucket of one item behind r others.
-    place = np.where(at.any(axis=1), at.argmax(axis=1), -1)
+    place = first_places(ranked_items, user, targets.values)
     return Places(place, np.ones(len(user), dtype=np.int64), user)
+
+
+def first_places(rows: Integers, row: Integers, wanted: Integers) -> npt.NDArray[np.int64]:
+    """Column of the first equal entry in a row for each wanted value, int64 [M]; -1: there is none.
+
+    Memory beside the result: 64 MiB, however many values a row is searched for.
+
+    Args:
+        rows: [U, K].
+        row: which of them [M].
+        wanted: what to find in it [M].
+    """
+    found = np.empty(len(row), dtype=np.int64)
+    step = max(1, _CELLS_AT_ONCE // max(1, rows.shape[1]))
+    for start in range(0, len(row), step):
+        part = slice(start, start + step)
+        at = rows[row[part]] == wanted[part, None]
+        found[part] = np.where(at.any(axis=1), at.argmax(axis=1), -1)
+    return found
 
 
 def bucket_places(beam_sizes: Integers, target_beam: Integers, target_user: Integers) -> Places:

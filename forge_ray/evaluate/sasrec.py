@@ -112,7 +112,7 @@ def evaluate_sasrec(
         sasrec: model and training.
         store: keeps the model and the result.
     """
-    artifact = train_sasrec(dataset, sasrec, store)
+    artifact = train_sasrec(dataset, sasrec, store, exclude_seen=config.exclude_seen)
     return evaluate_lists(
         "sasrec",
         lambda: SasRecRecommender(load_sasrec(artifact, dataset, sasrec)),
@@ -124,13 +124,20 @@ def evaluate_sasrec(
     )
 
 
-def train_sasrec(dataset: Dataset, config: SasRecBaselineConfig, store: ArtifactStore) -> Artifact:
+def train_sasrec(
+    dataset: Dataset,
+    config: SasRecBaselineConfig,
+    store: ArtifactStore,
+    *,
+    exclude_seen: bool = True,
+) -> Artifact:
     """The trained model as an artifact of kind `baseline`; its curve is among the metrics.
 
     Args:
         dataset: the train part is fitted, the validation part chooses the epoch.
         config: model and training.
         store: keeps the artifact.
+        exclude_seen: whether the lists that choose the epoch leave items of the history out.
     """
 
     def produce(writer: ArtifactWriter) -> ArtifactInfo:
@@ -143,7 +150,9 @@ def train_sasrec(dataset: Dataset, config: SasRecBaselineConfig, store: Artifact
             logger.info("sasrec on %s, epoch %d: %s", dataset.name, epoch, shown)
 
         log = train_log(dataset, max_users=config.max_users)
-        figure = validation_figure(dataset, users=config.validation_users)
+        figure = validation_figure(
+            dataset, users=config.validation_users, exclude_seen=exclude_seen
+        )
         model = fit_sasrec(
             config,
             log.items,
@@ -160,7 +169,11 @@ def train_sasrec(dataset: Dataset, config: SasRecBaselineConfig, store: Artifact
     return store.build(
         BASELINE_KIND,
         f"{dataset.name}-sasrec",
-        {"kind": "sasrec", **to_mapping(config)},
+        {
+            "kind": "sasrec",
+            **to_mapping(config),
+            **({} if exclude_seen else {"exclude_seen": False}),
+        },
         parents=(dataset.key,),
         produce=produce,
     )

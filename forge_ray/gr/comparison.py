@@ -92,11 +92,20 @@ def named_table(ref: str, dataset: Dataset, store: ArtifactStore) -> NamedTable:
         ref: a stored table, or an `.npz` file.
         dataset: whose items the table codes.
         store: where stored tables are.
+
+    Raises:
+        ConfigError: the table codes the items of another log.
     """
     if ref.endswith(".npz"):
         table = SidTable.from_npz(ref, dataset.item_ids())
         return NamedTable(Path(ref).stem, table_key(table), lambda: table)
     artifact = store.open(ref, kind=SIDS_KIND)
+    own = Dataset.open(store, artifact.manifest.parents[1])
+    if not dataset.has_items_of(own):
+        raise ConfigError(
+            f"--sids must code the items of {dataset.name}, got {ref} of {own.name} "
+            f"({own.key[:12]}). Fit a table on the dataset or another stage of its log."
+        )
     return NamedTable(artifact.manifest.name, artifact.key, lambda: SidTable.open(artifact))
 
 
@@ -140,6 +149,7 @@ def compare(
     *,
     store: ArtifactStore,
     tables: Sequence[NamedTable] = (),
+    against: str | None = None,
 ) -> Comparison:
     """Measure every row that the store does not hold yet.
 
@@ -149,10 +159,11 @@ def compare(
         config: rows and settings; with more than one worker Ray must be up.
         store: keeps a row each, as artifacts of kind `evaluation`.
         tables: SID tables of the markov_backoff rows.
+        against: row that the others will be compared with, user by user.
 
     Raises:
-        ConfigError: a model belongs to another dataset, two rows are of one name, or
-            markov_backoff has no table.
+        ConfigError: a model belongs to another dataset, two rows are of one name,
+            markov_backoff has no table, or there is no such row or no bootstrap to compare with.
     """
     for model in models:
         if model.dataset.key != dataset.key:
@@ -161,11 +172,23 @@ def compare(
                 f"{model.name} of {model.dataset.name} ({model.dataset.key[:12]}). "
                 "Compare it apart."
             )
+    plan = _plan(models, dataset, config, store, tables)
+    if against is not None:
+        _check_against(against, [name for name, _ in plan], config)
     rows: dict[str, Evaluation] = {}
-    for name, measure in _plan(models, dataset, config, store, tables):
+    for name, measure in plan:
         logger.info("ranking by %s", name)
         rows[name] = measure()
     return Comparison(rows)
+
+
+def _check_against(against: str, rows: Sequence[str], config: CompareConfig) -> None:
+    if against not in rows:
+        raise ConfigError(f"--against must name a row, got {against!r}. Rows: {', '.join(rows)}.")
+    if not config.bootstrap:
+        raise ConfigError(
+            "bootstrap must be > 0 for differences to another row, got 0. Set bootstrap=1000."
+        )
 
 
 def _plan(
@@ -220,7 +243,8 @@ def _baseline(
     if name == "item_knn":
         return evaluate_item_knn(dataset, config, config.item_knn, store)
     if name == "item_knn_tuned":
-        return evaluate_item_knn(dataset, config, tuned_item_knn(dataset, store), store)
+        tuned = tuned_item_knn(dataset, store, exclude_seen=config.exclude_seen)
+        return evaluate_item_knn(dataset, config, tuned, store)
     assert name == "sasrec"  # the configuration checked the names
     return evaluate_sasrec(dataset, config, config.sasrec, store)
 

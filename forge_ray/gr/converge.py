@@ -26,7 +26,7 @@ from forge_ray.gr.config import GrConfig, InitialConfig
 from forge_ray.gr.convergence import Point, Summary, mean_curve, summarize
 from forge_ray.gr.evaluation import evaluate_generator
 from forge_ray.gr.initial import initial_generator
-from forge_ray.gr.stages import SidVariant, check_stages, train_stage
+from forge_ray.gr.stages import SidVariant, check_stages, check_tasks, train_stage
 from forge_ray.gr.train import TrainResult
 from forge_ray.gr.trials import fill_store
 from forge_ray.gr.validation import validation_sample
@@ -126,6 +126,7 @@ class ConvergeConfig:
                 f"{self.train.initial.model!r} and {self.train.stop.patience}. The arms say how "
                 "training begins, and all of them take the same steps."
             )
+        check_tasks(self.train)
 
 
 @dataclass(frozen=True, kw_only=True)

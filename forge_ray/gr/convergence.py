@@ -89,7 +89,8 @@ def first_reached(points: Sequence[Point], *, share: float, hold: int) -> int | 
         share: of the reference that counts as reaching it.
         hold: points in a row; fewer at the end of the curve do not count.
     """
-    is_there = [point.value >= share * point.reference for point in points]
+    # A reference of 0, an old model that finds nothing on few users, is reached by nobody.
+    is_there = [point.value >= share * point.reference > 0 for point in points]
     for start in range(len(points) - hold + 1):
         if all(is_there[start : start + hold]):
             return start

@@ -26,7 +26,7 @@ from forge_ray.gr.scripts import TaskText, script_tokens
 from forge_ray.gr.vocab import PAD, vocab_of
 from forge_ray.sid.table import SidTable
 
-_MOST_ROOM = 4096
+MOST_ROOM = 4096
 """SIDs by which a ranking grows at most for the sake of seen items."""
 
 
@@ -107,9 +107,10 @@ class SidDecoder:
                 ranks every SID, and only the last width counts.
             max_history: newest items of a history that the generator reads.
             batch_users: users per search.
-            makes_room: widens the last level where a history is longer than half its width, by the
-                surplus and at most `_MOST_ROOM`: seen items that are taken out later
-                must not shorten lists. No effect on what stands before the added SIDs.
+            makes_room: seen items that are taken out later must not shorten lists. Widens the last
+                level where a history is longer than half its width, by the surplus and at most
+                `MOST_ROOM`; users for whom that leaves too few SIDs (a last level that hardly
+                branches) are searched again with room at every level.
             constrained: False decodes without the index, to measure invalid SIDs.
             allowed: bool [N], items whose SIDs may be emitted; None allows all. Beams never enter
                 a prefix without an allowed item, so lists stay as long as they can be.
@@ -161,14 +162,24 @@ class SidDecoder:
         ranks = np.full(shape, -1, np.int32)
         scores = np.full(shape, -np.inf, np.float32)
         num_emitted = num_invalid = 0
-        with evaluation_mode(self._generator):
-            for rows in self._batches(histories):
+
+        def search(users: NDArray[np.int64], carried: tuple[int, ...]) -> None:
+            nonlocal num_emitted, num_invalid
+            for batch in self._batches(histories.take(users)):
+                rows = users[batch]
                 asked = None if queries is None else [queries[row] for row in rows.tolist()]
-                beams = self._search(histories.take(rows), asked, width)
+                beams = self._search(histories.take(rows), asked, (*carried, width))
                 ranks[rows] = beams.sid_rank.cpu().numpy()
                 scores[rows] = beams.scores.cpu().numpy()
                 num_emitted += int(beams.is_live.sum())
                 num_invalid += int((beams.is_live & (self.index.find(beams.codes) < 0)).sum())
+
+        with evaluation_mode(self._generator):
+            search(np.arange(len(histories)), self.widths[:-1])
+            if self._makes_room:
+                wanted = self._wanted(histories)
+                short = np.flatnonzero((ranks >= 0).sum(axis=1) < wanted)
+                search(short, (int(wanted[short].max(initial=1)),) * (len(self.widths) - 1))
         return DecodedUsers(ranks, scores, num_emitted, num_invalid, perf_counter() - started)
 
     def _batches(self, histories: Ragged) -> Iterator[NDArray[np.int64]]:
@@ -177,14 +188,20 @@ class SidDecoder:
         for start in range(0, len(order), self._batch_users):
             yield order[start : start + self._batch_users]
 
+    def _wanted(self, histories: Ragged) -> NDArray[np.int64]:
+        """SIDs that leave a full list when those of all seen items are taken out, int64 [U]."""
+        room = np.minimum(histories.lengths, MOST_ROOM)
+        return np.minimum(self.widths[-1] // 2 + room, self.index.num_sids)
+
     def _last_width(self, histories: Ragged) -> int:
         if not self._makes_room:
             return self.widths[-1]
         surplus = int(histories.lengths.max(initial=0)) - self.widths[-1] // 2
-        return self.widths[-1] + min(max(surplus, 0), _MOST_ROOM)
+        return self.widths[-1] + min(max(surplus, 0), MOST_ROOM)
 
-    def _search(self, histories: Ragged, queries: list[str] | None, width: int) -> Beams:
-        widths = (*self.widths[:-1], width)
+    def _search(
+        self, histories: Ragged, queries: list[str] | None, widths: tuple[int, ...]
+    ) -> Beams:
         if queries is not None:
             tokens, mask = self._questions(histories, queries)
             generator = _Answering(cast(AskedGenerator, self._generator))
@@ -194,7 +211,7 @@ class SidDecoder:
         tokens, mask = self._vocab.history_tokens(histories, self._codes, self._max_history)
         tokens, mask = tokens.to(self._device), mask.to(self._device)
         if self._constrained and isinstance(self._generator, ParallelGenerator):
-            return exact_search(self._generator, tokens, mask, self.index, width)
+            return exact_search(self._generator, tokens, mask, self.index, widths[-1])
         return beam_search(
             self._generator, tokens, mask, self.index, widths, constrained=self._constrained
         )

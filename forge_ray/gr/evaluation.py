@@ -19,7 +19,7 @@ from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError, DataError
 from forge_ray.evaluate.board import Board, Ranked
 from forge_ray.evaluate.config import DEFAULT_KS
-from forge_ray.evaluate.ranking import bucket_places, distinct_items
+from forge_ray.evaluate.ranking import bucket_places, distinct_items, first_places
 from forge_ray.gr.beam import StepwiseGenerator, default_widths
 from forge_ray.gr.buckets import ItemBuckets
 from forge_ray.gr.decoding import DecodedUsers, SidDecoder
@@ -189,8 +189,7 @@ class SidRanker:
     ) -> NDArray[np.int64]:
         """Beam that holds each target [M], -1 where none does or the target must not be shown."""
         users = targets.row_ids
-        at = sid_rank[users] == self._buckets.item_rank[targets.values][:, None]
-        beam = np.where(at.any(axis=1), at.argmax(axis=1), -1)
+        beam = first_places(sid_rank, users, self._buckets.item_rank[targets.values])
         if not self._exclude_seen:
             return beam
         keys = users * self._buckets.num_items + targets.values

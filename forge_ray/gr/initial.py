@@ -3,9 +3,9 @@
 Three ways (`initial.codes`): `keep` continues on the same SID table. `fresh` keeps what does not
 depend on SIDs and draws the vectors of codes anew (FORGE, arXiv 2509.20904, public code: load path
 `dense`). `mapped` is ours: the vector of a new code begins as the mean of the old vectors of its
-items, weighted by how often each occurred in the old model's training, at the same level of the SID; a level that the
-old table lacks reads its last one. Prefixes and (prefix, code) pairs with vectors of their own are
-mapped likewise.
+items, weighted by how often each occurred in the old model's training, at the same level of the
+SID; a level that the old table lacks reads its last one. Prefixes and (prefix, code) pairs with
+vectors of their own are mapped likewise.
 """
 
 from __future__ import annotations

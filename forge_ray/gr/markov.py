@@ -29,7 +29,7 @@ import scipy.sparse as sp
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset, SequenceBatch
 from forge_ray.errors import ConfigError
-from forge_ray.gr.decoding import DecodedUsers
+from forge_ray.gr.decoding import MOST_ROOM, DecodedUsers
 from forge_ray.sid.metrics.backoff import (
     PrefixModel,
     count_transitions,
@@ -105,7 +105,8 @@ class MarkovBackoff:
         started = perf_counter()
         num_sids = self.model.prefixes.counts[-1]
         # Seen items are taken out later and must not shorten the lists.
-        width = min(self.top_k + int(histories.lengths.max(initial=0)), num_sids)
+        room = min(int(histories.lengths.max(initial=0)), MOST_ROOM)
+        width = min(self.top_k + room, num_sids)
         ranks = np.empty((len(histories), width), dtype=np.int32)
         scores = np.empty((len(histories), width), dtype=np.float32)
         step = max(1, _BLOCK_CELLS // num_sids)

@@ -108,6 +108,17 @@ class RecommendConfig:
         for name in ("top_k", "batch_users", "rows_per_part"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}. Raise it.")
+        if self.num_actors is not None and self.num_actors < 1:
+            raise ConfigError(
+                f"num_actors must be >= 1, got {self.num_actors}. Leave it out for the default."
+            )
+        if self.cpus_per_actor <= 0:
+            raise ConfigError(f"cpus_per_actor must be > 0, got {self.cpus_per_actor}. Use e.g. 1.")
+        if self.widths and (min(self.widths) < 1 or self.widths[-1] < self.top_k):
+            raise ConfigError(
+                f"widths must be >= 1 and end in at least top_k={self.top_k}, got {self.widths}. "
+                "Widen the last level, or leave widths out."
+            )
         if self.max_users < 0:
             raise ConfigError(
                 f"max_users must be >= 0, got {self.max_users}. Use 0 for all users of the split."
@@ -196,6 +207,7 @@ def recommend(
     if queries is not None:
         _check_queries(queries, dataset, config)
     job = _Job(config, source, dataset, out, allowed, queries)
+    _check_search(source, config)
     _claim(filesystem, root, _request(job))
     split: Any = config.split
     limit = config.max_users or None
@@ -216,6 +228,17 @@ def recommend(
     )
     _write_json(filesystem, f"{root}/{SUMMARY_FILE}", asdict(report))
     return report
+
+
+def _check_search(source: GeneratorSource, config: RecommendConfig) -> None:
+    """What would fail in every actor, before the folder is taken for this request."""
+    if config.widths and len(config.widths) != source.num_levels:
+        raise ConfigError(
+            f"widths must be {source.num_levels} integers, one per level of the model's SID "
+            f"table, got {config.widths}. Leave it out for the default."
+        )
+    if config.use_gpu and not ray.cluster_resources().get("GPU", 0.0):
+        logger.warning("no node with a GPU is up: waiting for the cluster to add one")
 
 
 def _check_queries(queries: QuerySet, dataset: Dataset, config: RecommendConfig) -> None:
@@ -251,7 +274,9 @@ def _claim(filesystem: FileSystem, root: str, request: dict[str, Any]) -> None:
     with filesystem.open_input_stream(path) as stream:
         found = json.loads(stream.read())
     if found != request:
-        differs = [name for name in request if found.get(name) != request[name]]
+        given, before = ({**one, **one.get("config", {})} for one in (request, found))
+        names = {*given, *before} - {"config"}
+        differs = sorted(name for name in names if given.get(name) != before.get(name))
         raise ConfigError(
             f"{path} must describe this request, got another {', '.join(differs)}. "
             "Choose another --out, or remove that folder."
@@ -447,5 +472,8 @@ def _report(
 
 
 def _write_json(filesystem: FileSystem, path: str, content: Mapping[str, Any]) -> None:
-    with filesystem.open_output_stream(path) as stream:
+    """Whole or not at all: a killed run must find what it can read."""
+    partial = f"{path}.{uuid.uuid4().hex}"
+    with filesystem.open_output_stream(partial) as stream:
         stream.write((json.dumps(content, indent=2) + "\n").encode())
+    filesystem.move(partial, path)

@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import to_mapping
 from forge_ray.data.queries.query_set import QuerySet
@@ -42,12 +44,36 @@ class ModelEvaluationConfig(EvaluationConfig):
         super().__post_init__()
         if self.batch_users < 1:
             raise ConfigError(f"batch_users must be >= 1, got {self.batch_users}. Raise it.")
+        try:
+            torch.device(self.device)
+        except RuntimeError as error:
+            raise ConfigError(
+                f"device must be one of torch's, got {self.device!r}. Use cpu or cuda."
+            ) from error
+
+    def check_levels(self, num_levels: int, num_items: int) -> None:
+        """Refuses widths that do not fit a SID table, before anything is trained or decoded.
+
+        Args:
+            num_levels: of the table.
+            num_items: of the table, which need no more beams.
+
+        Raises:
+            ConfigError: another number of levels, or a last one narrower than the lists.
+        """
+        widths, most = self.widths, min(max(self.ks), num_items)
+        if widths and (len(widths) != num_levels or min(widths) < 1 or widths[-1] < most):
+            raise ConfigError(
+                f"widths must be {num_levels} integers >= 1, one per level of the SID table, and "
+                f"end in at least max(ks)={max(self.ks)} or {num_items} items, got {widths}. "
+                "Leave it out for the default."
+            )
 
     def identity(self) -> dict[str, Any]:
         """The fields beside `common` that decide a model's figures."""
         given = to_mapping(self)
         kept = {name: given[name] for name in ("widths", "constrained")}
-        return {**kept, "makes_room": self.makes_room}
+        return {**kept, "makes_room": "at every level" if self.makes_room else False}
 
     @property
     def makes_room(self) -> bool:
@@ -67,6 +93,10 @@ class OpenModel:
     def __call__(self) -> SidRanker:
         """Read the weights and index the table."""
         config = self.config
+        if torch.device(config.device).type == "cuda" and not torch.cuda.is_available():
+            raise ConfigError(
+                f"device must be one that this machine has, got {config.device!r}. Use cpu."
+            )
         loaded = self.source.load(config.device)
         widths = config.widths or default_widths(loaded.table.num_levels, max_k=max(config.ks))
         decoder = SidDecoder(

@@ -6,15 +6,24 @@ picklable handle, and weights are read where `load` is called.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
 
 from forge_ray.artifacts import Artifact, ArtifactStore
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ArtifactError
 from forge_ray.gr.beam import StepwiseGenerator
-from forge_ray.gr.checkpoint import MODEL_KIND, TASK_TEXT_FILE, load_generator, model_config
+from forge_ray.gr.checkpoint import (
+    MODEL_KIND,
+    TASK_TEXT_FILE,
+    load_generator,
+    model_config,
+    table_key,
+)
 from forge_ray.gr.scripts import TaskText
 from forge_ray.sid.table import SidTable
 
@@ -42,6 +51,10 @@ class GeneratorSource(Protocol):
     @property
     def key(self) -> str:
         """Identity of the model; results of another model are never mixed in."""
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of its SID table."""
 
     def load(self, device: str) -> LoadedGenerator:
         """Open the model on a device."""
@@ -71,7 +84,8 @@ class ModelSource:
             sids: the SID table, where the store does not hold it: an artifact or an `.npz` file.
 
         Raises:
-            ArtifactError: ``ref`` is no model, or its table or dataset is not in the store.
+            ArtifactError: ``ref`` is no model, its table or dataset is not in the store, or
+                ``sids`` is another table.
         """
         artifact = store.open(ref, kind=MODEL_KIND)
         manifest = artifact.manifest
@@ -80,8 +94,8 @@ class ModelSource:
                 f"{ref} must be an artifact of kind {MODEL_KIND!r}, got {manifest.kind!r}. "
                 "List models with `forge-ray artifacts ls model`."
             )
-        table = _find_table(store, sids, manifest.parents[1])
-        return cls(artifact, table, Dataset.open(store, manifest.parents[0]))
+        dataset = Dataset.open(store, manifest.parents[0])
+        return cls(artifact, _find_table(store, sids, manifest.parents[1], dataset), dataset)
 
     @property
     def key(self) -> str:
@@ -92,6 +106,11 @@ class ModelSource:
     def name(self) -> str:
         """The model's name and short key."""
         return self.artifact.manifest.ref.split("/", 1)[1]
+
+    @property
+    def num_levels(self) -> int:
+        """Levels of its SID table."""
+        return self.load_table().num_levels
 
     def load_table(self) -> SidTable:
         """Read the codes, whatever table it is."""
@@ -114,12 +133,41 @@ class ModelSource:
         return TaskText.from_json(content)
 
 
-def _find_table(store: ArtifactStore, sids: str | None, key: str) -> Artifact | Path:
-    if sids and sids.endswith(".npz"):
-        return Path(sids)
-    if sids is None and not any(manifest.key == key for manifest in store.manifests()):
+def own_table(store: ArtifactStore, ref: str, among: Sequence[str]) -> str | None:
+    """The `.npz` file that a model was trained with; None where no file of these is.
+
+    Args:
+        store: holds the model and its dataset.
+        ref: the model.
+        among: references of SID tables; artifacts are passed over, models find those themselves.
+    """
+    manifest = store.open(ref, kind=MODEL_KIND).manifest
+    files = [one for one in among if one.endswith(".npz")]
+    if not files:
+        return None
+    ids = Dataset.open(store, manifest.parents[0]).item_ids()
+    return next((one for one in files if _key_of(one, ids) == manifest.parents[1]), None)
+
+
+def _key_of(path: str, item_ids: NDArray[Any]) -> str:
+    return table_key(SidTable.from_npz(path, item_ids))
+
+
+def _find_table(
+    store: ArtifactStore, sids: str | None, key: str, dataset: Dataset
+) -> Artifact | Path:
+    if sids is not None:
+        is_file = sids.endswith(".npz")
+        given = _key_of(sids, dataset.item_ids()) if is_file else store.open(sids).key
+        if given != key:
+            raise ArtifactError(
+                f"--sids must be the SID table {key[:12]} that the model was trained with, got "
+                f"{sids} of {given[:12]}. Leave it out where the store holds that table."
+            )
+        return Path(sids) if is_file else store.open(sids)
+    if not any(manifest.key == key for manifest in store.manifests()):
         raise ArtifactError(
             f"the model's SID table {key[:12]} must be in {store.uri}, got none of that key. "
             "Pass --sids with the table (an artifact or .npz file) that the model was trained with."
         )
-    return store.open(sids or key)
+    return store.open(key)

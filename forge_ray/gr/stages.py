@@ -14,10 +14,11 @@ from functools import partial
 from pathlib import Path
 
 from forge_ray.artifacts import Artifact, ArtifactStore
+from forge_ray.config import to_mapping
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.gr.checkpoint import config_hash, table_key
-from forge_ray.gr.config import GrConfig
+from forge_ray.gr.config import GrConfig, InitialConfig
 from forge_ray.gr.models.base import GeneratorConfig
 from forge_ray.gr.scoring import ModelEvaluationConfig, evaluate_model
 from forge_ray.gr.source import ModelSource
@@ -55,6 +56,12 @@ class StagesConfig:
         """Checks the range."""
         if self.parallel < 1:
             raise ConfigError(f"parallel must be >= 1, got {self.parallel}. Use 1 for no trials.")
+        if self.train.initial != InitialConfig():
+            raise ConfigError(
+                f"train.initial must be left out, got {to_mapping(self.train.initial)}. The first "
+                "stage and those from scratch begin afresh, the others with the stage before."
+            )
+        check_tasks(self.train)
 
     def models(self) -> dict[str, GeneratorConfig]:
         """The backbones by name."""
@@ -119,9 +126,13 @@ def run_stages(
         tell: called with each line as it is known.
 
     Raises:
-        ConfigError: the datasets or tables speak of other items than the first stage.
+        ConfigError: the datasets or tables speak of other items than the first stage, or widths
+            do not fit a table.
     """
     check_stages(stages, variants)
+    for variant in variants:
+        config.train.check_levels(variant.table.num_levels)
+        config.evaluate.check_levels(variant.table.num_levels, variant.table.num_items)
     chains = [
         _Chain(config, variant, backbone, model, stages, store, run_dir)
         for variant in variants
@@ -161,6 +172,20 @@ def check_stages(stages: Sequence[Dataset], variants: Sequence[SidVariant]) -> N
                 f"SID table {variant.name} must cover the {stages[0].num_items} items of "
                 f"{stages[0].name}, got {variant.table.num_items}. Fit it on one of the stages."
             )
+
+
+def check_tasks(train: GrConfig) -> None:
+    """Refuses trainings with a query set, which belongs to one stage.
+
+    Raises:
+        ConfigError: a task of the mixture reads queries.
+    """
+    if train.tasks.needs_queries:
+        raise ConfigError(
+            f"train.tasks must read no queries, got tasks.queries={train.tasks.queries!r}: a query "
+            "set belongs to one stage. Train stage by stage with `forge-ray gr train`, "
+            "initial.model and the stage's own queries."
+        )
 
 
 def train_stage(
@@ -239,7 +264,7 @@ class _Chain:
     def _train(self, number: int, before: Artifact | None) -> Artifact:
         config = replace(self.config.train, model=self.model)
         if before is not None:
-            config = replace(config, initial=replace(config.initial, model=before.key))
+            config = replace(config, initial=InitialConfig(model=before.key))
         return train_stage(
             config,
             self.stages[number - 1],

@@ -114,11 +114,14 @@ class TasksConfig:
                 f"{global_batch}. Raise it."
             )
         weights = np.array([self.weights[name] for name in names])
-        wanted = 1 + (global_batch - len(names)) * weights / weights.sum()
+        wanted = global_batch * weights / weights.sum()
         rows = np.floor(wanted).astype(int)
         # Largest remainders; the first of equal ones.
         order = np.argsort(-(wanted - rows), kind="stable")
         rows[order[: global_batch - int(rows.sum())]] += 1
+        for rare in np.flatnonzero(rows == 0):
+            rows[rare] += 1
+            rows[np.argmax(rows)] -= 1
         return dict(zip(names, rows.tolist(), strict=True))
 
 

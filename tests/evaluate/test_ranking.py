@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import DataError
+from forge_ray.evaluate import ranking
 from forge_ray.evaluate.ranking import (
     MetricTotals,
     bucket_metrics,
@@ -166,3 +167,22 @@ def test_a_slice_of_buckets_keeps_their_sids() -> None:
     assert found["SidHit@1"].tolist() == [0.0, 0.0]
     assert found["SidHit@2"].tolist() == [1.0, 1.0]
     assert found["ItemHit@2"] == pytest.approx([0.0, 1 / 3])
+
+
+@pytest.mark.parametrize("cells", [1, 7, 10_000])
+def test_first_places_equal_a_loop_whatever_fits(
+    cells: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ranking, "_CELLS_AT_ONCE", cells)
+    draw = np.random.default_rng(0)
+    rows, row, wanted = (
+        draw.integers(0, 9, (20, 6)),
+        draw.integers(0, 20, 50),
+        draw.integers(0, 9, 50),
+    )
+    found = ranking.first_places(rows, row, wanted)
+    expected = [
+        next((at for at, one in enumerate(rows[here]) if one == what), -1)
+        for here, what in zip(row, wanted, strict=True)
+    ]
+    assert found.tolist() == expected

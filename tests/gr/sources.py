@@ -21,6 +21,10 @@ class HashSource:
     num_items: int = 200
     is_broken: bool = False
 
+    @property
+    def num_levels(self) -> int:
+        return len(SIZES)
+
     def load(self, device: str) -> LoadedGenerator:
         assert device == "cpu"
         generator = HashGenerator(SIZES)

@@ -104,6 +104,47 @@ def test_baselines_need_no_model(run, store: ArtifactStore, tmp_path: Path) -> N
     assert "SidHit" not in plain
 
 
+def test_a_table_beside_a_model_is_not_taken_for_its_own(
+    run, model: Artifact, store: ArtifactStore, tmp_path: Path
+) -> None:
+    """Also where the store holds the model's row, so that nothing loads the model."""
+    path, dataset = tmp_path / "foreign.npz", tiny_dataset(store)
+    codes = random_codes(NUM_ITEMS, SIZES, seed=5)
+    np.savez(path, codes=codes, item_id=dataset.item_ids().astype(str))
+    plain = [model.key, "ks=[5]", "--json"]
+    row = json.loads(run(*plain, "baselines=[]").stdout)
+    both = json.loads(run(*plain, "baselines=[markov_backoff]", "--sids", str(path)).stdout)
+    alone = ["--data", dataset.key, "ks=[5]", "baselines=[markov_backoff]", "--json"]
+    foreign = json.loads(run(*alone, "--sids", str(path)).stdout)
+    own = json.loads(run(*alone, "--sids", model.manifest.parents[1]).stdout)
+    assert [one["ItemHit@5"] for one in both] == [
+        one["ItemHit@5"] for one in (*row, *own, *foreign)
+    ]
+
+
+def test_a_table_of_another_catalogue_is_refused(
+    run, model: Artifact, store: ArtifactStore
+) -> None:
+    other = tiny_dataset(store, num_items=150).key
+    words = ["--data", other, "ks=[5]", "baselines=[markov_backoff]"]
+    result = run(*words, "--sids", model.manifest.parents[1])
+    assert isinstance(result.exception, ConfigError)
+    assert "--sids must code the items of" in str(result.exception)
+
+
+def test_the_row_to_compare_with_is_looked_for_before_any_work(
+    run, model: Artifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(evaluator, "evaluate", None)
+    for words, message in (
+        (["--against", "typo"], "--against must name a row"),
+        (["--against", "popularity", "bootstrap=0"], "bootstrap must be > 0"),
+    ):
+        result = run(model.key, "ks=[7]", "baselines=[popularity]", *words)
+        assert isinstance(result.exception, ConfigError)
+        assert message in str(result.exception)
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -75,6 +75,12 @@ def test_a_curve_that_never_arrives_says_so() -> None:
     assert found.gap_total == found.gap_online
 
 
+def test_an_old_model_that_finds_nothing_is_reached_by_nobody() -> None:
+    found = summarize(curve([0.0, 0.0, 0.2], [0.0, 0.0, 0.1]), share=1.0, hold=1)
+    assert found.reached is not None
+    assert found.reached.steps == 20
+
+
 def test_the_mean_is_taken_point_by_point_and_only_of_equal_points() -> None:
     one, two = curve([0.0, 0.2], [0.1, 0.1]), curve([0.2, 0.6], [0.3, 0.5])
     mean = mean_curve([one, two])

@@ -20,10 +20,13 @@ from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError, DataError, TrainingError
 from forge_ray.gr import recommend as module
+from forge_ray.gr.beam import default_widths
 from forge_ray.gr.buckets import ItemBuckets
 from forge_ray.gr.decoding import SidDecoder
 from forge_ray.gr.recommend import RecommendConfig, recommend
+from forge_ray.sid.table import SidTable
 from tests.gr.datasets import tiny_dataset
+from tests.gr.generators import HashGenerator
 from tests.gr.sources import HashSource
 
 
@@ -102,6 +105,36 @@ def test_seen_items_do_not_shorten_lists(
         lengths[excludes] = {len(row["items"]) for row in read(tmp_path)}
     assert lengths[True] == {7}
     assert min(lengths[False]) < 7
+
+
+def test_lists_are_full_where_the_last_level_does_not_branch() -> None:
+    """A prefix of two codes owns one SID: beams at the last level are no more than before it."""
+    sizes, num_items = (16, 16, 2), 200
+    prefixes = np.random.default_rng(0).permutation(256)[:num_items]
+    codes = np.column_stack([prefixes // 16, prefixes % 16, prefixes % 2])
+    table = SidTable.from_codes(codes, sizes)
+    rng = np.random.default_rng(1)
+    histories = Ragged.from_lengths(
+        np.concatenate([rng.permutation(num_items)[:size] for size in (0, 10, 90)]),
+        np.array([0, 10, 90]),
+    )
+    decoder = SidDecoder(
+        HashGenerator(sizes),
+        table,
+        widths=default_widths(3, max_k=50),
+        max_history=5,
+        makes_room=True,
+    )
+    live = (decoder.decode(histories).sid_rank >= 0).sum(axis=1)
+    assert live[0] >= 50
+    assert live[1] >= 60
+    assert live[2] >= 140
+
+
+def test_widths_of_another_table_leave_the_folder_free(dataset: Dataset, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="widths must be 3 integers"):
+        recommend(HashSource(), dataset, config_of(widths=[50, 50]), out=str(tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.ray
@@ -217,6 +250,9 @@ def test_user_ids_are_found_whatever_the_order(dataset: Dataset) -> None:
         ({"split": "tests"}, "split must be one of"),
         ({"top_k": 0}, "top_k must be >= 1, got 0"),
         ({"split": "train", "append_targets": True}, "append_targets must be false"),
+        ({"num_actors": 0}, "num_actors must be >= 1"),
+        ({"cpus_per_actor": -1.0}, "cpus_per_actor must be > 0"),
+        ({"widths": [5, 5, 5]}, "end in at least top_k=7"),
     ],
 )
 def test_bad_requests_are_refused(changes: dict, message: str) -> None:

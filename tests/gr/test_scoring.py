@@ -42,7 +42,8 @@ NUM_ITEMS = 200
 
 def publish_table(store: ArtifactStore, *, seed: int = 0) -> Artifact:
     table = SidTable.from_codes(random_codes(NUM_ITEMS, SIZES, seed=seed), SIZES)
-    return store.build("sids", "random", {"seed": seed}, produce=table.save)
+    parents = ["codes", tiny_dataset(store).key]
+    return store.build("sids", "random", {"seed": seed}, parents=parents, produce=table.save)
 
 
 def publish_model(store: ArtifactStore, dataset: Dataset, table: SidTable) -> Artifact:
@@ -79,9 +80,11 @@ def test_a_model_is_opened_with_what_it_was_made_from(
 
 def test_another_table_is_refused(store: ArtifactStore, model: Artifact) -> None:
     other = publish_table(store, seed=1)
-    source = ModelSource.open(store, model.key, sids=other.key)
+    with pytest.raises(ArtifactError, match=f"--sids must be the SID table .* got {other.key}"):
+        ModelSource.open(store, model.key, sids=other.key)
+    own = model.manifest.parents[1]
     with pytest.raises(ArtifactError, match="must be used with SID table"):
-        source.load()
+        replace(ModelSource.open(store, model.key, sids=own), table=other).load()
 
 
 def test_a_foreign_table_file_is_refused_for_a_model_of_another(
@@ -90,8 +93,8 @@ def test_a_foreign_table_file_is_refused_for_a_model_of_another(
     path = tmp_path / "foreign.npz"
     ids = np.array([f"item-{i}" for i in range(NUM_ITEMS)])
     np.savez(path, codes=random_codes(NUM_ITEMS, SIZES, seed=1), item_id=ids)
-    with pytest.raises(ArtifactError, match="must be used with SID table"):
-        ModelSource.open(store, model.key, sids=str(path)).load()
+    with pytest.raises(ArtifactError, match="--sids must be the SID table"):
+        ModelSource.open(store, model.key, sids=str(path))
 
 
 def test_only_models_are_opened(store: ArtifactStore, model: Artifact) -> None:

@@ -91,6 +91,31 @@ def test_trials_leave_the_figures_of_one_process(
     assert chain(stages, variant, config, there) == alone
 
 
-def test_no_trial_at_a_time_is_refused() -> None:
-    with pytest.raises(ConfigError, match="parallel must be >= 1, got 0"):
-        settings("parallel=0")
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["parallel=0"], "parallel must be >= 1, got 0"),
+        (["train.initial.model=other"], "train.initial must be left out"),
+        (["train.initial.codes=mapped"], "train.initial must be left out"),
+        (
+            ["train.model.kind=pretrained_decoder", "train.tasks={search: 1, queries: q}"],
+            "train.tasks must read no queries",
+        ),
+    ],
+)
+def test_settings_that_no_chain_can_have_are_refused(overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load_config(StagesConfig, overrides=overrides)
+
+
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+@pytest.mark.parametrize("widths", ["[100]", "[10,10]"])
+def test_widths_are_checked_before_anything_is_trained(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, widths: str
+) -> None:
+    stages = temporal_stages(store, tmp_path / "raw")
+    monkeypatch.setattr(train, "_fit", None)
+    variant = random_variant(stages, tmp_path / "a.npz")
+    with pytest.raises(ConfigError, match=r"widths must be 2 integers .* max\(ks\)=100"):
+        chain(stages, variant, settings(f"evaluate.widths={widths}"), store)

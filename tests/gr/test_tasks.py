@@ -25,10 +25,19 @@ def test_shares_fill_the_batch_in_proportion(weights, rows):
     shares = config.shares(rows)
     assert sum(shares.values()) == rows
     assert list(shares) == [task for task in TASKS if config.weights[task]]
-    left = rows - len(shares)
+    exact = {task: rows * config.weights[task] / sum(weights) for task in shares}
+    lifted = sum(one < 1 for one in exact.values())
     for task, share in shares.items():
-        wanted = 1 + left * config.weights[task] / sum(weights)
-        assert abs(share - wanted) < 1
+        assert share >= 1
+        assert (
+            share == 1 if exact[task] < 1 and share <= 1 else abs(share - exact[task]) < 1 + lifted
+        )
+
+
+def test_shares_are_those_of_the_weights_also_in_small_batches():
+    assert TasksConfig(next_item=9, item_to_sid=1).shares(10) == {"next_item": 9, "item_to_sid": 1}
+    assert TasksConfig(item_to_sid=0.01).shares(256) == {"next_item": 253, "item_to_sid": 3}
+    assert TasksConfig(item_to_sid=0.001).shares(64) == {"next_item": 63, "item_to_sid": 1}
 
 
 @pytest.mark.parametrize(

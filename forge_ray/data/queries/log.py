@@ -26,6 +26,7 @@ from numpy.typing import NDArray
 from forge_ray.data import tasks
 from forge_ray.data.checks import (
     Screen,
+    TimeUnit,
     as_ids,
     as_timestamps,
     is_empty,
@@ -33,7 +34,7 @@ from forge_ray.data.checks import (
 from forge_ray.data.hashing import hash_ids
 from forge_ray.data.importers import RawFile, column_names, read_chunks
 from forge_ray.data.item_index import UNKNOWN, ItemIndex, to_bytes
-from forge_ray.data.log import shard_of
+from forge_ray.data.log import shard_of, unit_of
 from forge_ray.data.queries.matching import Taken, match_queries
 from forge_ray.data.queries.output import WRITTEN, Target
 from forge_ray.data.queries.rows import Asked, asked_of, pair_hashes
@@ -116,6 +117,7 @@ class _Job:
         sequences: path by split and name of the shard.
         num_users: of the dataset; what follows numbers queries without a user.
         max_history: newest items kept before a train query.
+        unit: of the interactions' times.
         target: where shards go.
     """
 
@@ -126,6 +128,7 @@ class _Job:
     sequences: Mapping[Split, Mapping[str, str]]
     num_users: int
     max_history: int
+    unit: TimeUnit
     target: Target
 
 
@@ -159,12 +162,15 @@ def logged(
         },
         num_users=dataset.num_users,
         max_history=max_history,
+        unit=unit_of(dataset.artifact.manifest.metrics["ticks_per_day"]),
         target=target,
     )
-    index = ItemIndex(to_bytes(pa.array(dataset.item_ids().tolist(), pa.string())))
+    ids = dataset.items(["item_id"])["item_id"].cast(pa.string()).combine_chunks()
     shards = max(1, len(job.users))
     numbers = range(len(files) + len(job.users))
-    rows = tasks.for_each(numbers, _read, job=job, index=ray.put(_sorted(index)), shards=shards)
+    rows = tasks.for_each(
+        numbers, _read, job=job, index=ray.put(_sorted(to_bytes(ids))), shards=shards
+    )
     owned = tasks.exchange(rows, _find_users, shards=shards, job=job)
     return tasks.exchange(owned, _write, shards=shards, job=job)
 
@@ -186,9 +192,9 @@ class _Items:
         return np.where(found == UNKNOWN, UNKNOWN, self.order[np.maximum(found, 0)])
 
 
-def _sorted(index: ItemIndex) -> _Items:
-    order = np.argsort(index.ids, kind="stable")
-    return _Items(ItemIndex(index.ids[order]), order)
+def _sorted(ids: NDArray[np.bytes_]) -> _Items:
+    order = np.argsort(ids, kind="stable")
+    return _Items(ItemIndex(ids[order]), order)
 
 
 # ---- reading ----
@@ -229,7 +235,7 @@ def _read_queries(job: _Job, file: RawFile, items: _Items, shards: int) -> Itera
         )
         times = np.full(len(ids), _NO_TIME, np.int64)
         if "timestamp" in wanted:
-            times = as_timestamps(screen, "timestamp")
+            times = as_timestamps(screen, "timestamp", job.unit)
         users = as_ids(chunk, "user_id") if "user_id" in wanted else pa.nulls(len(ids), pa.string())
         nobody = is_empty(users)
         users = pc.if_else(pa.array(nobody), pa.scalar(None, pa.string()), users)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from forge_ray.artifacts import ArtifactStore
@@ -15,6 +16,7 @@ from forge_ray.data.prepare import PrepareConfig, prepare
 from forge_ray.data.queries.build import QueriesConfig, build_queries
 from forge_ray.data.queries.query_set import QuerySet
 from forge_ray.data.schema import SPLITS, Dataset
+from forge_ray.data.sources import InteractionsConfig
 from forge_ray.errors import ConfigError, DataError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
@@ -175,6 +177,32 @@ class TestLog:
         assert lengths == {
             "at 2": ("train", 0), "at 13": ("train", 2), "at 39": ("test", 4), "at 99": ("test", 4),
         }  # fmt: skip
+
+    def test_dates_are_read_in_the_unit_of_the_interactions(self, store, tmp_path, ray_local):
+        raw = tmp_path / "raw"
+        raw.mkdir()
+        write(raw / "interactions.csv", ("user_id", "item_id", "timestamp"), interactions())
+        days = InteractionsConfig(timestamp_unit="day")
+        (dataset,) = prepare(PrepareConfig(source=str(raw), interactions=days), store)
+        users, words, items, times = zip(
+            *[(user, f"{item} {time}", item, time) for user, item, time in interactions()],
+            strict=True,
+        )
+        dates = pa.array([86_400 * time for time in times], pa.timestamp("s"))
+        table = pa.table({"user_id": users, "query": words, "item_id": items, "timestamp": dates})
+        pq.write_table(table, tmp_path / "queries.parquet")
+        given = [f"log.path={tmp_path / 'queries.parquet'}", "repeats=keep"]
+        queries = build_queries(load_config(QueriesConfig, overrides=given), dataset, store)
+        user, item = user_of(dataset, "again"), index_of(dataset, "i1")
+        found = {
+            query: (split, len(history))
+            for split in SPLITS
+            for who, history, target, query in rows_of(queries, split)
+            if (who, target) == (user, item)
+        }
+        taken = sorted(t for who, what, t in interactions() if (who, what) == ("again", "i1"))
+        assert list(found) == [f"i1 {time}" for time in taken]
+        assert [split for split, _ in found.values()] == ["train", "train", "test"]
 
     def test_without_times_the_last_is_meant(self, dataset, store, tmp_path):
         rows = [row[:3] for row in self.whole()]
