@@ -26,7 +26,7 @@ from forge_ray.data.al_gr.target import Target
 from forge_ray.data.al_gr.text_files import header_line, joined, spell_lines
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import SPLITS, Dataset, SequenceBatch, Split, VectorBatch
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ConfigError, DataError
 from forge_ray.sid.table import SidTable
 
 PARTS = ("gr", "item_sid", "sequences", "item_emb", "contrastive", "reconstruction", "queries")
@@ -134,14 +134,16 @@ def export_dataset(
     Raises:
         ConfigError: a part needs SIDs or vectors that are not given, or the table has more tokens
             than FORGE's vocabulary.
-        DataError: the output holds files of another export.
+        DataError: the output holds files of another export, or ids do not go into lists.
     """
     reading = Reading(SidFormat(table.codebook_sizes if table else (1,), config.level_stride))
     files = _files(dataset, table, config)
+    ids = dataset.items(["item_id"])["item_id"].combine_chunks()
+    if any(one.part in _LIST_IDS for one in files):
+        _check_ids(ids)
     target = Target.at(output)
     target.claim(_identity(dataset, table, config))
     kept = {one.name: size for one in files if (size := target.size(one.name)) is not None}
-    ids = dataset.items(["item_id"])["item_id"].combine_chunks()
     job = _Job(
         dataset=dataset,
         config=config,
@@ -195,6 +197,7 @@ def _files(dataset: Dataset, table: SidTable | None, config: AlGrExportConfig) -
     return found
 
 
+_LIST_IDS = ("gr", "sequences", "queries")
 _NAMES = {
     "item_sid": "item_sid.csv",
     "contrastive": "contrastive_data_mask.npz",
@@ -289,6 +292,16 @@ def _write_gr(stream: Any, job: _Job, file: _File) -> int:
 def _codes_of(items: Ragged, codes: NDArray[Any]) -> Ragged:
     flat = codes[items.values].astype(np.int32).reshape(-1)
     return Ragged(flat, items.offsets * codes.shape[1])
+
+
+def _check_ids(ids: pa.Array) -> None:
+    """Ids must come back from lists that FORGE's files join by `;` and `,`."""
+    bad = pc.match_substring_regex(ids.cast(pa.string()), r"[;,]|\|\|")
+    if pc.any(bad).as_py():
+        raise DataError(
+            "item ids must hold no ';', ',' or '||' where lists of them are written, got "
+            f"{ids.filter(bad)[0].as_py()!r}. Rename such items, or export parts=[item_sid]."
+        )
 
 
 def _ids_of(items: Ragged, ids: pa.Array) -> pa.ListArray:

@@ -211,3 +211,11 @@ def test_a_field_changes_something(
         assert files
         written.append([(path.name, path.read_bytes()) for path in files])
     assert written[0] != written[1]
+
+
+def test_ids_that_lists_would_tear_apart_are_refused(store: ArtifactStore, out: Path) -> None:
+    rows = Ragged(np.arange(12, dtype=np.int32) % 3, np.array([0, 4, 8, 12]))
+    dataset = write_dataset(store, rows, item_ids=np.array(["a;b", "c", "d"]))
+    with pytest.raises(DataError, match="got 'a;b'"):
+        export_dataset(dataset, None, str(out), AlGrExportConfig(parts=["sequences"]))
+    assert not out.exists()

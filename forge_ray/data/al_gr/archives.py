@@ -60,10 +60,16 @@ def _batches(
         yield from _vectors(archive, layout, space, slices(archive, "ids", vectors.rows_at_once))
         return
     encoding = _encoding(archive, layout, allow_pickle)
-    if encoding["row"].to_numpy().max(initial=-1) >= vectors.shape[0]:
+    rows = encoding["row"].to_numpy()
+    if rows.max(initial=-1) >= vectors.shape[0] or rows.min(initial=0) < 0:
         raise _wrong(archive, "embeds", "a row for every id", vectors)
     yield from _vectors(archive, layout, space, _ids_by_row(encoding, vectors))
     for pairs in slices(archive, "pairs", CHUNK_BYTES // 16):
+        if pairs.min(initial=0) < 0 or pairs.max(initial=-1) >= vectors.shape[0]:
+            raise DataError(
+                f"pairs must be rows of embeds, 0 to {vectors.shape[0] - 1}, got {pairs.min()} to "
+                f"{pairs.max()}. Check the file."
+            )
         table = pa.table({"anchor_row": pairs[:, 0], "positive_row": pairs[:, 1]})
         yield Batch(layout, f"pairs/{space}", table, _NO_REJECTS)
     yield Batch(layout, f"encoding/{space}", encoding, _NO_REJECTS)

@@ -8,6 +8,7 @@ left out, counted by cause and kept as text under `rejects/`. Ray must be runnin
 from __future__ import annotations
 
 import resource
+import zipfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -27,7 +28,7 @@ from forge_ray.data.al_gr.folder import (
     rows_in_all,
     skipped_in_all,
 )
-from forge_ray.data.al_gr.layouts import Layout, find_layout
+from forge_ray.data.al_gr.layouts import Layout, encoding_name, find_layout
 from forge_ray.data.al_gr.sid_text import SidFormat
 from forge_ray.data.al_gr.text_files import BLOCK_BYTES, Batch, read_text
 from forge_ray.data.importers import RawFile, fingerprint
@@ -186,6 +187,11 @@ def _check(name: str, layout: Layout, config: AlGrImportConfig) -> None:
             f"version must be final for {name}, got base: FORGE published no vectors of the base "
             "SIDs' items. Import it with version=final, into a folder of its own."
         )
+    if layout.kind == "pairs_npz" and not config.allow_pickle:
+        raise ConfigError(
+            f"allow_pickle must be true to read {encoding_name(layout)} of {name}: it is a pickled "
+            "dict. Set allow_pickle=true for files that you trust."
+        )
     levels = len(layout.columns) - 1
     if layout.kind == "item_sid" and levels != len(config.codebook_sizes):
         raise ConfigError(
@@ -260,10 +266,7 @@ def _read(
     layout = record.layout
     try:
         if not layout.is_text:
-            space = record.name.rpartition("/")[2].rpartition(".")[0]
-            yield from read_archive(
-                stream, layout, space=space, skip=record.batches, allow_pickle=allow_pickle
-            )
+            yield from _archive(stream, record, allow_pickle=allow_pickle)
             return
         yield from read_text(
             stream,
@@ -278,6 +281,21 @@ def _read(
         raise DataError(
             f"{record.name} must be whole lines of {list(layout.columns)}, got a line that Arrow "
             f"cannot end: {' '.join(str(error).split())[:200]}. Look for an open quote."
+        ) from error
+
+
+def _archive(stream: Any, record: FileRecord, *, allow_pickle: bool) -> Iterator[Batch]:
+    space = record.name.rpartition("/")[2].rpartition(".")[0]
+    try:
+        yield from read_archive(
+            stream, record.layout, space=space, skip=record.batches, allow_pickle=allow_pickle
+        )
+    except DataError as error:
+        raise DataError(f"{record.name}: {error}") from error
+    except (zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
+        raise DataError(
+            f"{record.name} must hold the arrays that its names promise, got: {error}. Check the "
+            "file, or copy it again."
         ) from error
 
 

@@ -106,16 +106,21 @@ def _npz_layout(path: str, source: Any) -> Layout | None:
     try:
         with zipfile.ZipFile(source) as archive:
             names = tuple(name.removesuffix(".npy") for name in archive.namelist())
+            kind = _npz_kind(names)
+            if kind is None:
+                return None
             arrays = {name: header(archive, name) for name in names}
-    except zipfile.BadZipFile as error:
+    except (zipfile.BadZipFile, ValueError, KeyError, OSError) as error:
         raise DataError(
             f"{path} must be a complete .npz file, got: {error}. Copy the file again."
         ) from error
+    return Layout(kind=kind, columns=names, arrays=arrays)
+
+
+def _npz_kind(names: Sequence[str]) -> Kind | None:
     if {"pairs", "embeds"} <= set(names) and any(one in names for one in _ENCODINGS):
-        return Layout(kind="pairs_npz", columns=names, arrays=arrays)
-    if {"ids", "embeds"} == set(names):
-        return Layout(kind="vectors_npz", columns=names, arrays=arrays)
-    return None
+        return "pairs_npz"
+    return "vectors_npz" if {"ids", "embeds"} == set(names) else None
 
 
 def encoding_name(layout: Layout) -> str:

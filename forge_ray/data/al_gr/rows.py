@@ -21,6 +21,7 @@ from forge_ray.data.al_gr.prompts import Prompts, join_prompts, split_prompts
 from forge_ray.data.al_gr.sid_text import SidFormat, join_ids, split_ids
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import matrix
+from forge_ray.errors import DataError
 
 CAUSES = {
     "wrong_columns": "lines with another number of fields than the header",
@@ -78,7 +79,13 @@ def settle(layout: Layout, texts: Sequence[pa.Array], reading: Reading) -> Layou
         are_sids = parsed.is_valid & (parsed.codes.lengths > 0)
         return replace(layout, answers="sids" if are_sids.mean() > 0.5 else "items")
     if layout.kind == "item_emb":
-        return replace(layout, dim=usual_dim(texts[1]))
+        dim = usual_dim(texts[1])
+        if not dim:
+            raise DataError(
+                f"feature must be base64 of float32 numbers, got most rows of another length, the "
+                f"first {texts[1][0].as_py()[:40]!r}. Check the column."
+            )
+        return replace(layout, dim=dim)
     return layout
 
 

@@ -6,6 +6,9 @@ every reading, so a reader may pass over those that were taken before.
 
 from __future__ import annotations
 
+import codecs
+import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,10 +21,14 @@ from numpy.typing import NDArray
 
 from forge_ray.data.al_gr.layouts import Layout
 from forge_ray.data.al_gr.rows import Reading, Rows, decode, settle
+from forge_ray.errors import DataError
 
 # Arrow reads up to 32 blocks ahead: 64 MiB of a file, however fast they are taken.
 BLOCK_BYTES = 2 * 2**20
 _LINE = "line"
+# Stray bytes 0x80 to 0xFF travel through Arrow as the last characters for private use.
+_STRAY = 0x10FF00
+_STRAYS = f"[{chr(_STRAY + 0x80)}-{chr(_STRAY + 0xFF)}]"
 REJECTS_SCHEMA = pa.schema(
     {
         "file": pa.string(),
@@ -65,7 +72,7 @@ class _Lines:
 
     def drop(self, row: Any) -> str:
         """Called by Arrow for each line of another width."""
-        self.dropped.append((row.number - self.has_header, row.text))
+        self.dropped.append((row.number - self.has_header, _spell_strays(row.text)))
         return "skip"
 
     def take(self, rows: int, *, last: bool = False) -> tuple[NDArray[np.int64], list[Any]]:
@@ -92,6 +99,9 @@ def read_text(
 ) -> Iterator[Batch]:
     """Stream a file's rows.
 
+    Raises:
+        DataError: a quote that was opened runs over whole rows.
+
     Args:
         source: the open file.
         layout: of the file; settled on the first rows unless it is already.
@@ -112,11 +122,66 @@ def read_text(
             rows = decode(layout, texts, reading)
             rows.causes[not_utf8] = "not_utf8"
             rejects = _rejects(name, numbers, rows, texts, gone, layout)
+            _check_quotes(rejects, layout)
             kept = rows.table.filter(pa.array(rows.causes == ""))
             yield Batch(layout, part, kept, rejects)
     _, gone = lines.take(0, last=True)
     if gone:
-        yield Batch(layout, part, pa.table({}), _rejects(name, [], None, [], gone, layout))
+        rejects = _rejects(name, [], None, [], gone, layout)
+        _check_quotes(rejects, layout)
+        yield Batch(layout, part, pa.table({}), rejects)
+
+
+def _check_quotes(rejects: pa.Table, layout: Layout) -> None:
+    """A row left out must not hide others: those behind a quote that nobody closed."""
+    for reject in rejects.filter(pc.match_substring(rejects["text"], "\n")).to_pylist():
+        behind = reject["text"].splitlines()[1:]
+        widths = [len(one) for one in csv.reader(behind, delimiter=layout.delimiter)]
+        if len(layout.columns) in widths:
+            raise DataError(
+                f"{reject['file']} row {reject['row']}: fields in quotes must end in their row, "
+                f"got {len(behind)} more lines within it. Close the quote, or remove it."
+            )
+
+
+class _Utf8(io.RawIOBase):
+    """A file as UTF-8, its stray bytes as characters for private use.
+
+    Arrow decodes a line of another width before anybody may drop it, and ends there otherwise.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._decoder = codecs.getincrementaldecoder("utf-8")(_STRAY_ERRORS)
+        self._ready = b""
+
+    def readable(self) -> bool:
+        """Always."""
+        return True
+
+    def read(self, size: int = -1) -> bytes:
+        """The next bytes, at most `size`."""
+        while len(self._ready) < size:
+            raw = self._source.read(size)
+            self._ready += self._decoder.decode(raw, final=not raw).encode()
+            if not raw:
+                break
+        out, self._ready = self._ready[:size], self._ready[size:]
+        return out
+
+
+def _as_private(error: UnicodeError) -> tuple[str, int]:
+    assert isinstance(error, UnicodeDecodeError)
+    stray = error.object[error.start : error.end]
+    return "".join(chr(_STRAY + byte) for byte in stray), error.end
+
+
+_STRAY_ERRORS = "forge_ray_stray"
+codecs.register_error(_STRAY_ERRORS, _as_private)
+
+
+def _spell_strays(text: str) -> str:
+    return "".join(f"\\x{ord(c) - _STRAY:02x}" if ord(c) >= _STRAY + 0x80 else c for c in text)
 
 
 def _open(source: Any, layout: Layout, lines: _Lines, block_bytes: int) -> Iterator[pa.RecordBatch]:
@@ -135,28 +200,23 @@ def _open(source: Any, layout: Layout, lines: _Lines, block_bytes: int) -> Itera
         column_names=names,
         skip_rows=1 if layout.columns else 0,
     )
-    # Bytes: a line that is no UTF-8 would end the reading.
-    convert = pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.binary()))
+    convert = pacsv.ConvertOptions(column_types=dict.fromkeys(names, pa.string()))
+    whole = pa.PythonFile(_Utf8(source), mode="r")
     yield from pacsv.open_csv(
-        source, read_options=read, parse_options=parse, convert_options=convert
+        whole, read_options=read, parse_options=parse, convert_options=convert
     )
 
 
 def _texts(batch: pa.RecordBatch) -> tuple[list[pa.Array], NDArray[np.bool_]]:
     """The columns as text, and the rows that are none, with their stray bytes escaped."""
     bad = np.zeros(batch.num_rows, dtype=bool)
-    texts = [_text(column) for column in batch.columns]
-    for text, column in zip(texts, batch.columns, strict=True):
-        bad |= pc.not_equal(text.cast(pa.binary()), column).to_numpy(zero_copy_only=False)
+    texts = list(batch.columns)
+    for number, text in enumerate(texts):
+        strays = pc.match_substring_regex(text, _STRAYS).to_numpy(zero_copy_only=False)
+        if strays.any():
+            bad |= strays
+            texts[number] = pa.array([_spell_strays(one) for one in text.to_pylist()], pa.string())
     return texts, bad
-
-
-def _text(column: pa.Array) -> pa.Array:
-    try:
-        return column.cast(pa.string())
-    except pa.ArrowInvalid:
-        spelled = [one.as_py().decode(errors="backslashreplace") for one in column]
-        return pa.array(spelled, pa.string())
 
 
 def _rejects(

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -15,7 +16,8 @@ from forge_ray.data.al_gr.layouts import Layout
 from forge_ray.data.al_gr.prompts import join_prompts, split_prompts
 from forge_ray.data.al_gr.rows import Reading, encode
 from forge_ray.data.al_gr.sid_text import SidFormat, join_ids, split_ids
-from forge_ray.data.al_gr.text_files import header_line, joined, read_text, spell_lines
+from forge_ray.data.al_gr.text_files import Batch, header_line, joined, read_text, spell_lines
+from forge_ray.errors import DataError
 
 FORMAT = SidFormat((4, 5, 6))
 # Letters that the layouts give a meaning, and some prose.
@@ -114,6 +116,56 @@ def test_lines_that_are_kept_come_back_and_the_rest_is_listed(
     every = [gone[n] if n in gone else next(rest) for n in range(1, len(rows) + 1)]
     assert every == lines.to_pylist()
     assert next(rest, None) is None
+
+
+def read(
+    raw: bytes, columns: tuple[str, ...], kind: str = "sequences", block: int = 1 << 20
+) -> list[Batch]:
+    layout = Layout(kind=kind, columns=columns, delimiter=",", eol="\n")
+    return list(read_text(io.BytesIO(raw), layout, READING, name="f", block_bytes=block, part="p"))
+
+
+COLUMNS = ("user_history", "target_item")
+
+
+@pytest.mark.parametrize("block", [50, 1 << 20])
+def test_bytes_that_are_no_text_are_left_out_in_lines_of_any_width(block: int) -> None:
+    lines = [b"a;b,c", b"\xff\xfe,x,y", b"caf\xc3\xa9,d", b"\xe9,e", b"f", b"g,\xf0\x9f\x98\x80"]
+    raw = b"\n".join([b",".join(one.encode() for one in COLUMNS), *lines, b""])
+    batches = read(raw, COLUMNS, block=block)
+    rejects = [one for batch in batches for one in batch.rejects.to_pylist()]
+    assert [(one["row"], one["cause"], one["text"]) for one in rejects] == [
+        (2, "wrong_columns", r"\xff\xfe,x,y"),
+        (4, "not_utf8", r"\xe9,e"),
+        (5, "wrong_columns", "f"),
+    ]
+    kept = [one for batch in batches for one in batch.table.to_pylist()]
+    assert [(one["history"], one["targets"]) for one in kept] == [
+        (["b", "a"], ["c"]),
+        (["café"], ["d"]),
+        (["g"], ["😀"]),
+    ]
+
+
+@pytest.mark.parametrize(
+    "lines",
+    [
+        ["a,b", '"c,d', "e,f", "g,h"],
+        ["a,b", '"c,d', "e,f", 'g",h,i', "j,k"],
+        ["a,b", 'c,"', "e,f", '",h', "j,k"],
+    ],
+)
+def test_a_quote_that_hides_rows_is_an_error_that_names_the_row(lines: list[str]) -> None:
+    raw = "\n".join([",".join(COLUMNS), *lines, ""]).encode()
+    with pytest.raises(DataError, match=r"f row 2: fields in quotes must end in their row"):
+        read(raw, COLUMNS)
+
+
+def test_lines_within_quotes_are_no_error_where_nothing_is_hidden() -> None:
+    raw = b'system,user,answer\n"two\nlines",no codes\n"two\nlines",no codes,here\n'
+    (batch,) = read(raw, ("system", "user", "answer"), "gr")
+    assert [one["cause"] for one in batch.rejects.to_pylist()] == ["wrong_columns"]
+    assert batch.table["system"].to_pylist() == ["two\nlines"]
 
 
 def test_stride_spells_what_fixed_size_scorers_read() -> None:

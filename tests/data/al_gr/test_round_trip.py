@@ -208,3 +208,32 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     (tmp_path / "raw/x.csv").write_text("a,b\n1,2\n")
     with pytest.raises(DataError, match=r"got \['x.csv'\]"):
         run(tmp_path / "raw", tmp_path / "in")
+
+
+def test_archives_of_something_else_are_passed_over_and_broken_ones_named(tmp_path: Path) -> None:
+    raw = tmp_path / "raw"
+    raw.mkdir()
+    files.write_pairs_npz(raw / "pairs.npz", np.random.default_rng(0), items=30, name="itemEncID")
+    np.savez(raw / "other.npz", words=np.array(["a", None], dtype=object))
+    (raw / "x.txt").write_text("nothing")
+    report = run(raw, tmp_path / "in", allow_pickle=True)
+    assert report.ignored == ["other.npz", "x.txt"]
+    with np.load(raw / "pairs.npz", allow_pickle=True) as found:
+        arrays = dict(found)
+    np.savez(raw / "pairs.npz", **{**arrays, "pairs": np.array([[0, 30]])})
+    with pytest.raises(DataError, match=r"pairs\.npz: pairs must be rows of embeds, 0 to 29"):
+        run(raw, tmp_path / "beyond", allow_pickle=True)
+    ids = np.array(["a", "b"], dtype=object)
+    np.savez(raw / "strings.npz", ids=ids, embeds=np.zeros((2, 4), np.float32))
+    (raw / "pairs.npz").unlink()
+    with pytest.raises(DataError, match=r"strings\.npz must"):
+        run(raw, tmp_path / "strings")
+    (raw / "strings.npz").write_bytes(b"PK")
+    with pytest.raises(DataError, match=r"strings\.npz must be a complete \.npz file"):
+        run(raw, tmp_path / "short")
+
+
+def test_vectors_of_no_length_are_named(tmp_path: Path) -> None:
+    files.write_rows(tmp_path / "raw/emb.csv", [["item_id", "feature"], ["a", "xyz"], ["b", "q"]])
+    with pytest.raises(DataError, match="feature must be base64 of float32 numbers"):
+        run(tmp_path / "raw", tmp_path / "in")
