@@ -99,7 +99,8 @@ def train(
     folder = run_dir if "://" in run_dir else str(Path(run_dir).resolve())
     with connected(verbose=verbose):
         dataset, table = _open_inputs(sids, data, where, verbose=verbose)
-        digest = config_hash({"gr": settings.identity(), "table": table_key(table)})
+        content = {"gr": settings.identity(), "table": table_key(table), "dataset": dataset.key}
+        digest = config_hash(content)
         run = name or f"{settings.model.kind}-{digest[:8]}"
         stderr.print(
             f"checkpoints go to {folder}/{run}; the same command resumes an interrupted run"

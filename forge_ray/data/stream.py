@@ -302,7 +302,8 @@ class SequenceStream:
         num_barren = 0
         while True:
             todo = [next(work) for _ in range(self.config.segments_per_execution)]
-            num_barren += len(todo)
+            # Of a segment that is only skipped nothing is known.
+            num_barren += sum(not one["skip"] for one in todo)
             for batch in self._execute(todo):
                 num_barren = 0
                 yield batch

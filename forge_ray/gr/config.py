@@ -143,8 +143,14 @@ class GrConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}. Raise it.")
         self._check_workers()
-        if self.seed < 0:
-            raise ConfigError(f"seed must be >= 0, got {self.seed}. Use another seed.")
+        if not 0 <= self.seed < 2**31:
+            raise ConfigError(f"seed must be in [0, 2^31), got {self.seed}. Use another seed.")
+        if self.max_failures < 0:
+            raise ConfigError(
+                f"max_failures must be >= 0, got {self.max_failures}. Use 0 for none."
+            )
+        if self.engine.zero_stage == 3 and max(self.num_workers, self.max_workers) > 1:
+            self.model.check_partitioned()
         if self.keep_checkpoints < 2:
             raise ConfigError(
                 f"keep_checkpoints must be >= 2, got {self.keep_checkpoints}. A damaged checkpoint "
@@ -156,9 +162,9 @@ class GrConfig:
                 f"text, got {', '.join(self.tasks.text_tasks)}. Set model.kind=pretrained_decoder "
                 "or pretrained_t5."
             )
-        if self.validation.every < 1 or 10 not in self.validation.ks:
+        if self.validation.every < 1 or 10 not in (ks := self.validation.ks) or min(ks) < 1:
             raise ConfigError(
-                "validation.every must be >= 1 and validation.ks must contain 10, got "
+                "validation.every must be >= 1, and validation.ks >= 1 and contain 10, got "
                 f"{self.validation.every} and {self.validation.ks}. The best checkpoint is the one "
                 "with the highest ItemNDCG@10."
             )

@@ -83,6 +83,11 @@ class EngineConfig:
             raise ConfigError(
                 f"engine.micro_batch must be >= 0, got {self.micro_batch}. Use 0 for one pass."
             )
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"engine.{name} must be >= 0, got {getattr(self, name)}. Use 0.")
+        if not 0 <= self.beta2 < 1:
+            raise ConfigError(f"engine.beta2 must be in [0, 1), got {self.beta2}. Use e.g. 0.99.")
         if self.learning_rate <= 0:
             raise ConfigError(
                 f"engine.learning_rate must be > 0, got {self.learning_rate}. Use e.g. 1e-3."
@@ -191,6 +196,7 @@ class Engine:
             config=zero_config(config, world_size=self.world_size, num_parameters=size),
             dist_init_required=False,
         )
+        _forget_trial_step(self._engine.optimizer)
 
     def close(self) -> None:
         """Lets the generator and its optimiser go; no step can follow.
@@ -376,6 +382,19 @@ def _tensors_only() -> Iterator[None]:
 def _to_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     # Cloned: under ZeRO the tensors are views that the next step overwrites or frees.
     return {name: value.detach().float().cpu().clone() for name, value in state.items()}
+
+
+def _forget_trial_step(optimizer: Any) -> None:
+    """Undoes the step that DeepSpeed's half-precision optimiser without ZeRO takes to make room.
+
+    It has zero gradients, but Adam counts it, and weight decay shrinks the master weights.
+    """
+    if type(optimizer).__name__ != "FP16_UnfusedOptimizer":
+        return
+    optimizer.optimizer.state.clear()
+    for masters, weights in zip(optimizer.fp32_groups, optimizer.fp16_groups, strict=True):
+        for master, weight in zip(masters, weights, strict=True):
+            master.data.copy_(weight.data)
 
 
 def _import_deepspeed() -> Any:

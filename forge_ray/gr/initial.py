@@ -23,11 +23,18 @@ from safetensors.torch import save
 from torch import Tensor
 
 from forge_ray.artifacts import ArtifactStore
+from forge_ray.config import to_mapping
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
-from forge_ray.gr.checkpoint import MODEL_KIND, build_generator, load_generator, table_key
+from forge_ray.gr.checkpoint import (
+    MODEL_KIND,
+    build_generator,
+    load_generator,
+    model_config,
+    table_key,
+)
 from forge_ray.gr.config import GrConfig, InitialConfig
-from forge_ray.gr.models.base import Generator
+from forge_ray.gr.models.base import Generator, GeneratorConfig
 from forge_ray.gr.models.code_tables import CodeTable
 from forge_ray.gr.run_folder import RunFolder
 from forge_ray.gr.source import ModelSource
@@ -51,16 +58,33 @@ class Speaker:
     codes: NDArray[np.unsignedinteger[Any]]
 
 
-def resolved_initial(config: InitialConfig, store: ArtifactStore, table: SidTable) -> InitialConfig:
+_FREE = {
+    *("dropout", "attention", "softmax", "label_smoothing", "targets", "packing"),
+    *("pretrained", "revision", "checkpoint", "fresh", "prompt", "end_token"),
+}
+"""Fields of a generator that its weights do not depend on: how it learns, where it came from."""
+
+
+def resolved_initial(
+    config: InitialConfig, store: ArtifactStore, table: SidTable, generator: GeneratorConfig
+) -> InitialConfig:
     """The choice with the model's key in it, as it was where training begins afresh.
 
     Raises:
         ArtifactError: there is no such model.
-        ConfigError: its vectors of codes are to be kept, and it speaks another SID table.
+        ConfigError: its vectors of codes are to be kept, and it speaks another SID table; or the
+            generators differ in more than their SIDs.
     """
     if not config.model:
         return config
     model = store.open(config.model, kind=MODEL_KIND)
+    old, new = (to_mapping(one) for one in (model_config(model).model, generator))
+    for name in sorted({*old, *new} - _FREE):
+        if old.get(name) != new.get(name):
+            raise ConfigError(
+                f"model.{name} must be {old.get(name)!r} as that of initial.model, got "
+                f"{new.get(name)!r}. Give model.* the values of that model."
+            )
     theirs, ours = str(model.manifest.config["table_key"]), table_key(table)
     if config.codes == "keep" and theirs != ours:
         raise ConfigError(

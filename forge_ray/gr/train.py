@@ -167,7 +167,8 @@ def _resolved(
 ) -> GrConfig:
     """The configuration with what it names looked up."""
     _check_table(config, dataset, table)
-    initial = resolved_initial(config.initial, store, table)
+    _check_validation(config, dataset)
+    initial = resolved_initial(config.initial, store, table, config.model)
     tasks = config.tasks
     if tasks.needs_queries:
         tasks = replace(tasks, queries=QuerySet.open(store, tasks.queries).key)
@@ -207,9 +208,22 @@ def _check_table(config: GrConfig, dataset: Dataset, table: SidTable) -> None:
     config.check_levels(table.num_levels)
 
 
+def _check_validation(config: GrConfig, dataset: Dataset) -> None:
+    """Refuses a dataset on which the first validation would fail, however late that is."""
+    if config.tasks.validate == "next_item" and _num_held_out(dataset) == 0:
+        raise ConfigError(
+            f"{dataset.name} must have validation users, got none. Prepare it with a split that "
+            "leaves some."
+        )
+
+
+def _num_held_out(dataset: Dataset) -> int | None:
+    return dataset.artifact.manifest.rows.get("validation_users")
+
+
 def _run_identity(config: GrConfig, dataset: Dataset, content: dict[str, Any]) -> RunIdentity:
     return RunIdentity(
-        config_hash=config_hash(content),
+        config_hash=config_hash({**content, "dataset": dataset.key}),
         table_key=content["table_key"],
         dataset_key=dataset.key,
         zero_stage=config.engine.zero_stage,

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -167,6 +168,18 @@ class TestWithRay:
         for step in (1, 9, len(whole) // 2):
             rest = take_epochs(stream(shards).batches(whole[step - 1].following), 2)
             assert rows_of(rest) == rows_of(whole[step:])
+
+    def test_the_end_of_the_only_segment_resumes(self, shards):
+        def batches(cursor: Cursor) -> Iterator[StreamBatch]:
+            config = StreamConfig(segment_files=16, segments_per_execution=1)
+            return SequenceStream(
+                shards, pafs.LocalFileSystem(), config, plan=PLAN, rank=0, world_size=1
+            ).batches(cursor)
+
+        whole = take_epochs(batches(Cursor()), 2)
+        last = max(n for n, one in enumerate(whole) if one.following.epoch == 0)
+        rest = take_epochs(batches(whole[last].following), 2)
+        assert rows_of(rest) == rows_of(whole[last + 1 :])
 
     def test_prefix_mode_makes_every_item_but_the_first_a_target(self, shards):
         batches = take_epochs(stream(shards, mode="prefix").batches(Cursor()), 1)

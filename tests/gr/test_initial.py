@@ -10,15 +10,19 @@ import torch
 
 from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.config import load_config
+from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
+from forge_ray.gr import initial
 from forge_ray.gr.config import GrConfig, InitialConfig
-from forge_ray.gr.initial import Speaker, transplant
+from forge_ray.gr.initial import Speaker, initial_generator, resolved_initial, transplant
 from forge_ray.gr.models.decoder import DecoderConfig
 from forge_ray.gr.models.rq_transformer import RqTransformerConfig
 from forge_ray.gr.train import TrainResult, train_generator
 from forge_ray.gr.vocab import Vocab
 from forge_ray.sid.table import SidTable
 from tests.gr.chains import chain_dataset, grid_table
+from tests.gr.datasets import tiny_dataset
+from tests.gr.test_scoring import publish_model, publish_table
 
 SMALL = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 16}
 OLD = np.array([[0, 0], [0, 1], [1, 0], [1, 1]], dtype=np.uint16)
@@ -73,6 +77,57 @@ def test_another_architecture_is_refused() -> None:
             transplant(old, Speaker(generator, OLD), is_mapped=True, weights=np.ones(4))
     with pytest.raises(ConfigError, match=r"initial\.codes must be one of keep, fresh, mapped"):
         InitialConfig(codes="keeps")
+
+
+@pytest.mark.parametrize("codes", ["keep", "mapped", "fresh"])
+@pytest.mark.parametrize(
+    ("changes", "field"),
+    [
+        ({"num_layers": 2}, "num_layers"),
+        ({"num_heads": 1}, "num_heads"),
+        ({"hidden_size": 32}, "hidden_size"),
+        ({"tie_embeddings": True}, "tie_embeddings"),
+        ({"family": "llama"}, "family"),
+        ({"temperature": 0.5}, "temperature"),
+    ],
+)
+def test_a_model_of_another_build_is_refused_by_the_field(
+    store: ArtifactStore, codes: str, changes: dict, field: str
+) -> None:
+    dataset, table = tiny_dataset(store), SidTable.open(publish_table(store))
+    model = publish_model(store, dataset, table)
+    given = InitialConfig(model=model.key, codes=codes)
+    same = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
+    free = DecoderConfig(**same, dropout=0.4, label_smoothing=0.1, targets="last")
+    assert resolved_initial(given, store, table, free).model == model.key
+    with pytest.raises(ConfigError, match=f"model.{field} must be .* as that of initial.model"):
+        resolved_initial(given, store, table, DecoderConfig(**{**same, **changes}))
+
+
+def test_mapped_codes_are_weighted_by_the_old_models_events(
+    store: ArtifactStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of the dataset to be trained on lie in the future."""
+    dataset, table = tiny_dataset(store), SidTable.open(publish_table(store))
+    later = tiny_dataset(store, num_users=30)
+    model = publish_model(store, dataset, table)
+    other = SidTable.open(publish_table(store, seed=1))
+    seen = {}
+    counts = {dataset.key: 7, later.key: 1000}
+    monkeypatch.setattr(
+        Dataset, "train_counts", lambda self: np.full(self.num_items, counts[self.key])
+    )
+    monkeypatch.setattr(
+        initial,
+        "transplant",
+        lambda old, new, **rest: seen.update(rest) or new.generator.state_dict(),
+    )
+    config = GrConfig(
+        model=DecoderConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32),
+        initial=InitialConfig(model=model.key, codes="mapped"),
+    )
+    initial_generator(config, store, later, other)
+    assert set(seen["weights"]) == {8.0}
 
 
 @pytest.mark.ray

@@ -61,6 +61,28 @@ def test_settings_that_cannot_be(overrides, message):
     assert message in str(error.value)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["model.num_heads=0"], "model.num_heads must be >= 1"),
+        (["model.hidden_size=0"], "model.hidden_size must be >= 1"),
+        (["model.kind=rq_transformer", "model.num_heads=-1"], "model.num_heads must be >= 1"),
+        (["model.kind=parallel_heads", "model.num_layers=0"], "model.num_layers must be >= 1"),
+        (["model.kind=t5", "model.max_distance=8"], "model.max_distance above half of it"),
+        (["seed=10000000000000000"], "seed must be in"),
+        (["max_failures=-1"], "max_failures must be >= 0"),
+        (["validation.ks=[10,0]"], "validation.ks >= 1"),
+        (
+            ["model.kind=rq_transformer", "engine.zero_stage=3", "num_workers=2"],
+            "model.child_size must be 0 with engine.zero_stage=3",
+        ),
+    ],
+)
+def test_values_that_no_training_can_have(overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        load_config(GrConfig, overrides=overrides)
+
+
 def test_a_batch_below_the_tasks_is_refused():
     with pytest.raises(ConfigError, match="global_batch must be >= 3"):
         TasksConfig(item_to_sid=1, sid_to_text=1).shares(2)

@@ -95,9 +95,27 @@ class GeneratorConfig(Component):
         """Creates the model with fresh weights, drawn from torch's global generator."""
         raise ConfigError("model.kind must name an architecture, got none. Set model.kind=decoder.")
 
+    def check_partitioned(self) -> None:
+        """Refuses what cannot train with its weights spread over workers (ZeRO 3).
+
+        Raises:
+            ConfigError: names the field and what to do.
+        """
+
     def start(self, vocab: Vocab) -> Generator:
         """Creates the model with the weights that training begins with: fresh ones, or others."""
         return self.build(vocab)
+
+
+def require_sizes(config: GeneratorConfig, *names: str) -> None:
+    """Refuses sizes below 1.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    for name in names:
+        if getattr(config, name) < 1:
+            raise ConfigError(f"model.{name} must be >= 1, got {getattr(config, name)}. Raise it.")
 
 
 @dataclass(kw_only=True)
@@ -133,6 +151,7 @@ class SizedConfig(GeneratorConfig):
     def __post_init__(self) -> None:
         """Checks the rules that no single field states."""
         super().__post_init__()
+        require_sizes(self, "hidden_size", "num_layers", "num_heads", "intermediate_size")
         if self.temperature <= 0:
             raise ConfigError(f"model.temperature must be > 0, got {self.temperature}. Use e.g. 1.")
         if self.recency_embeddings < 0:

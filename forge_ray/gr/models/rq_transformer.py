@@ -28,7 +28,13 @@ from torch.nn import functional
 
 from forge_ray.embed.sasrec import CausalBlock
 from forge_ray.errors import ConfigError
-from forge_ray.gr.models.base import Generator, GeneratorConfig, TokenBatch, TokenTable
+from forge_ray.gr.models.base import (
+    Generator,
+    GeneratorConfig,
+    TokenBatch,
+    TokenTable,
+    require_sizes,
+)
 from forge_ray.gr.models.code_tables import CodeTable, hashed_rows, token_rows
 from forge_ray.gr.vocab import BOS, Vocab
 
@@ -70,6 +76,7 @@ class RqTransformerConfig(GeneratorConfig):
     def __post_init__(self) -> None:
         """Checks the rules across fields."""
         super().__post_init__()
+        require_sizes(self, "hidden_size", "num_heads", "intermediate_size")
         if self.hidden_size % self.num_heads:
             raise ConfigError(
                 f"model.hidden_size must be a multiple of model.num_heads={self.num_heads}, got "
@@ -88,6 +95,18 @@ class RqTransformerConfig(GeneratorConfig):
                 )
         if self.temperature <= 0:
             raise ConfigError(f"model.temperature must be > 0, got {self.temperature}. Use e.g. 1.")
+
+    def check_partitioned(self) -> None:
+        """See `GeneratorConfig.check_partitioned`.
+
+        Child scores are computed in as many parts as a worker's rows need, and every part would
+        fetch the weights: workers with fewer parts would be waited for.
+        """
+        if self.child_size:
+            raise ConfigError(
+                f"model.child_size must be 0 with engine.zero_stage=3 on several workers, got "
+                f"{self.child_size}. Use engine.zero_stage=2, which spreads all but the weights."
+            )
 
     def build(self, vocab: Vocab) -> RqTransformer:
         """Creates the model with fresh weights."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from forge_ray.data.stream import ExampleMode
+from forge_ray.errors import ConfigError
 from forge_ray.gr.models.base import (
     BeamTree,
     Generator,
@@ -42,6 +43,16 @@ class T5Config(SizedConfig):
     """Buckets of the relative position bias (T5's default)."""
     max_distance: int = 128
     """Tokens beyond which distances share one bucket (T5's default)."""
+
+    def __post_init__(self) -> None:
+        """Checks the ranges."""
+        super().__post_init__()
+        # Half of the buckets are of the other direction, half of the rest of single distances.
+        if self.relative_buckets < 4 or self.max_distance <= self.relative_buckets // 2:
+            raise ConfigError(
+                "model.relative_buckets must be >= 4 and model.max_distance above half of it, got "
+                f"{self.relative_buckets} and {self.max_distance}. Use e.g. 32 and 128."
+            )
 
     @property
     def examples(self) -> ExampleMode:
@@ -103,8 +114,10 @@ class T5(Generator):
         is_item = torch.arange(items - 1, device=device) < batch.lengths.unsqueeze(1) - 1
         body_mask = is_item.repeat_interleave(levels, dim=1)
         body = history.masked_fill(~body_mask, PAD)
-        tokens = torch.cat([torch.full_like(body[:, :1], BOS), body], dim=1)
-        mask = torch.cat([torch.ones_like(body_mask[:, :1]), body_mask], dim=1)
+        # Not from a column of the body, which rows of one item do not have.
+        start = torch.full((rows, 1), BOS, dtype=body.dtype, device=device)
+        tokens = torch.cat([start, body], dim=1)
+        mask = torch.cat([torch.ones_like(start, dtype=torch.bool), body_mask], dim=1)
         last = (batch.lengths - 1).clamp(min=0)
         targets = batch.codes[torch.arange(rows, device=device), last]
         back = items_back(batch.lengths, tokens.shape[1], levels)

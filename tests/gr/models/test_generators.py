@@ -13,6 +13,7 @@ from torch import nn
 from forge_ray.config import load_config
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError
+from forge_ray.gr.batches import micro_batches
 from forge_ray.gr.initial import Speaker, transplant
 from forge_ray.gr.models.base import Generator, GeneratorConfig, TokenBatch
 from forge_ray.gr.models.decoder import DecoderConfig
@@ -68,6 +69,14 @@ class GeneratorContract:
         nothing = model.loss_sum(TokenBatch(batch.codes, torch.zeros_like(batch.lengths)))
         nothing.backward()
         assert nothing.item() == 0.0
+
+    def test_a_pass_without_rows_is_nothing(self):
+        """A rank that gets no row of the last batch still takes part in the step."""
+        nothing = Ragged.from_lists([], dtype=np.int64)
+        (batch,) = micro_batches(nothing, np.zeros((1, len(SIZES)), np.int64), 1, is_packed=False)
+        loss = self.model().loss_sum(batch)
+        loss.backward()
+        assert loss.item() == 0.0
 
     def test_gradient_reaches_every_parameter(self):
         model = self.model().train()
