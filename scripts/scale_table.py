@@ -112,8 +112,12 @@ def projection(result: dict[str, Any]) -> str:
         "node_hours",
         "usd",
     )
-    rows = [
-        [_spelled(row[name]) for name in (*names, "node_gib_needed")] for row in found["stages"]
+    memory = ("driver_gib", "largest_worker_gib")
+    rows = [[_spelled(row[name]) for name in (*names, *memory)] for row in found["stages"]]
+    blank = [""] * (len(names) - 1)
+    rows += [
+        [row["stage"], *blank, *(_spelled(row[name]) for name in memory)]
+        for row in found["memory_alone"]
     ]
     head = [
         "stage",
@@ -124,7 +128,8 @@ def projection(result: dict[str, Any]) -> str:
         "hours",
         "node-hours",
         "USD",
-        "GiB in one process",
+        "GiB, driver",
+        "GiB, largest worker",
     ]
     return (
         f"Node: {found['assumed']['node']}. Assumed: {'; '.join(words)}.\n\n{_table(head, rows)}\n"

@@ -24,17 +24,19 @@ ASSUMED: dict[str, float] = {
 }
 """`efficiency`: share of a node's CPU time that a stage puts to use; a core there is one here."""
 # What one row of work costs more there, and whether all nodes share the stage or one does it. Fit
-# works on so many vectors for each code, so that it grows with width and, twice, with codes.
+# works on a sample of the default size, 1 M vectors, at both ends: 122 for each code there.
 _WIDER = ASSUMED["vector_dim"] / ASSUMED["measured_dim"]
 _MORE_CODES = ASSUMED["codebook_size"] / ASSUMED["measured_codebook"]
 _STAGES: dict[str, tuple[str, float, bool]] = {
     "index_and_order": ("interactions", 1.0, True),
     "cut": ("interactions", 1.0, True),
-    "fit": ("sample", _WIDER * _MORE_CODES**2, False),
+    "fit": ("sample", _WIDER * _MORE_CODES, False),
     "encode": ("items", _WIDER * _MORE_CODES, True),
     "resolve": ("items", 1.0, False),
     "score": ("items", 1.0, False),
 }
+# A GPU's work there: their time here says nothing of it, the memory of a process does.
+_GPU_STAGES = ("train", "recommend")
 
 
 def projection(runs: list[dict[str, Any]]) -> dict[str, Any]:
@@ -45,16 +47,18 @@ def projection(runs: list[dict[str, Any]]) -> dict[str, Any]:
     """
     measured = {name: run for run in runs for name in run["stages"]}
     rows = [
-        {**_stage(name, measured[name]), "node_gib_needed": _gib_there(name, runs)}
+        {**_stage(name, measured[name]), **_memory(name, runs)}
         for name in _STAGES
         if name in measured
     ]
-    short = [row for row in rows if (row["node_gib_needed"] or 0) > ASSUMED["node_gib"]]
-    first = max(short or rows, key=lambda row: row["node_gib_needed" if short else "hours"])
+    short = [row for row in rows if _gib_of(row) > ASSUMED["node_gib"]]
+    first = max(short or rows, key=_gib_of if short else lambda row: row["hours"])
     why = "memory of one node" if short else "time"
+    held = [{"stage": name, **_memory(name, runs)} for name in _GPU_STAGES if name in measured]
     return {
         "assumed": {"node": NODE, **ASSUMED},
         "stages": rows,
+        "memory_alone": held,
         "hours": round(sum(row["hours"] for row in rows), 1),
         "node_hours": round(sum(row["node_hours"] for row in rows), 1),
         "usd": round(sum(row["usd"] for row in rows), 2),
@@ -82,16 +86,28 @@ def _stage(name: str, run: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _gib_there(name: str, runs: list[dict[str, Any]]) -> float | None:
-    """Memory of a stage's driver, on the straight line through two sizes; None where there is one.
+def _memory(name: str, runs: list[dict[str, Any]]) -> dict[str, float | None]:
+    return {
+        "driver_gib": _gib_there(name, runs, "driver_rss_mib"),
+        "largest_worker_gib": _gib_there(name, runs, "largest_worker_own_mib"),
+    }
 
-    A stage on a sample stays as it is, and so do workers, who hold a shard each.
+
+def _gib_of(row: dict[str, Any]) -> float:
+    return float(row["driver_gib"] or 0) + float(row["largest_worker_gib"] or 0)
+
+
+def _gib_there(name: str, runs: list[dict[str, Any]], key: str) -> float | None:
+    """Memory of a process on the straight line through two sizes; None where there is one.
+
+    A stage on a sample stays as it is. Not counted: vectors are wider there.
     """
     seen = [run for run in runs if name in run["stages"]]
-    points = [(run["rows"]["items"], run["stages"][name]["driver_rss_mib"]) for run in seen]
+    points = [(run["rows"]["items"], run["stages"][name][key]) for run in seen]
     if len(points) == 1:
         return None
     (items_before, before), (items, mib) = points[-2:]
     slope = max(0.0, (mib - before) / max(1, items - items_before))
-    more = 0.0 if _STAGES[name][0] == "sample" else slope * (ASSUMED["items"] - items)
+    is_sample = name in _STAGES and _STAGES[name][0] == "sample"
+    more = 0.0 if is_sample else slope * (ASSUMED["items"] - items)
     return round((mib + more) / 1024, 1)

@@ -1,7 +1,8 @@
 """How time and memory grow from one size to the next: the exponent of a power law.
 
-An exponent of 1 is growth in step with the data. Small amounts say nothing: seconds less than
-`LEAST_S` and memory less than `LEAST_MIB` are those of a process that has just started.
+An exponent of 1 is growth in step with the data: with interactions in the stages that read them,
+with items in the others, where those grow. Small amounts say nothing: seconds less than `LEAST_S`
+and memory less than `LEAST_MIB` are those of a process that has just started.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import itertools
 import math
 from typing import Any
 
-LEAST_S, LEAST_MIB = 5.0, 64
+LEAST_S, LEAST_MIB = 5.0, 32
+READ_INTERACTIONS = ("synthesize", "index_and_order", "cut")
 MEMORY = ("driver_rss_mib", "largest_worker_own_mib", "object_store_mib", "spilled_mib")
 
 
@@ -25,11 +27,15 @@ def growth(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
         factors = [large["rows"][one] / small["rows"][one] for one in ("items", "interactions")]
         pair = {"items_x": round(factors[0], 2), "interactions_x": round(factors[1], 2)}
         rows += [
-            {"stage": name, **pair, **_exponents(name, small, large, max(factors))}
+            {"stage": name, **pair, **_exponents(name, small, large, _factor(name, *factors))}
             for name in small["stages"]
             if name in large["stages"]
         ]
     return rows
+
+
+def _factor(name: str, items: float, interactions: float) -> float:
+    return interactions if name in READ_INTERACTIONS or items == 1 else items
 
 
 def _exponents(
@@ -53,6 +59,6 @@ def _worked(name: str, run: dict[str, Any], key: str, start: str) -> float:
 
 
 def _exponent(before: float, after: float, factor: float, least: float) -> float | None:
-    if after < least:
+    if min(before, after) < least:
         return None
-    return round(math.log(after / max(before, least)) / math.log(factor), 2)
+    return round(math.log(after / before) / math.log(factor), 2)
