@@ -44,7 +44,7 @@ test-services: setup
 	  "Run apt-get install chromium postgresql prometheus."; exit 1; }
 	$(BIN)/python -m pytest -m services
 
-# Ten million items and a hundred million interactions through every stage: half an hour on two cores, 40 GB
+# Ten million items and a hundred million interactions through every stage: half an hour on two cores, 10 GB
 # below SCALE_DIR. It goes on where it was stopped, and writes docs/results/scale.json.
 scale: setup
 	$(BIN)/python scripts/record.py scale -- $(BIN)/python scripts/scale.py $(SCALE_DIR) --sizes $(SCALE_SIZES)

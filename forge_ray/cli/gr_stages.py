@@ -60,6 +60,8 @@ def stages(
     variants = [sid_variant(ref, chain[0], where) for ref in sids or []]
     if not variants:
         raise typer.BadParameter("give --sids with a SID table of the stages' items")
+    for one in variants:
+        _note_later(one, chain[0])
     folder = run_dir if "://" in run_dir else str(Path(run_dir).resolve())
     with connected(verbose=verbose), working("training the stages"):
         rows = run_stages(chain, variants, settings, store=where, run_dir=folder, tell=_tell)
@@ -91,6 +93,15 @@ def sid_variant(ref: str, first: Dataset, store: ArtifactStore) -> SidVariant:
         )
     name = artifact.manifest.ref.split("/", 1)[1]
     return SidVariant(name, SidTable.open(artifact), artifact)
+
+
+def _note_later(variant: SidVariant, first: Dataset) -> None:
+    if not isinstance(variant.source, Path) and first.key not in variant.source.manifest.parents:
+        stderr.print(
+            f"note: {variant.name} was not fitted on the first stage, {first.name}: where it read "
+            "interactions, it knows of days that earlier stages are measured on",
+            highlight=False,
+        )
 
 
 def _tell(row: StageRow) -> None:

@@ -96,7 +96,11 @@ def write_dataset(
             "train_interactions": int(counts.sum()),
             "pairs": num_pairs,
         },
-        metrics={"ticks_per_day": log.manifest.metrics["ticks_per_day"]},
+        metrics={
+            name: log.manifest.metrics[name]
+            for name in ("ticks_per_day", "al_gr_version")
+            if name in log.manifest.metrics
+        },
     )
 
 

@@ -23,6 +23,7 @@ from numpy.typing import NDArray
 from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.config import to_mapping
 from forge_ray.data import tasks
+from forge_ray.data.al_gr.folder import version_above
 from forge_ray.data.catalogue import Inputs, index_items, write_items, write_vectors
 from forge_ray.data.checks import (
     Screen,
@@ -155,9 +156,28 @@ def _num_shards(inputs: Inputs, num_shards: int) -> int:
     return num_shards or min(max(MIN_SHARDS, -(-size // SHARD_BYTES)), MAX_SHARDS)
 
 
+def al_gr_version(config: SourcesConfig) -> str:
+    """Which of FORGE's two sets of SIDs the inputs belong to; empty where they are not FORGE's.
+
+    Raises:
+        DataError: they belong to both.
+    """
+    vectors = [one.path for one in config.vectors.values()]
+    paths = [one for one in (config.interactions.path, config.items.path, *vectors) if one]
+    found = {version: path for path in paths if (version := version_above(path))}
+    if len(found) > 1:
+        raise DataError(
+            f"inputs must be of one version of AL-GR, got {found}. SIDs of one version mean "
+            "nothing to the items of the other: take all files from one import."
+        )
+    return next(iter(found), "")
+
+
 def _identity(config: SourcesConfig, inputs: Inputs, shards: int) -> dict[str, Any]:
     """What decides the content: settings and file contents, but not where the files lie."""
     plain = to_mapping(config)
+    if version := al_gr_version(config):
+        plain["al_gr_version"] = version
     plain.pop("source")
     if plain["interactions"]["layout"] == "events":
         del plain["interactions"]["layout"]  # as before there was a choice
@@ -202,6 +222,7 @@ def _write_log(
             "first_timestamp": int(rows["first"].to_numpy().min()),
             "last_timestamp": int(rows["last"].to_numpy().max()),
             "ticks_per_day": TICKS_PER_DAY[config.interactions.timestamp_unit],
+            **({"al_gr_version": version} if (version := al_gr_version(config)) else {}),
             **{f"vector_dim_{space}": dim for space, dim in dims.items()},
         },
     )

@@ -174,6 +174,24 @@ class AlGrFolder:
         self.filesystem.move(f"{path}.new", path)
 
 
+def version_above(uri: str) -> str:
+    """The version of the import that a file or folder of one lies in; empty where it is none.
+
+    Args:
+        uri: an input of `data prepare`, at most two folders below the import's.
+    """
+    base, mark, options = uri.partition("?")
+    scheme, separator, path = base.rstrip("/").rpartition("://")
+    for parents in (1, 2):
+        above = path.rsplit("/", parents)
+        if len(above) <= parents or not above[0]:
+            break
+        settings = AlGrFolder.at(f"{scheme}{separator}{above[0]}{mark}{options}").settings()
+        if settings is not None:
+            return settings.version
+    return ""
+
+
 def skipped_in_all(records: Sequence[FileRecord]) -> dict[str, int]:
     """Rows left out of all files, by cause."""
     return _sum([one.skipped for one in records])

@@ -10,6 +10,7 @@ import pytest
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.data.al_gr.importing import AlGrImportConfig, import_al_gr
 from forge_ray.data.prepare import PrepareConfig, prepare
+from forge_ray.data.sources import ItemsConfig
 from forge_ray.errors import DataError
 from tests.data.al_gr import files
 
@@ -68,6 +69,21 @@ def test_the_items_of_the_sequences_will_do(tmp_path: Path) -> None:
         PrepareConfig(source=str(imported(tmp_path))), ArtifactStore(tmp_path / "store")
     )
     assert dataset.rows["interactions"] == sum(len(row) for row in whole)
+
+
+def test_the_version_stays_and_two_do_not_mix(tmp_path: Path) -> None:
+    write_sequences(tmp_path / "raw")
+    final, store = imported(tmp_path), ArtifactStore(tmp_path / "store")
+    (dataset,) = prepare(PrepareConfig(source=str(final)), store)
+    assert dataset.artifact.manifest.metrics["al_gr_version"] == "final"
+    sids = [[name, "1", "2", "3"] for name in ITEMS]
+    levels = ["codebook_lv1", "codebook_lv2", "codebook_lv3"]
+    files.write_rows(tmp_path / "sids/sid.csv", [["item_id", *levels], *sids])
+    base = {"version": "base", "source": str(tmp_path / "sids"), "output": str(tmp_path / "base")}
+    import_al_gr(AlGrImportConfig(**base))
+    items = ItemsConfig(path=str(tmp_path / "base/items"))
+    with pytest.raises(DataError, match="inputs must be of one version of AL-GR"):
+        prepare(PrepareConfig(source=str(final), items=items), store)
 
 
 def test_rows_of_sids_are_no_log(tmp_path: Path) -> None:
