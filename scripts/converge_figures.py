@@ -1,4 +1,4 @@
-"""Draws docs/figures/convergence.svg from docs/results/gr_converge.json and prints its tables.
+"""Draws docs/figures/convergence.svg from the records of roll-outs and prints their tables.
 
 Usage: pip install -e .[docs] && python scripts/converge_figures.py
 """
@@ -16,6 +16,7 @@ import numpy as np
 from forge_ray.gr.convergence import Point, summarize
 
 ROOT = Path(__file__).resolve().parents[1]
+RECORDS = ("gr_converge", "gr_converge_movies")
 TITLES = {"shop": "synthetic shop", "movies": "MovieLens"}
 COLORS = {
     "cold": "#b3382c",
@@ -29,7 +30,9 @@ OLD = "#5c6670"
 
 def main() -> None:
     """Draws the online curves and prints a table a set."""
-    content = json.loads((ROOT / "docs/results/gr_converge.json").read_text())["result"]
+    content: dict[str, Any] = {}
+    for name in RECORDS:
+        content |= json.loads((ROOT / f"docs/results/{name}.json").read_text())["result"]
     figure, axes = plt.subplots(1, len(content), figsize=(4.6 * len(content), 3.4))
     for axis, (name, found) in zip(np.atleast_1d(axes), content.items(), strict=True):
         draw(axis, found)
