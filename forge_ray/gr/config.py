@@ -162,9 +162,13 @@ class GrConfig:
                 f"text, got {', '.join(self.tasks.text_tasks)}. Set model.kind=pretrained_decoder "
                 "or pretrained_t5."
             )
-        if self.validation.every < 1 or 10 not in (ks := self.validation.ks) or min(ks) < 1:
+        if min(self.validation.ks, default=1) < 1:
             raise ConfigError(
-                "validation.every must be >= 1, and validation.ks >= 1 and contain 10, got "
+                f"validation.ks must be >= 1, got {self.validation.ks}. Leave out what is below."
+            )
+        if self.validation.every < 1 or 10 not in self.validation.ks:
+            raise ConfigError(
+                "validation.every must be >= 1 and validation.ks must contain 10, got "
                 f"{self.validation.every} and {self.validation.ks}. The best checkpoint is the one "
                 "with the highest ItemNDCG@10."
             )

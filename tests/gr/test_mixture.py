@@ -124,16 +124,16 @@ def test_every_step_has_the_share_of_every_task(world):
     config = world.config()
     shares = config.shares
     assert shares == {
-        "next_item": 10, "search": 9, "query_to_sid": 5, "item_to_sid": 5, "sid_to_text": 3,
+        "next_item": 10, "search": 10, "query_to_sid": 5, "item_to_sid": 5, "sid_to_text": 2,
     }  # fmt: skip
     for batch in world.batches(config, 10):
         assert len(batch.items.rows) == 10
         kinds = Counter(kind_of(row) for row in listed(batch.scripts))
         # A search after nothing looks like a query alone.
         searches = kinds["search"] + kinds["query_to_sid"]
-        assert searches == 14
-        assert kinds["search"] <= 9
-        assert (kinds["item_to_sid"], kinds["sid_to_text"]) == (5, 3)
+        assert searches == 15
+        assert kinds["search"] <= 10
+        assert (kinds["item_to_sid"], kinds["sid_to_text"]) == (5, 2)
 
 
 def kind_of(script: tuple[int, ...]) -> str:

@@ -71,7 +71,7 @@ def test_settings_that_cannot_be(overrides, message):
         (["model.kind=t5", "model.max_distance=8"], "model.max_distance above half of it"),
         (["seed=10000000000000000"], "seed must be in"),
         (["max_failures=-1"], "max_failures must be >= 0"),
-        (["validation.ks=[10,0]"], "validation.ks >= 1"),
+        (["validation.ks=[10,0]"], "validation.ks must be >= 1"),
         (
             ["model.kind=rq_transformer", "engine.zero_stage=3", "num_workers=2"],
             "model.child_size must be 0 with engine.zero_stage=3",
