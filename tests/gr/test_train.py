@@ -343,7 +343,7 @@ def test_config_rules():
     for override, message in (
         ("cpus_per_worker=0", "cpus_per_worker must be > 0"),
         ("worker_resources={GPU: 1}", "worker_resources must be > 0 and not CPU or GPU"),
-        ("seed=-1", "seed must be in \[0"),
+        ("seed=-1", r"seed must be in \[0"),
         ("validation.batch_users=0", r"validation\.batch_users must be >= 1"),
         ("engine.micro_batch=-1", r"engine\.micro_batch must be >= 0"),
     ):
