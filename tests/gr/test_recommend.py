@@ -206,7 +206,7 @@ def test_only_listed_items_in_dense_order(dataset: Dataset, tmp_path: Path) -> N
         tied += int(same.sum())
     assert tied > 100
     deny.write_text("item-7")
-    with pytest.raises(ConfigError, match="must describe this request, got another config"):
+    with pytest.raises(ConfigError, match="must describe this request, got another allowed"):
         recommend(HashSource(), dataset, config, out=str(tmp_path / "out"))
 
 
