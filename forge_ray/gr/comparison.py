@@ -129,10 +129,7 @@ class Comparison:
         return interval(pair[0] - pair[1])
 
     def _replicates(self, row: str, metric: str) -> npt.NDArray[np.float64]:
-        if row not in self.rows:
-            raise ConfigError(
-                f"--against must name a row, got {row!r}. Rows: {', '.join(self.rows)}."
-            )
+        _check_row(row, list(self.rows))
         found = self.rows[row].replicates
         if metric not in found:
             raise ConfigError(
@@ -182,9 +179,13 @@ def compare(
     return Comparison(rows)
 
 
+def _check_row(row: str, rows: Sequence[str]) -> None:
+    if row not in rows:
+        raise ConfigError(f"--against must name a row, got {row!r}. Rows: {', '.join(rows)}.")
+
+
 def _check_against(against: str, rows: Sequence[str], config: CompareConfig) -> None:
-    if against not in rows:
-        raise ConfigError(f"--against must name a row, got {against!r}. Rows: {', '.join(rows)}.")
+    _check_row(against, rows)
     if not config.bootstrap:
         raise ConfigError(
             "bootstrap must be > 0 for differences to another row, got 0. Set bootstrap=1000."

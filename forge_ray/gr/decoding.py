@@ -92,7 +92,7 @@ class SidDecoder:
         widths: Sequence[int],
         max_history: int,
         batch_users: int = 32,
-        makes_room: bool = False,
+        fills: int = 0,
         constrained: bool = True,
         allowed: NDArray[np.bool_] | None = None,
         text: TaskText | None = None,
@@ -107,10 +107,11 @@ class SidDecoder:
                 ranks every SID, and only the last width counts.
             max_history: newest items of a history that the generator reads.
             batch_users: users per search.
-            makes_room: seen items that are taken out later must not shorten lists. Widens the last
-                level where a history is longer than half its width, by the surplus and at most
-                `MOST_ROOM`; users for whom that leaves too few SIDs (a last level that hardly
-                branches) are searched again with room at every level.
+            fills: length that lists must have when seen items are taken out later; 0 leaves the
+                widths as they are. Widens the last level where a history is longer than half its
+                width, by the surplus and at most `MOST_ROOM`; users for whom that leaves too few
+                SIDs (a last level that hardly branches) are searched again, as wide at every level
+                as they need and as many at a time as take no more memory.
             constrained: False decodes without the index, to measure invalid SIDs.
             allowed: bool [N], items whose SIDs may be emitted; None allows all. Beams never enter
                 a prefix without an allowed item, so lists stay as long as they can be.
@@ -126,7 +127,7 @@ class SidDecoder:
         self._vocab = vocab_of(table.codebook_sizes)
         self._max_history = max_history
         self._batch_users = batch_users
-        self._makes_room = makes_room
+        self._fills = fills
         self._constrained = constrained
         self._text = text
         self._device = device
@@ -163,23 +164,20 @@ class SidDecoder:
         scores = np.full(shape, -np.inf, np.float32)
         num_emitted = num_invalid = 0
 
-        def search(users: NDArray[np.int64], carried: tuple[int, ...]) -> None:
+        def search(rows: NDArray[np.int64], carried: tuple[int, ...]) -> None:
             nonlocal num_emitted, num_invalid
-            for batch in self._batches(histories.take(users)):
-                rows = users[batch]
-                asked = None if queries is None else [queries[row] for row in rows.tolist()]
-                beams = self._search(histories.take(rows), asked, (*carried, width))
-                ranks[rows] = beams.sid_rank.cpu().numpy()
-                scores[rows] = beams.scores.cpu().numpy()
-                num_emitted += int(beams.is_live.sum())
-                num_invalid += int((beams.is_live & (self.index.find(beams.codes) < 0)).sum())
+            asked = None if queries is None else [queries[row] for row in rows.tolist()]
+            beams = self._search(histories.take(rows), asked, (*carried, width))
+            ranks[rows] = beams.sid_rank.cpu().numpy()
+            scores[rows] = beams.scores.cpu().numpy()
+            num_emitted += int(beams.is_live.sum())
+            num_invalid += int((beams.is_live & (self.index.find(beams.codes) < 0)).sum())
 
         with evaluation_mode(self._generator):
-            search(np.arange(len(histories)), self.widths[:-1])
-            if self._makes_room:
-                wanted = self._wanted(histories)
-                short = np.flatnonzero((ranks >= 0).sum(axis=1) < wanted)
-                search(short, (int(wanted[short].max(initial=1)),) * (len(self.widths) - 1))
+            for rows in self._batches(histories):
+                search(rows, self.widths[:-1])
+            for rows, wanted in self._short(histories, (ranks >= 0).sum(axis=1)):
+                search(rows, tuple(max(one, wanted) for one in self.widths[:-1]))
         return DecodedUsers(ranks, scores, num_emitted, num_invalid, perf_counter() - started)
 
     def _batches(self, histories: Ragged) -> Iterator[NDArray[np.int64]]:
@@ -188,13 +186,25 @@ class SidDecoder:
         for start in range(0, len(order), self._batch_users):
             yield order[start : start + self._batch_users]
 
-    def _wanted(self, histories: Ragged) -> NDArray[np.int64]:
-        """SIDs that leave a full list when those of all seen items are taken out, int64 [U]."""
+    def _short(
+        self, histories: Ragged, num_found: NDArray[np.int64]
+    ) -> Iterator[tuple[NDArray[np.int64], int]]:
+        """Batches of users with too few SIDs for a full list, and the beams that they need."""
+        if not self._fills:
+            return
         room = np.minimum(histories.lengths, MOST_ROOM)
-        return np.minimum(self.widths[-1] // 2 + room, self.index.num_sids)
+        wanted = np.minimum(self._fills + room, self.index.num_sids)
+        short = np.flatnonzero(num_found < wanted)
+        order = short[np.argsort(-wanted[short], kind="stable")]
+        start = 0
+        while start < len(order):
+            most = int(wanted[order[start]])
+            count = max(1, self._batch_users * self.widths[0] // max(most, self.widths[0]))
+            yield order[start : start + count], most
+            start += count
 
     def _last_width(self, histories: Ragged) -> int:
-        if not self._makes_room:
+        if not self._fills:
             return self.widths[-1]
         surplus = int(histories.lengths.max(initial=0)) - self.widths[-1] // 2
         return self.widths[-1] + min(max(surplus, 0), MOST_ROOM)

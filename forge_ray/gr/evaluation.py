@@ -90,7 +90,7 @@ def evaluate_generator(
         widths=chosen,
         max_history=max_history,
         batch_users=batch_users,
-        makes_room=exclude_seen and constrained and not widths,
+        fills=max(ks) if exclude_seen and constrained and not widths else 0,
         constrained=constrained,
         text=text,
         device=device,

@@ -340,7 +340,7 @@ class _PartWriter:
             widths=job.config.widths or default_widths(levels, max_k=job.config.top_k),
             max_history=loaded.max_history,
             batch_users=job.config.batch_users,
-            makes_room=job.config.exclude_seen and not job.config.widths,
+            fills=job.config.top_k if job.config.exclude_seen and not job.config.widths else 0,
             allowed=job.allowed,
             text=loaded.text,
             device=device,

@@ -105,7 +105,7 @@ class OpenModel:
             widths=widths,
             max_history=loaded.max_history,
             batch_users=config.batch_users,
-            makes_room=config.makes_room,
+            fills=max(config.ks) if config.makes_room else 0,
             constrained=config.constrained,
             text=loaded.text,
             device=config.device,

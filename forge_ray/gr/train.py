@@ -210,15 +210,12 @@ def _check_table(config: GrConfig, dataset: Dataset, table: SidTable) -> None:
 
 def _check_validation(config: GrConfig, dataset: Dataset) -> None:
     """Refuses a dataset on which the first validation would fail, however late that is."""
-    if config.tasks.validate == "next_item" and _num_held_out(dataset) == 0:
+    rows = dataset.artifact.manifest.rows
+    if config.tasks.validate == "next_item" and rows.get("validation_users") == 0:
         raise ConfigError(
             f"{dataset.name} must have validation users, got none. Prepare it with a split that "
             "leaves some."
         )
-
-
-def _num_held_out(dataset: Dataset) -> int | None:
-    return dataset.artifact.manifest.rows.get("validation_users")
 
 
 def _run_identity(config: GrConfig, dataset: Dataset, content: dict[str, Any]) -> RunIdentity:

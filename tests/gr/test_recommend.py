@@ -123,7 +123,7 @@ def test_lists_are_full_where_the_last_level_does_not_branch() -> None:
         table,
         widths=default_widths(3, max_k=50),
         max_history=5,
-        makes_room=True,
+        fills=50,
     )
     live = (decoder.decode(histories).sid_rank >= 0).sum(axis=1)
     assert live[0] >= 50

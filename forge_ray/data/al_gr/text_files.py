@@ -99,9 +99,6 @@ def read_text(
 ) -> Iterator[Batch]:
     """Stream a file's rows.
 
-    Raises:
-        DataError: a quote that was opened runs over whole rows.
-
     Args:
         source: the open file.
         layout: of the file; settled on the first rows unless it is already.
@@ -110,6 +107,9 @@ def read_text(
         block_bytes: read at a time. A batch is a block, so passing over some needs the same size.
         skip: batches to pass over, as taken before.
         part: where the rows go.
+
+    Raises:
+        DataError: a quote that was opened runs over whole rows.
     """
     lines = _Lines(has_header=bool(layout.columns))
     for number, batch in enumerate(_open(source, layout, lines, block_bytes)):
@@ -135,13 +135,19 @@ def read_text(
 def _check_quotes(rejects: pa.Table, layout: Layout) -> None:
     """A row left out must not hide others: those behind a quote that nobody closed."""
     for reject in rejects.filter(pc.match_substring(rejects["text"], "\n")).to_pylist():
-        behind = reject["text"].splitlines()[1:]
-        widths = [len(one) for one in csv.reader(behind, delimiter=layout.delimiter)]
-        if len(layout.columns) in widths:
+        behind = reject["text"].split("\n")[1:]
+        if any(_is_row(line, layout) for line in behind):
             raise DataError(
                 f"{reject['file']} row {reject['row']}: fields in quotes must end in their row, "
                 f"got {len(behind)} more lines within it. Close the quote, or remove it."
             )
+
+
+def _is_row(line: str, layout: Layout) -> bool:
+    if len(line) >= csv.field_size_limit():  # longer than the reader takes
+        return line.count(layout.delimiter) + 1 == len(layout.columns)
+    row = next(csv.reader([line], delimiter=layout.delimiter), [])
+    return len(row) == len(layout.columns)
 
 
 class _Utf8(io.RawIOBase):

@@ -139,6 +139,17 @@ def user_of(dataset: Dataset, user: str) -> int:
     return table.filter(pa.compute.equal(table["user_id"], user))["user_index"][0].as_py()
 
 
+def placed(queries: QuerySet, dataset: Dataset, user: str, item: str) -> dict[str, tuple[str, int]]:
+    """Split and length of the history of each query of a user for an item, by its words."""
+    asked = (user_of(dataset, user), index_of(dataset, item))
+    return {
+        query: (split, len(history))
+        for split in SPLITS
+        for who, history, target, query in rows_of(queries, split)
+        if (who, target) == asked
+    }
+
+
 class TestLog:
     HEADER = ("user_id", "query", "item_id", "timestamp")
 
@@ -166,13 +177,7 @@ class TestLog:
     def test_the_nearest_in_time_is_meant(self, dataset, store, tmp_path):
         asked = [("again", f"at {time}", "i1", time) for time in (2, 13, 39, 99)]
         queries = self.build([*self.whole()[:-5], *asked], dataset, store, tmp_path)
-        user, item = user_of(dataset, "again"), index_of(dataset, "i1")
-        lengths = {
-            query: (split, len(history))
-            for split in SPLITS
-            for who, history, target, query in rows_of(queries, split)
-            if (who, target) == (user, item)
-        }
+        lengths = placed(queries, dataset, "again", "i1")
         # i1 i2 i1 are train, i3 is validation and i1 test, one tick after the last of train.
         assert lengths == {
             "at 2": ("train", 0), "at 13": ("train", 2), "at 39": ("test", 4), "at 99": ("test", 4),
@@ -193,13 +198,7 @@ class TestLog:
         pq.write_table(table, tmp_path / "queries.parquet")
         given = [f"log.path={tmp_path / 'queries.parquet'}", "repeats=keep"]
         queries = build_queries(load_config(QueriesConfig, overrides=given), dataset, store)
-        user, item = user_of(dataset, "again"), index_of(dataset, "i1")
-        found = {
-            query: (split, len(history))
-            for split in SPLITS
-            for who, history, target, query in rows_of(queries, split)
-            if (who, target) == (user, item)
-        }
+        found = placed(queries, dataset, "again", "i1")
         taken = sorted(t for who, what, t in interactions() if (who, what) == ("again", "i1"))
         assert list(found) == [f"i1 {time}" for time in taken]
         assert [split for split, _ in found.values()] == ["train", "train", "test"]
