@@ -49,11 +49,13 @@ class Inputs:
         interactions: shards of the log.
         items: shards of the catalogue; empty when it is implied by the log.
         vectors: shards by vector space.
+        sequence_files: names of the files that `interactions` are from, where they are sequences.
     """
 
     interactions: tuple[RawFile, ...]
     items: tuple[RawFile, ...]
     vectors: Mapping[str, tuple[RawFile, ...]]
+    sequence_files: tuple[str, ...] = ()
 
 
 @dataclass(slots=True)

@@ -31,13 +31,18 @@ from forge_ray.data.schema import (
     TRAIN_SCHEMA,
     USERS_SCHEMA,
 )
+from forge_ray.data.sequences import SEQUENCE_FILES
 from forge_ray.data.splits import (
+    PublishedConfig,
+    PublishedStage,
     SplitConfig,
     SplitPart,
     Splits,
     StageDays,
     TemporalConfig,
     leave_one_out,
+    places,
+    published,
     temporal,
 )
 from forge_ray.errors import DataError
@@ -48,10 +53,21 @@ _STATS = pa.schema({"split": pa.string(), "item": pa.int32(), "count": pa.int64(
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """One dataset to cut: its number from 1 and, if the split is temporal, its days."""
+    """One dataset to cut.
+
+    Attributes:
+        number: from 1.
+        days: if the split is temporal.
+        files: if the split is published.
+    """
 
     number: int
-    days: StageDays | None
+    days: StageDays | None = None
+    files: PublishedStage | None = None
+
+    def __str__(self) -> str:
+        what = self.days or self.files
+        return "" if what is None else f" of stage {self.number} ({what})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +77,7 @@ class _Cut:
     Attributes:
         files: log shards, in order.
         first_users: ``[shards]`` user index of the first user of each shard.
+        is_sequences: whether the log's times are marks (`sequences.events_of`).
         source: filesystem of the log.
         target: filesystem of the dataset.
         root: folder of the dataset.
@@ -71,6 +88,7 @@ class _Cut:
     ticks_per_day: int
     files: Sequence[str]
     first_users: Sequence[int]
+    is_sequences: bool
     source: Any
     target: Any
     root: str
@@ -134,6 +152,7 @@ def _cut_all(
         ticks_per_day=log.manifest.metrics["ticks_per_day"],
         files=files,
         first_users=starts[sizes > 0].tolist(),
+        is_sequences=SEQUENCE_FILES in log.manifest.metrics,
         source=log.filesystem,
         target=writer.filesystem,
         root=writer.root,
@@ -168,12 +187,16 @@ def _shuffled(table: pa.Table) -> pa.Table:
 
 def _apply(cut: _Cut, table: pa.Table) -> Splits:
     items, times = Ragged.from_arrow(table["items"]), Ragged.from_arrow(table["timestamps"])
-    if not isinstance(cut.split, TemporalConfig):
-        return leave_one_out(items, times)
-    assert cut.stage.days is not None
     hashes = hash_ids(table["user_id"])
     # The low bits chose the shard; the high ones are independent of it.
     draw = (hashes >> np.uint64(32)).astype(np.float64) / 2.0**32
+    if isinstance(cut.split, PublishedConfig):
+        assert cut.stage.files is not None
+        goes = draw < cut.split.validation_share
+        return published(items, times, stage=cut.stage.files, is_validation=goes)
+    if not isinstance(cut.split, TemporalConfig):
+        return leave_one_out(items, places(times) if cut.is_sequences else times)
+    assert cut.stage.days is not None
     splits = temporal(
         items,
         times,
@@ -198,9 +221,8 @@ def _scattered(part: SplitPart, hashes: NDArray[np.uint64]) -> SplitPart:
 def _require_users(num_users: dict[str, int], stage: Stage) -> None:
     for name, count in num_users.items():
         if not count:
-            where = "" if stage.days is None else f" of stage {stage.number} ({stage.days})"
             raise DataError(
-                f"split {name}{where} must have at least one user, got {num_users}. "
+                f"split {name}{stage} must have at least one user, got {num_users}. "
                 "Give a longer log or, with a temporal split, more stage_days or test_days."
             )
 

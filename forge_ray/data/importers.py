@@ -53,12 +53,14 @@ class RawFile:
         format: one of the values of `FORMATS`, or `SEQUENCES`.
         ordinal: place in the input; files are ordered by name.
         size_bytes: its size.
+        origin: number of the file that the rows of a `SEQUENCES` shard were imported from.
     """
 
     uri: str
     format: str
     ordinal: int
     size_bytes: int
+    origin: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,7 +299,8 @@ def _sequence_batches(file: RawFile, source: Any, names: list[str]) -> Iterator[
     for batch in pq.ParquetFile(source).iter_batches(
         _SEQUENCES_AT_ONCE, columns=list(SEQUENCE_COLUMNS)
     ):
-        yield events_of(batch, first_row=first_row, prefix=prefix).select(names)
+        events = events_of(batch, first_row=first_row, prefix=prefix, file=file.origin)
+        yield events.select(names)
         first_row += batch.num_rows
 
 

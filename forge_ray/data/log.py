@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -23,7 +22,7 @@ from numpy.typing import NDArray
 from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.config import to_mapping
 from forge_ray.data import tasks
-from forge_ray.data.al_gr.folder import version_above
+from forge_ray.data.al_gr.folder import import_above
 from forge_ray.data.catalogue import Inputs, index_items, write_items, write_vectors
 from forge_ray.data.checks import (
     Screen,
@@ -34,7 +33,6 @@ from forge_ray.data.checks import (
 )
 from forge_ray.data.hashing import hash_ids
 from forge_ray.data.importers import (
-    SEQUENCES,
     RawFile,
     fingerprint,
     list_files,
@@ -42,7 +40,9 @@ from forge_ray.data.importers import (
     require_columns,
 )
 from forge_ray.data.item_index import DROPPED, UNKNOWN, ItemIndex, to_bytes, to_strings
+from forge_ray.data.published import sequence_shards
 from forge_ray.data.ragged import Ragged
+from forge_ray.data.sequences import SEQUENCE_FILES
 from forge_ray.data.sources import SourcesConfig, event_columns
 from forge_ray.errors import DataError
 
@@ -89,10 +89,13 @@ def find_inputs(config: SourcesConfig) -> Inputs:
         DataError: a path leads nowhere, a folder has no shards, a column is missing.
     """
     events = list_files(config.interactions.path, field="interactions.path")
+    names: tuple[str, ...] = ()
     if config.interactions.layout == "sequences":
-        events = [replace(file, format=SEQUENCES) for file in events]
+        found = sequence_shards(config.interactions.path, events)
+        events, names = list(found.shards), found.names
     inputs = Inputs(
         interactions=tuple(events),
+        sequence_files=names,
         items=tuple(list_files(config.items.path, field="items.path") if config.items.path else ()),
         vectors={
             space: tuple(list_files(source.path, field=f"vectors.{space}.path"))
@@ -164,7 +167,7 @@ def al_gr_version(config: SourcesConfig) -> str:
     """
     vectors = [one.path for one in config.vectors.values()]
     paths = [one for one in (config.interactions.path, config.items.path, *vectors) if one]
-    found = {version: path for path in paths if (version := version_above(path))}
+    found = {one.version: path for path in paths if (one := import_above(path)) is not None}
     if len(found) > 1:
         raise DataError(
             f"inputs must be of one version of AL-GR, got {found}. SIDs of one version mean "
@@ -179,6 +182,8 @@ def _identity(config: SourcesConfig, inputs: Inputs, shards: int) -> dict[str, A
     if version := al_gr_version(config):
         plain["al_gr_version"] = version
     plain.pop("source")
+    if inputs.sequence_files:
+        plain[SEQUENCE_FILES] = list(inputs.sequence_files)
     if plain["interactions"]["layout"] == "events":
         del plain["interactions"]["layout"]  # as before there was a choice
     sections = [plain["interactions"], plain["items"], *plain["vectors"].values()]
@@ -223,6 +228,7 @@ def _write_log(
             "last_timestamp": int(rows["last"].to_numpy().max()),
             "ticks_per_day": TICKS_PER_DAY[config.interactions.timestamp_unit],
             **({"al_gr_version": version} if (version := al_gr_version(config)) else {}),
+            **({SEQUENCE_FILES: list(inputs.sequence_files)} if inputs.sequence_files else {}),
             **{f"vector_dim_{space}": dim for space, dim in dims.items()},
         },
     )

@@ -25,9 +25,18 @@ from forge_ray.config import to_mapping, to_overrides, to_yaml
 from forge_ray.data.cut import Stage, write_dataset
 from forge_ray.data.log import build_log, find_log
 from forge_ray.data.pairs import PairsConfig
+from forge_ray.data.published import published_stages
 from forge_ray.data.schema import KIND, Dataset
+from forge_ray.data.sequences import SEQUENCE_FILES
 from forge_ray.data.sources import SourcesConfig, absolute, resolve
-from forge_ray.data.splits import LeaveOneOutConfig, SplitConfig, TemporalConfig, stage_days
+from forge_ray.data.splits import (
+    LeaveOneOutConfig,
+    PublishedConfig,
+    SplitConfig,
+    StageDays,
+    TemporalConfig,
+    stage_days,
+)
 from forge_ray.errors import ConfigError
 
 
@@ -60,14 +69,16 @@ def prepare(config: PrepareConfig, store: ArtifactStore) -> list[Dataset]:
         store: where the artifacts go.
 
     Returns:
-        One dataset for `leave_one_out`, one per stage for `temporal`; all share the item index.
+        One dataset for `leave_one_out`, one per stage otherwise; all share the item index.
 
     Raises:
+        ConfigError: the split does not go with the layout of the interactions.
         DataError: the input breaks a rule; names file, row or column.
     """
     located = absolute(config)
     resolved = resolve(located)
     assert isinstance(resolved, PrepareConfig)
+    _require_fitting_split(resolved)
     name = config.name or _default_name(resolved)
     # Not the resolved paths: a folder in their place says the same in fewer words.
     command = shlex.join(["forge-ray", "data", "prepare", *to_overrides(located)])
@@ -144,10 +155,27 @@ def _sources(config: PrepareConfig) -> SourcesConfig:
     )
 
 
+def _require_fitting_split(config: PrepareConfig) -> None:
+    layout, kind = config.interactions.layout, config.split.kind
+    if isinstance(config.split, PublishedConfig) and layout != "sequences":
+        raise ConfigError(
+            "split.kind=published must go with interactions.layout=sequences, got "
+            f"{layout}. Split a log of events with temporal or leave_one_out."
+        )
+    if isinstance(config.split, TemporalConfig) and layout == "sequences":
+        raise ConfigError(
+            f"split.kind must be published or leave_one_out for sequences, got {kind}: they have "
+            "no times. Set split.kind=published for the stages of the files."
+        )
+
+
 def _stages(split: SplitConfig, log: Artifact) -> list[Stage]:
-    if not isinstance(split, TemporalConfig):
-        return [Stage(1, None)]
     metrics = log.manifest.metrics
+    if isinstance(split, PublishedConfig):
+        found = published_stages(split, metrics[SEQUENCE_FILES])
+        return [Stage(one.number, files=one) for one in found]
+    if not isinstance(split, TemporalConfig):
+        return [Stage(1)]
     days = stage_days(
         split,
         first_timestamp=metrics["first_timestamp"],
@@ -158,7 +186,7 @@ def _stages(split: SplitConfig, log: Artifact) -> list[Stage]:
 
 
 def _stage_name(name: str, stage: Stage) -> str:
-    return name if stage.days is None else f"{name}-s{stage.number}"
+    return f"{name}-s{stage.number}" if stage.days or stage.files else name
 
 
 def _build(
@@ -187,13 +215,19 @@ _SCHEMA_VERSION = 2
 
 
 def _identity(config: PrepareConfig, stage: Stage) -> dict[str, Any]:
-    split = to_mapping(config.split)
-    days = None if stage.days is None else to_mapping(stage.days)
-    if days is not None:
+    split, span = to_mapping(config.split), None
+    if stage.days is not None:
         # The days say it all; another number of stages must not rebuild this one.
         kept = {"kind": split["kind"], "validation_share": split["validation_share"]}
         split = kept if split["targets"] == "all" else {**kept, "targets": split["targets"]}
-    return {"split": split, "stage": days, "pairs": to_mapping(config.pairs)}
+        span = to_mapping(stage.days)
+    if stage.files is not None:
+        # Likewise the files. They have no days: the stage's number counts in their stead.
+        split = {"kind": split["kind"], "validation_share": split["validation_share"]}
+        days = StageDays(stage.number, stage.number + 1, stage.number + 2)
+        files = {"train_files": stage.files.train, "test_files": stage.files.test}
+        span = {**to_mapping(days), **{name: list(found) for name, found in files.items()}}
+    return {"split": split, "stage": span, "pairs": to_mapping(config.pairs)}
 
 
 def _produce(

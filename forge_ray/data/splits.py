@@ -5,6 +5,7 @@ Knows Ragged histories and times. Knows nothing of files, Ray or vectors.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -13,6 +14,7 @@ from numpy.typing import NDArray
 
 from forge_ray.config import Component
 from forge_ray.data.ragged import Ragged
+from forge_ray.data.sequences import are_targets, files_of, places_of
 from forge_ray.errors import ConfigError, DataError
 
 MIN_EVENTS = 3
@@ -72,11 +74,67 @@ class TemporalConfig(SplitConfig):
                     f"split.{name} must be >= 1, got {getattr(self, name)}. "
                     f"Set split.{name} to a number of {'stages' if 'num' in name else 'days'}."
                 )
-        if not 0 < self.validation_share < 1:
-            raise ConfigError(
-                f"split.validation_share must be between 0 and 1, got {self.validation_share}. "
-                "Use 0.5 for equal parts."
-            )
+        _check_share(self.validation_share)
+
+
+def _check_share(share: float) -> None:
+    if not 0 < share < 1:
+        raise ConfigError(
+            f"split.validation_share must be between 0 and 1, got {share}. Use 0.5 for equal parts."
+        )
+
+
+@dataclass(kw_only=True)
+class PublishedConfig(SplitConfig):
+    """Stages and held-out rows as the files of sequences were published: FORGE's S1, S2 and S3.
+
+    A row of a stage's train files is a train user with all its items; one of its test files is a
+    held-out user, its `history` and `targets` taken as they are. Rows without a history are in no
+    part where they are held out. The published test rows are split by a hash into validation and
+    test, so that selection never sees test. Needs `interactions.layout=sequences`.
+    """
+
+    kind: Literal["published"] = "published"
+    stage_pattern: str = r"(?:^|[/_.-])s(\d+)(?=[/_.-])"
+    """Regular expression that finds the stage in a file's name, its folders included; the first
+    group is the number. The default reads `s1_splits/part_01.csv` and `s2_tiny_test.csv`."""
+    test_pattern: str = r"(?:^|[/_.-])test(?=[/_.-])"
+    """Regular expression that is found in the names of held-out files and of no others."""
+    validation_share: float = 0.5
+    """Share of the held-out rows that go to validation, the rest to test."""
+
+    def __post_init__(self) -> None:
+        """Check the patterns and the share."""
+        for name, groups in (("stage_pattern", 1), ("test_pattern", 0)):
+            pattern = getattr(self, name)
+            try:
+                has = re.compile(pattern).groups
+            except re.error as error:
+                raise ConfigError(
+                    f"split.{name} must be a regular expression, got {pattern!r}: {error}. "
+                    "Correct it."
+                ) from error
+            if has < groups:
+                raise ConfigError(
+                    f"split.{name} must have a group around the stage's number, got {pattern!r}. "
+                    r"Write for example stage(\d+)."
+                )
+        _check_share(self.validation_share)
+
+
+@dataclass(frozen=True, slots=True)
+class PublishedStage:
+    """The files of one published stage.
+
+    Attributes:
+        number: the stage's.
+        train: numbers of the files whose rows are trained on.
+        test: numbers of the files whose rows are held out.
+    """
+
+    number: int
+    train: tuple[int, ...]
+    test: tuple[int, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,6 +236,37 @@ def temporal(
         _rows_of(held_out, goes),
         _rows_of(held_out, ~goes),
     )
+
+
+def published(
+    items: Ragged, times: Ragged, *, stage: PublishedStage, is_validation: NDArray[np.bool_]
+) -> Splits:
+    """Take one stage out of rows that were published as train and test.
+
+    Args:
+        items: B rows, each a history and its targets.
+        times: their marks, see `sequences.events_of`; no row is empty.
+        stage: which files are of which part.
+        is_validation: ``[B]`` rows that go to validation if they are held out.
+    """
+    file = files_of(times.values[times.offsets[:-1]])
+    trained = np.flatnonzero(np.isin(file, stage.train))
+    is_target = are_targets(times.values)
+    histories, targets = items.filter(~is_target), items.filter(is_target)
+    is_held = np.isin(file, stage.test) & (histories.lengths > 0) & (targets.lengths > 0)
+    held = np.flatnonzero(is_held)
+    held_out = SplitPart(held, histories.take(held), targets.take(held))
+    goes = is_validation[held]
+    return Splits(
+        SplitPart(trained, items.take(trained), places(times).take(trained)),
+        _rows_of(held_out, goes),
+        _rows_of(held_out, ~goes),
+    )
+
+
+def places(times: Ragged) -> Ragged:
+    """Times of sequences without their marks: the place of each event in its row."""
+    return Ragged(places_of(times.values), times.offsets)
 
 
 def _rolling(seen: Ragged, is_target: NDArray[np.bool_], *, only_last: bool) -> SplitPart:

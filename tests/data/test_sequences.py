@@ -9,9 +9,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from forge_ray.data.importers import SEQUENCES, RawFile, read_chunks
-from forge_ray.data.sequences import EVENTS, events_of
+from forge_ray.data.sequences import EVENTS, are_targets, events_of, files_of, places_of
 from forge_ray.errors import DataError
 
+TARGET = 1 << 39
 ROWS = pa.table(
     {
         "history": pa.array([["a", "b"], [], None, ["c"]], pa.list_(pa.string())),
@@ -26,8 +27,18 @@ def test_a_row_is_a_user_and_a_place_a_time() -> None:
     assert events == {
         "user_id": ["f:5", "f:5", "f:5", "f:6", "f:6", "f:7", "f:8"],
         "item_id": ["a", "b", "x", "y", "z", "w", "c"],
-        "timestamp": [0, 1, 2, 0, 1, 0, 0],
+        "timestamp": [0, 1, TARGET + 2, TARGET, TARGET + 1, TARGET, 0],
     }
+
+
+def test_marks_tell_file_part_and_place() -> None:
+    (batch,) = ROWS.to_batches()
+    events = events_of(batch, first_row=1, prefix="f", file=2**23 - 1)
+    times = events.column("timestamp").to_numpy()
+    assert (times >= 0).all()
+    assert places_of(times).tolist() == [0, 1, 2, 0, 1, 0, 0]
+    assert are_targets(times).tolist() == [False, False, True, True, True, True, False]
+    assert set(files_of(times)) == {2**23 - 1}
 
 
 def test_a_file_is_read_in_chunks_of_events(tmp_path: Path) -> None:

@@ -174,8 +174,8 @@ class AlGrFolder:
         self.filesystem.move(f"{path}.new", path)
 
 
-def version_above(uri: str) -> str:
-    """The version of the import that a file or folder of one lies in; empty where it is none.
+def import_above(uri: str) -> Settings | None:
+    """The settings of the import that a file or folder of one lies in; None where it is none.
 
     Args:
         uri: an input of `data prepare`, at most two folders below the import's.
@@ -188,8 +188,13 @@ def version_above(uri: str) -> str:
             break
         settings = AlGrFolder.at(f"{scheme}{separator}{above[0]}{mark}{options}").settings()
         if settings is not None:
-            return settings.version
-    return ""
+            return settings
+    return None
+
+
+def number_in(shard: str) -> int:
+    """Number of the file whose rows a shard of that name holds; undoes `AlGrFolder.shard_path`."""
+    return int(shard.removeprefix("part-").partition("-")[0])
 
 
 def skipped_in_all(records: Sequence[FileRecord]) -> dict[str, int]:

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
 import pytest
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.data.al_gr.importing import AlGrImportConfig, import_al_gr
+from forge_ray.data.chain import stage_chain
 from forge_ray.data.prepare import PrepareConfig, prepare
+from forge_ray.data.schema import Dataset, Split
 from forge_ray.data.sources import ItemsConfig
-from forge_ray.errors import DataError
+from forge_ray.data.splits import LeaveOneOutConfig, PublishedConfig, TemporalConfig
+from forge_ray.data.validate import validate_dataset
+from forge_ray.errors import ConfigError, DataError
 from tests.data.al_gr import files
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
@@ -91,3 +98,74 @@ def test_rows_of_sids_are_no_log(tmp_path: Path) -> None:
     files.write_rows(tmp_path / "raw/g.csv", [["system", "user", "answer"], *rows])
     with pytest.raises(DataError, match="Origin-Sequence-Data"):
         prepare(PrepareConfig(source=str(imported(tmp_path))), ArtifactStore(tmp_path / "store"))
+
+
+def write_stages(folder: Path, stages: int = 3) -> dict[tuple[int, str], list[list[list[str]]]]:
+    """Sequences as AL-GR-Tiny has them; returns [history, targets] of each row, oldest first."""
+    rng = np.random.default_rng(2)
+    written = {}
+    for stage in range(1, stages + 1):
+        for part, name in (("train", f"s{stage}_tiny.csv"), ("test", f"s{stage}_tiny_test.csv")):
+            found = []
+            for _ in range(30 if part == "train" else 20):
+                whole = rng.permutation(ITEMS).tolist()
+                size, targets = rng.integers(1, 6), 1 if part == "train" else rng.integers(1, 4)
+                found.append([whole[:size], whole[size : size + targets]])
+            rows = [[";".join(history[::-1]), ";".join(targets)] for history, targets in found]
+            header = ["user_history", "target_item"]
+            files.write_rows(folder / "origin_behavior" / name, [header, *rows])
+            written[stage, part] = found
+    return written
+
+
+def rows_in(dataset: Dataset, split: Split) -> list[list[list[str]]]:
+    names = np.array(dataset.item_ids())
+    return [
+        [names[batch.items.row(row)].tolist()]
+        + ([] if batch.targets is None else [names[batch.targets.row(row)].tolist()])
+        for batch in dataset.sequence_batches(split)
+        for row in range(len(batch))
+    ]
+
+
+def test_published_stages_stay_what_they_are(tmp_path: Path) -> None:
+    written = write_stages(tmp_path / "raw")
+    store = ArtifactStore(tmp_path / "store")
+    config = PrepareConfig(source=str(imported(tmp_path)), split=PublishedConfig())
+
+    stages = prepare(config, store)
+
+    assert [one.name for one in stages] == ["in-s1", "in-s2", "in-s3"]
+    assert [one.key for one in stage_chain(store, stages[1].key)] == [one.key for one in stages]
+    for number, dataset in enumerate(stages, start=1):
+        train = [[history + targets] for history, targets in written[number, "train"]]
+        assert sorted(rows_in(dataset, "train")) == sorted(train)
+        held_out = [*rows_in(dataset, "validation"), *rows_in(dataset, "test")]
+        assert sorted(held_out) == sorted(written[number, "test"])
+        assert dataset.has_items_of(stages[0])
+        assert validate_dataset(dataset) == []
+    # Another share is another dataset of the same log; the same settings build nothing anew.
+    assert [one.key for one in prepare(config, store)] == [one.key for one in stages]
+    fewer = replace(config, split=PublishedConfig(validation_share=0.2))
+    assert prepare(fewer, store)[0].key != stages[0].key
+    assert len(list(store.manifests("log"))) == 1
+    # Who wants all rows as one log gets them without the marks.
+    (whole,) = prepare(replace(config, split=LeaveOneOutConfig()), store)
+    times = [
+        pq.read_table(path, filesystem=whole.filesystem)["timestamps"].combine_chunks().flatten()
+        for path in whole.sequence_files("train")
+    ]
+    assert max(pc.max(one).as_py() for one in times) < len(ITEMS)
+
+
+def test_splits_that_do_not_fit_the_layout_are_refused(tmp_path: Path) -> None:
+    write_stages(tmp_path / "raw", stages=1)
+    store = ArtifactStore(tmp_path / "store")
+    source = str(imported(tmp_path))
+    with pytest.raises(ConfigError, match="split.kind must be published or leave_one_out"):
+        prepare(PrepareConfig(source=source, split=TemporalConfig()), store)
+    log = tmp_path / "log/interactions.csv"
+    files.write_rows(log, [["user_id", "item_id", "timestamp"], ["u", "i", "1"]])
+    with pytest.raises(ConfigError, match=r"published must go with interactions\.layout=sequences"):
+        prepare(PrepareConfig(source=str(log.parent), split=PublishedConfig()), store)
+    assert not list(store.manifests())
