@@ -83,6 +83,8 @@ def _import_al_gr(config: AlGrImportConfig, as_json: bool, *, verbose: bool) -> 
     emit(asdict(report), title=f"Imported to {report.directory}", as_json=as_json)
     if report.skipped:
         _say(f"Rows left out: their file, row, id, cause and text are in {config.output}/rejects/")
+    if "sequences" in report.rows:
+        _say(f"Next: forge-ray data prepare {report.directory} split.kind=published")
 
 
 @app.command("synthesize")

@@ -27,6 +27,7 @@ from forge_ray.cli.console import (
 )
 from forge_ray.cli.inputs import open_data
 from forge_ray.cli.sid_extend import extend
+from forge_ray.cli.sid_import import import_
 from forge_ray.cli.sid_page import write_page
 from forge_ray.cli.sid_score import score
 from forge_ray.config import load_config
@@ -42,6 +43,7 @@ from forge_ray.threads import set_threads
 app = typer.Typer(no_args_is_help=True, help="Fit, score and show semantic IDs.")
 app.command()(score)
 app.command()(extend)
+app.command("import")(import_)
 
 _BUCKET_EDGES = (1, 2, 3, 5, 10, 20, 50, 100)
 _SHOWN_METRICS = ("seconds_fit", "seconds_encode", "seconds_resolve", "moved", "unplaced")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import ray
 import ray.data
 from numpy.typing import NDArray
@@ -28,6 +29,7 @@ from forge_ray.data.checks import (
 from forge_ray.data.importers import (
     CHUNK_ROWS,
     RawFile,
+    column_names,
     extra_schema,
     read_chunks,
 )
@@ -36,7 +38,9 @@ from forge_ray.data.schema import vectors_schema
 from forge_ray.data.sources import SourcesConfig, VectorsConfig, event_columns
 from forge_ray.errors import DataError
 
-_IDS = tasks.with_ledger({"id": pa.string(), "file": pa.int32(), "row": pa.int64()})
+_IDS = tasks.with_ledger(
+    {"id": pa.string(), "file": pa.int32(), "row": pa.int64(), "is_usable": pa.bool_()}
+)
 _WRITTEN = tasks.with_ledger({"index": pa.int32(), "is_usable": pa.bool_()})
 RESERVED = ("item_index", "item_id", "train_count")
 
@@ -98,6 +102,7 @@ def _listed(config: SourcesConfig, inputs: Inputs) -> Catalogue:
         _read_ids,
         files=inputs.items,
         wanted={"item_id": config.items.item_id},
+        required=config.items.required,
         skip=frozenset(config.skip),
     )
     index, found = tasks.gathered(dataset, _index, files=inputs.items, skip=config.skip)
@@ -145,17 +150,57 @@ def _read_distinct_ids(
     yield pa.table({"id": found})
 
 
+def require_attributes(file: RawFile, required: Sequence[str]) -> None:
+    """Check that a file of the catalogue has the columns of `items.required`.
+
+    Raises:
+        DataError: it lacks one; lists those there are.
+    """
+    names = column_names(file) if required else []
+    for name in required:
+        if name not in names:
+            raise DataError(
+                f"items.required must name columns of {file.uri}, got {name!r}; it has {names}. "
+                "Correct the name."
+            )
+
+
 def _read_ids(
-    number: int, *, files: Sequence[RawFile], wanted: Mapping[str, str], skip: frozenset[str]
+    number: int,
+    *,
+    files: Sequence[RawFile],
+    wanted: Mapping[str, str],
+    required: Sequence[str],
+    skip: frozenset[str],
 ) -> Iterator[pa.Table]:
-    for chunk in read_chunks(files[number], wanted, field="items"):
+    columns = {**wanted, **{name: name for name in required if name != wanted["item_id"]}}
+    for chunk in read_chunks(files[number], columns, field="items"):
         screen = Screen(chunk, skip)
         ids = as_ids(chunk, "item_id")
         screen.reject("empty_item", is_empty(ids), column="item_id", rule="not be empty")
-        kept = ids.filter(pa.array(screen.keep))
-        file = np.full(len(kept), number, dtype=np.int32)
-        yield tasks.data_rows(_IDS, {"id": kept, "file": file, "row": screen.rows})
+        # Items that lack something are listed all the same: what refers to them must be known.
+        listed, rows = screen.keep.copy(), screen.rows
+        for name in required:
+            bad = _lacks_value(chunk.table[name])
+            screen.reject("missing_attribute", bad, column=name, rule="have a value")
+        yield tasks.data_rows(
+            _IDS,
+            {
+                "id": ids.filter(pa.array(listed)),
+                "file": np.full(len(rows), number, dtype=np.int32),
+                "row": rows,
+                "is_usable": screen.keep[listed],
+            },
+        )
         yield tasks.ledger_rows(_IDS, screen.ledger)
+
+
+def _lacks_value(column: pa.ChunkedArray) -> NDArray[np.bool_]:
+    """Mark values that are null, or text that is empty."""
+    missing = column.is_null()
+    if pa.types.is_string(column.type) or pa.types.is_large_string(column.type):
+        missing = pc.or_(missing, pc.fill_null(pc.equal(column, ""), False))
+    return np.asarray(missing.to_numpy())
 
 
 def _index(
@@ -170,11 +215,18 @@ def _index(
     listed = np.concatenate([to_bytes(part["id"].combine_chunks()) for part in parts])
     file = np.concatenate([part["file"].to_numpy() for part in parts])
     row = np.concatenate([part["row"].to_numpy() for part in parts])
+    usable = np.concatenate([part["is_usable"].to_numpy() for part in parts])
     order = np.lexsort((row, file))
     ids, first = np.unique(listed[order], return_index=True)
-    index = ItemIndex(ids)
+    usable = usable[order][first]
+    index = ItemIndex(ids[usable], ids[~usable])
+    if not len(index):
+        raise DataError(
+            f"{files[0].uri} must list at least one usable item, got {len(ids)} that lack a value "
+            "of items.required. Correct the file, or items.required."
+        )
     if len(ids) == len(order):
-        return index, _Found(len(ids), ledger=ledger)
+        return index, _Found(len(index), ledger=ledger)
     is_repeat = np.ones(len(order), dtype=bool)
     is_repeat[first] = False
     repeats = order[is_repeat]
@@ -192,7 +244,7 @@ def _index(
         )
     duplicates = {int(f): row[repeats][file[repeats] == f] for f in set(file[repeats])}
     ledger.add("duplicate_item", len(repeats), broken)
-    return index, _Found(len(ids), duplicates, ledger)
+    return index, _Found(len(index), duplicates, ledger)
 
 
 def _drop_without_vector(catalogue: Catalogue, config: SourcesConfig, inputs: Inputs) -> Catalogue:
@@ -210,7 +262,8 @@ def _drop_without_vector(catalogue: Catalogue, config: SourcesConfig, inputs: In
     if drop.any():
         example = f"item_id must have a usable vector, got none of {ids[drop][0].decode()!r}"
         catalogue.ledger.add("items_without_vector", int(drop.sum()), example)
-    catalogue.shared = ray.put(ItemIndex(ids[~drop], ids[drop]))
+    dropped = np.union1d(ray.get(catalogue.shared).dropped, ids[drop])
+    catalogue.shared = ray.put(ItemIndex(ids[~drop], dropped))
     catalogue.num_items = int((~drop).sum())
     return catalogue
 

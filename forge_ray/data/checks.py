@@ -26,6 +26,8 @@ SKIPPABLE = {
     "invalid_timestamp": "interactions whose timestamp is missing or no whole number",
     "negative_timestamp": "interactions before time 0",
     "duplicate_item": "items after the first with the same id",
+    "missing_attribute": "items without a value in a column of `items.required`, with their "
+    "interactions",
     "null_vector": "items whose vector is null or holds a null, NaN or infinity",
     "unknown_vector": "vectors of items that the catalogue lacks",
     "missing_vector": "items without a vector, with their interactions",

@@ -23,7 +23,13 @@ from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactStore, ArtifactW
 from forge_ray.config import to_mapping
 from forge_ray.data import tasks
 from forge_ray.data.al_gr.folder import import_above
-from forge_ray.data.catalogue import Inputs, index_items, write_items, write_vectors
+from forge_ray.data.catalogue import (
+    Inputs,
+    index_items,
+    require_attributes,
+    write_items,
+    write_vectors,
+)
 from forge_ray.data.checks import (
     Screen,
     TimeUnit,
@@ -106,6 +112,7 @@ def find_inputs(config: SourcesConfig) -> Inputs:
         require_columns(file, event_columns(config), field="interactions")
     for file in inputs.items:
         require_columns(file, {"item_id": config.items.item_id}, field="items")
+        require_attributes(file, config.items.required)
     for space, files in inputs.vectors.items():
         source = config.vectors[space]
         for file in files:
@@ -186,6 +193,8 @@ def _identity(config: SourcesConfig, inputs: Inputs, shards: int) -> dict[str, A
         plain[SEQUENCE_FILES] = list(inputs.sequence_files)
     if plain["interactions"]["layout"] == "events":
         del plain["interactions"]["layout"]  # as before there was a choice
+    if not plain["items"]["required"]:
+        del plain["items"]["required"]
     sections = [plain["interactions"], plain["items"], *plain["vectors"].values()]
     groups = [inputs.interactions, inputs.items, *(inputs.vectors[s] for s in plain["vectors"])]
     for section, files in zip(sections, groups, strict=True):

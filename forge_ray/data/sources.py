@@ -57,6 +57,8 @@ class ItemsConfig:
     interactions."""
     item_id: str = "item_id"
     """Name of the column with the item's id."""
+    required: list[str] = field(default_factory=list)
+    """Columns in which every item must have a value, such as codes that it is to be known by."""
 
 
 @dataclass(kw_only=True)

@@ -98,7 +98,7 @@ class PublishedConfig(SplitConfig):
     stage_pattern: str = r"(?:^|[/_.-])s(\d+)(?=[/_.-])"
     """Regular expression that finds the stage in a file's name, its folders included; the first
     group is the number. The default reads `s1_splits/part_01.csv` and `s2_tiny_test.csv`."""
-    test_pattern: str = r"(?:^|[/_.-])test(?=[/_.-])"
+    test_pattern: str = r"(?:^|[/_.-])(?:test|validation|valid|val)(?=[/_.-])"
     """Regular expression that is found in the names of held-out files and of no others."""
     validation_share: float = 0.5
     """Share of the held-out rows that go to validation, the rest to test."""

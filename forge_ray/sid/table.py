@@ -196,9 +196,8 @@ class SidTable:
     ) -> SidTable:
         """Read a SID table that another project published.
 
-        The file holds `codes` [N, L] and, if rows are to be aligned, `item_id` [N]. All levels
-        get the table's largest code plus one, rounded up to a power of two, as codebook size: the
-        format does not state sizes, and a level that happens to use few codes still owns them.
+        The file holds `codes` [N, L], `item_id` [N] if rows are to be aligned, and perhaps
+        `codebook_sizes` [L]; else sizes are those of `foreign_sizes`.
 
         Args:
             path: the `.npz` file.
@@ -206,17 +205,25 @@ class SidTable:
 
         Raises:
             DataError: when the file is unreadable, lacks an array, or holds other items than the
-                dataset.
+                dataset, or codes that do not fit its sizes.
         """
-        codes, file_ids = _read_npz(Path(path))
+        codes, file_ids, sizes = _read_npz(Path(path))
         if item_ids is not None:
             codes = codes[_align(Path(path), file_ids, np.asarray(item_ids))]
         if codes.size and codes.min() < 0:
             raise DataError(f"{path}: codes must be >= 0, got {codes.min()}.")
-        largest = int(codes.max(initial=0))
-        size = max(2, 1 << largest.bit_length())
         resolver = f"foreign:{Path(path).stem}"
-        return cls.from_codes(codes, [size] * codes.shape[1], resolver=resolver)
+        return cls.from_codes(codes, sizes or cls.foreign_sizes(codes), resolver=resolver)
+
+    @staticmethod
+    def foreign_sizes(codes: npt.NDArray[np.integer[Any]]) -> list[int]:
+        """Codebook sizes of codes [N, L] that come without any.
+
+        All levels get the largest code plus one, rounded up to a power of two: a level that happens
+        to use few codes still owns them.
+        """
+        largest = int(codes.max(initial=0))
+        return [max(2, 1 << largest.bit_length())] * codes.shape[1]
 
 
 def _check_codes(codes: npt.NDArray[np.integer[Any]], sizes: Sequence[int]) -> None:
@@ -237,12 +244,14 @@ def _check_codes(codes: npt.NDArray[np.integer[Any]], sizes: Sequence[int]) -> N
 
 def _read_npz(
     path: Path,
-) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.generic] | None]:
+) -> tuple[npt.NDArray[np.integer[Any]], npt.NDArray[np.generic] | None, list[int]]:
+    """Codes, ids and codebook sizes of a file; no ids or sizes where it has none."""
     try:
         with np.load(path, allow_pickle=False) as arrays:
             if "codes" not in arrays:
                 raise DataError(f"{path} must hold an array 'codes', got {sorted(arrays.files)}.")
-            return arrays["codes"], arrays.get("item_id", None)
+            sizes = arrays["codebook_sizes"].tolist() if "codebook_sizes" in arrays else []
+            return arrays["codes"], arrays.get("item_id", None), sizes
     except (OSError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{path} must be a readable .npz file, got: {error}.") from error
 

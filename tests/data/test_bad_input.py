@@ -11,9 +11,10 @@ import pyarrow.parquet as pq
 import pytest
 
 from forge_ray.artifacts import ArtifactStore
+from forge_ray.data.log import build_log
 from forge_ray.data.prepare import PrepareConfig, prepare
 from forge_ray.data.schema import Dataset
-from forge_ray.data.sources import InteractionsConfig
+from forge_ray.data.sources import InteractionsConfig, ItemsConfig, SourcesConfig, resolve
 from forge_ray.errors import ConfigError, DataError
 from tests.data.raw import EVENTS, ITEMS, write_events, write_items, write_raw, write_vectors
 
@@ -208,6 +209,37 @@ def test_items_without_vector_leave_with_their_interactions(
     assert dataset.rows["skipped_items_without_vector"] == 1
     assert dataset.rows["skipped_interaction_of_skipped_item"] == 2
     assert dataset.vectors().shape[0] == 3
+
+
+def test_items_must_have_what_is_required(raw: Path) -> None:
+    codes = {"a": 1, "b": None, "c": 3, "d": 4}
+    # An item listed again does not win by having what the first one lacks.
+    rows = [{**row, "code": codes[row["item_id"]]} for row in ITEMS] + [{"item_id": "b", "code": 9}]
+    write_items(raw, rows)
+    required = ItemsConfig(required=["code"])
+    with pytest.raises(DataError, match=r"items.jsonl row 3: code must have a value, got None"):
+        run(raw, items=required)
+    with pytest.raises(DataError, match=r"items.required must name columns of .*, got 'colour'"):
+        run(raw, items=ItemsConfig(required=["colour"]))
+    dataset = run(raw, "missing_attribute", "duplicate_item", items=required)
+    assert dataset.item_ids().tolist() == ["a", "c", "d"]
+    assert dataset.items(["code"])["code"].to_pylist() == [1, 3, 4]
+    assert dataset.rows["skipped_missing_attribute"] == 1
+    assert dataset.rows["skipped_interaction_of_skipped_item"] == 2
+    assert dataset.vectors()[:, 0].tolist() == [0, 6, 9]
+    # Both reasons to leave an item out, at once: too few events remain to hold any out.
+    write_vectors(raw, list("abd"), [[0.0], [1.0], [3.0]])
+    skip = ["missing_attribute", "duplicate_item", "missing_vector"]
+    config = resolve(SourcesConfig(source=str(raw), skip=skip, items=required))
+    log = build_log(config, ArtifactStore(raw.parent / "store"), name="both")
+    assert log.manifest.rows["items"] == 2
+    assert log.manifest.rows["skipped_interaction_of_skipped_item"] == 4
+
+
+def test_items_that_all_lack_something_are_refused(raw: Path) -> None:
+    write_items(raw, [{**row, "code": ""} for row in ITEMS])
+    with pytest.raises(DataError, match=r"must list at least one usable item, got 4 that lack"):
+        run(raw, "missing_attribute", items=ItemsConfig(required=["code"]))
 
 
 def test_sorts_on_request_and_counts(raw: Path) -> None:

@@ -27,6 +27,9 @@ def test_the_default_patterns_read_published_names() -> None:
     ]
     folders = ["s1_splits/part_01.csv", "s1_splits/part_02.csv", "test_data/s1_test.csv"]
     assert published_stages(PublishedConfig(), folders) == [PublishedStage(1, (0, 1), (2,))]
+    # Those of `data export`, one folder per stage.
+    ours = [f"s1/sequences/{part}/part_00001.csv" for part in ("test", "train", "validation")]
+    assert published_stages(PublishedConfig(), ours) == [PublishedStage(1, (1,), (0, 2))]
     # "latest" and "is1" are other words.
     names = ["latest/s3.csv", "this1/s3-test.csv"]
     assert published_stages(PublishedConfig(), names) == [PublishedStage(3, (0,), (1,))]

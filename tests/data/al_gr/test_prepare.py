@@ -162,7 +162,7 @@ def test_splits_that_do_not_fit_the_layout_are_refused(tmp_path: Path) -> None:
     write_stages(tmp_path / "raw", stages=1)
     store = ArtifactStore(tmp_path / "store")
     source = str(imported(tmp_path))
-    with pytest.raises(ConfigError, match="split.kind must be published or leave_one_out"):
+    with pytest.raises(ConfigError, match=r"split\.kind must be published or leave_one_out"):
         prepare(PrepareConfig(source=source, split=TemporalConfig()), store)
     log = tmp_path / "log/interactions.csv"
     files.write_rows(log, [["user_id", "item_id", "timestamp"], ["u", "i", "1"]])

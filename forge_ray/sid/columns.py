@@ -1,0 +1,95 @@
+"""SIDs that came with the items: columns of codes in a dataset's catalogue as a foreign table.
+
+FORGE publishes its SIDs so (`codebook_lv1`, `codebook_lv2`, …). Knows the items table and the
+`.npz` layout that every command takes for a SID table. Memory: codes and ids of all items.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from forge_ray.data.schema import Dataset
+from forge_ray.errors import DataError
+from forge_ray.sid.table import SidTable
+
+_LEVEL = re.compile(r"lv(\d+)$")
+
+
+def code_columns(dataset: Dataset) -> list[str]:
+    """Names of the columns of codes, first level first: those that end in `lv` and a number.
+
+    Raises:
+        DataError: there are none, or two of one level.
+    """
+    names = dataset.item_columns()
+    levels = {name: int(found[1]) for name in names if (found := _LEVEL.search(name))}
+    if not levels or len(set(levels.values())) < len(levels):
+        raise DataError(
+            f"items of {dataset.name} must have one column of codes per level (…lv1, …lv2), got "
+            f"{names}. Name the columns with --column, first level first."
+        )
+    return sorted(levels, key=lambda name: levels[name])
+
+
+def table_of_columns(
+    dataset: Dataset, columns: Sequence[str], codebook_sizes: Sequence[int] = ()
+) -> SidTable:
+    """Read codes out of the items.
+
+    Args:
+        dataset: with the columns in its catalogue.
+        columns: one per level, first level first.
+        codebook_sizes: codes available at each level; by default as in `SidTable.from_npz`.
+
+    Raises:
+        DataError: a column is missing or no whole number, an item lacks a code, or a code does not
+            fit its codebook.
+    """
+    missing = [name for name in columns if name not in dataset.item_columns()]
+    if missing:
+        raise DataError(
+            f"items of {dataset.name} must have columns {list(columns)}, got no {missing} among "
+            f"{dataset.item_columns()}. Correct --column."
+        )
+    codes = np.stack([_codes_in(dataset, name) for name in columns], axis=1)
+    sizes = codebook_sizes or SidTable.foreign_sizes(codes)
+    return SidTable.from_codes(codes, sizes, resolver="foreign:columns")
+
+
+def write_npz(path: Path, table: SidTable, item_ids: npt.NDArray[np.generic]) -> None:
+    """Write a table as `codes` [N, L], `item_id` [N] and `codebook_sizes` [L]."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sizes = np.array(table.codebook_sizes, dtype=np.int64)
+    partial = path.with_name(f"{path.name}.new")
+    with partial.open("wb") as stream:
+        np.savez(stream, codes=table.codes, item_id=item_ids.astype(str), codebook_sizes=sizes)
+    os.replace(partial, path)
+
+
+def _codes_in(dataset: Dataset, name: str) -> npt.NDArray[np.int64]:
+    items = dataset.items(["item_id", name])
+    column = items[name].combine_chunks()
+    try:
+        codes = column.cast(pa.int64())
+    except pa.ArrowInvalid as error:
+        raise DataError(
+            f"column {name} of {dataset.name}'s items must hold whole numbers, got "
+            f"{' '.join(str(error).split())[:120]}. Name the columns of codes with --column."
+        ) from error
+    empty = pc.is_null(codes)
+    if codes.null_count:
+        first = items["item_id"].filter(empty)[0].as_py()
+        raise DataError(
+            f"column {name} of {dataset.name}'s items must hold a code of every item, got none of "
+            f"{first!r} ({codes.null_count} such items). Prepare the data with "
+            f"'items.required=[{name}]' 'skip=[missing_attribute]' to leave such items out."
+        )
+    return np.asarray(codes.to_numpy())
