@@ -159,7 +159,8 @@ def compare(
         against: row that the others will be compared with, user by user.
 
     Raises:
-        ConfigError: a model belongs to another dataset, two rows are of one name,
+        ConfigError: a model belongs to another dataset or answers queries alone, two rows are of
+            one name,
             markov_backoff has no table, or there is no such row or no bootstrap to compare with.
     """
     for model in models:
@@ -169,6 +170,7 @@ def compare(
                 f"{model.name} of {model.dataset.name} ({model.dataset.key[:12]}). "
                 "Compare it apart."
             )
+        model.prompts.check(has_queries=False, model=model.name)
     plan = _plan(models, dataset, config, store, tables)
     if against is not None:
         _check_against(against, [name for name, _ in plan], config)

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from forge_ray.data.ragged import Ragged
-from forge_ray.errors import ConfigError
 from forge_ray.gr.beam import Beams, StepwiseGenerator, beam_search
 from forge_ray.gr.exact import ParallelGenerator, exact_search
 from forge_ray.gr.prefix_index import PrefixIndex
 from forge_ray.gr.scripts import TaskText, script_tokens
+from forge_ray.gr.tasks import HISTORIES, QUERY_TASK, SEARCH_TASK, Prompts, history_beside
 from forge_ray.gr.vocab import PAD, vocab_of
 from forge_ray.sid.table import SidTable
 
@@ -96,6 +96,7 @@ class SidDecoder:
         constrained: bool = True,
         allowed: NDArray[np.bool_] | None = None,
         text: TaskText | None = None,
+        prompts: Prompts = HISTORIES,
         device: torch.device | str = "cpu",
     ) -> None:
         """Index the table, or the allowed part of it.
@@ -116,6 +117,8 @@ class SidDecoder:
             allowed: bool [N], items whose SIDs may be emitted; None allows all. Beams never enter
                 a prefix without an allowed item, so lists stay as long as they can be.
             text: turns queries into questions, of a model that learned to be asked.
+            prompts: what the model learned to be asked with; queries stand beside histories or
+                alone, as in its training.
             device: where the search runs.
         """
         indexed = table.codes if allowed is None else table.codes[allowed]
@@ -130,6 +133,10 @@ class SidDecoder:
         self._fills = fills
         self._constrained = constrained
         self._text = text
+        self._prompts = prompts
+        self._history_beside = history_beside(
+            SEARCH_TASK if prompts.beside else QUERY_TASK, max_history
+        )
         self._device = device
 
     def item_rank(self) -> NDArray[np.int64]:
@@ -150,13 +157,9 @@ class SidDecoder:
             queries: U texts, what each user asks for; None asks for the next item.
 
         Raises:
-            ConfigError: there are queries, and the model did not learn to be asked.
+            ConfigError: the model did not learn to be asked so.
         """
-        if queries is not None and self._text is None:
-            raise ConfigError(
-                "queries must go to a model that was trained with tasks.search, got one that was "
-                "not. Train one, or leave the queries out."
-            )
+        self._prompts.check(has_queries=queries is not None)
         started = perf_counter()
         width = self._last_width(histories)
         shape = (len(histories), width)
@@ -228,8 +231,8 @@ class SidDecoder:
 
     def _questions(self, histories: Ragged, queries: list[str]) -> tuple[Tensor, Tensor]:
         """Questions as token rows padded on the left, and a mask that is False on padding."""
-        assert self._text is not None  # `decode` checked it
-        scripts = self._text.questions(histories.tail(self._max_history), queries)
+        assert self._text is not None  # published with every model that learned queries
+        scripts = self._text.questions(histories.tail(self._history_beside), queries)
         rows = script_tokens(scripts, self._codes, self._vocab)
         tokens = torch.from_numpy(rows.padded(side="left", fill=PAD))
         column = torch.arange(tokens.shape[1])

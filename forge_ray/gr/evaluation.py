@@ -24,6 +24,7 @@ from forge_ray.gr.beam import StepwiseGenerator, default_widths
 from forge_ray.gr.buckets import ItemBuckets
 from forge_ray.gr.decoding import DecodedUsers, SidDecoder
 from forge_ray.gr.scripts import TaskText
+from forge_ray.gr.tasks import HISTORIES, Prompts
 from forge_ray.sid.table import SidTable
 
 
@@ -56,6 +57,7 @@ def evaluate_generator(
     constrained: bool = True,
     queries: Sequence[str] | None = None,
     text: TaskText | None = None,
+    prompts: Prompts = HISTORIES,
     device: torch.device | str = "cpu",
 ) -> dict[str, float]:
     """Score a generator on users that fit in memory; `gr.scoring` streams them.
@@ -74,6 +76,7 @@ def evaluate_generator(
         constrained: False measures the model without the prefix index.
         queries: U texts, what each user asks for; None asks for the next item.
         text: turns queries into questions.
+        prompts: what the model learned to be asked with.
         device: where the search runs.
 
     Returns:
@@ -82,7 +85,7 @@ def evaluate_generator(
     Raises:
         DataError: histories and targets do not match.
     """
-    _check_rows(histories, targets)
+    wanted = _distinct_targets(histories, targets, len(train_counts))
     chosen = tuple(widths or default_widths(table.num_levels, max_k=max(ks)))
     decoder = SidDecoder(
         generator,
@@ -93,23 +96,22 @@ def evaluate_generator(
         fills=max(ks) if exclude_seen and constrained and not widths else 0,
         constrained=constrained,
         text=text,
+        prompts=prompts,
         device=device,
     )
     ranker = SidRanker(decoder, train_counts=train_counts, ks=ks, exclude_seen=exclude_seen)
-    wanted = distinct_items(targets, len(train_counts))
-    board = Board(train_counts, ks)
-    board.add(
-        np.arange(len(histories)), wanted, ranker.rank(histories, wanted, queries), train_counts
-    )
+    board, ranked = Board(train_counts, ks), ranker.rank(histories, wanted, queries)
+    board.add(np.arange(len(histories)), wanted, ranked, train_counts)
     return board.summary()
 
 
-def _check_rows(histories: Ragged, targets: Ragged) -> None:
+def _distinct_targets(histories: Ragged, targets: Ragged, num_items: int) -> Ragged:
     if len(histories) != len(targets):
         raise DataError(
             f"targets must have one row per history ({len(histories)}), got {len(targets)}. "
             "Read both from the same split."
         )
+    return distinct_items(targets, num_items)
 
 
 class SidRanker:

@@ -25,7 +25,7 @@ from forge_ray.data.stream import Cursor, SequenceStream, StreamBatch, prefetche
 from forge_ray.errors import DataError
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.scripts import TaskText, answer_sizes
-from forge_ray.gr.tasks import ITEM_TASK, QUERY_TASKS
+from forge_ray.gr.tasks import ITEM_TASK, QUERY_TASKS, history_beside
 
 
 @dataclass(frozen=True)
@@ -203,6 +203,6 @@ def _source(
         scripts = CatalogueScripts(data.text, task, config.tasks.column, num_levels)
         return dataset.artifact.files("items/"), dataset.filesystem, scripts
     assert data.queries is not None  # the configuration asked for them
-    length = config.max_history if task == "search" else 0
+    length = history_beside(task, config.max_history)
     files = data.queries.sequence_files("train")
     return files, data.queries.filesystem, QueryScripts(data.text, length, num_levels)

@@ -192,10 +192,12 @@ def recommend(
         queries: a query set of the dataset; a list for every row of it, with a column `query`.
 
     Raises:
-        ConfigError: ``out`` holds the lists of another request, or no item is allowed.
+        ConfigError: ``out`` holds the lists of another request, no item is allowed, or the model
+            did not learn to be asked so.
         DataError: a list of items does not fit the dataset, or it has no such vectors.
     """
     started = perf_counter()
+    source.prompts.check(has_queries=queries is not None)
     if "://" not in out:
         out = str(Path(out).resolve())  # actors may run in another directory
     filesystem, root = open_filesystem(out)
@@ -262,6 +264,7 @@ def _request(job: _Job) -> dict[str, Any]:
         kept["allowed"] = hashlib.sha256(np.packbits(job.allowed).tobytes()).hexdigest()
     if job.queries is not None:
         kept["queries"] = job.queries.key
+        kept |= job.source.prompts.identity(has_queries=True)
     return {"model": job.source.key, "dataset": job.dataset.key, "config": kept}
 
 
@@ -343,6 +346,7 @@ class _PartWriter:
             fills=job.config.top_k if job.config.exclude_seen and not job.config.widths else 0,
             allowed=job.allowed,
             text=loaded.text,
+            prompts=loaded.prompts,
             device=device,
         )
         self._buckets = ItemBuckets.build(

@@ -108,6 +108,7 @@ class OpenModel:
             fills=max(config.ks) if config.makes_room else 0,
             constrained=config.constrained,
             text=loaded.text,
+            prompts=loaded.prompts,
             device=config.device,
         )
         return SidRanker(
@@ -141,9 +142,12 @@ def evaluate_model(
         reads_queries: False ranks for those rows by their histories alone.
 
     Raises:
-        ConfigError: the queries belong to another dataset.
+        ConfigError: the queries belong to another dataset, or the model did not learn to be asked
+            so.
     """
-    identity = config.identity()
+    is_asked = queries is not None and reads_queries
+    source.prompts.check(has_queries=is_asked)
+    identity = config.identity() | source.prompts.identity(has_queries=is_asked)
     if queries is not None:
         queries.check_dataset(dataset)
         identity |= {"reads_queries": reads_queries}

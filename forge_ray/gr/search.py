@@ -35,18 +35,27 @@ def search_rows(
     """Figures by row of the table, in order.
 
     Args:
-        models: trained with `tasks.search` or `tasks.query_to_sid`.
+        models: trained with `tasks.search` or `tasks.query_to_sid`; one without `tasks.next_item`
+            has no row without the query.
         queries: of the models' dataset.
         config: which rows of it and how; with more than one worker Ray must be up.
         store: keeps the results.
+
+    Raises:
+        ConfigError: a model learned no queries.
     """
+    for model in models:
+        model.prompts.check(has_queries=True, model=model.name)
     column = model_config(models[0].artifact).tasks.column
     dataset, knn = queries.dataset, ItemKnnConfig()
     # First: what it lacks must not show after an hour of decoding.
     bm25 = evaluate_bm25(queries, config, store, column=column) if _has(dataset, column) else None
     found: dict[str, Evaluation] = {}
     for model in models:
-        for name, reads_queries in ((model.name, True), (f"{model.name} {WITHOUT_QUERY}", False)):
+        rows = {model.name: True}
+        if model.prompts.histories:
+            rows[f"{model.name} {WITHOUT_QUERY}"] = False
+        for name, reads_queries in rows.items():
             found[name] = evaluate_model(
                 model,
                 model.dataset,

@@ -25,6 +25,7 @@ from forge_ray.gr.checkpoint import (
     table_key,
 )
 from forge_ray.gr.scripts import TaskText
+from forge_ray.gr.tasks import HISTORIES, Prompts
 from forge_ray.sid.table import SidTable
 
 
@@ -37,12 +38,14 @@ class LoadedGenerator:
         table: its SIDs.
         max_history: newest items of a history that it reads.
         text: turns queries into questions; None for a model that reads no text.
+        prompts: what it learned to be asked with.
     """
 
     generator: StepwiseGenerator
     table: SidTable
     max_history: int
     text: TaskText | None = None
+    prompts: Prompts = HISTORIES
 
 
 class GeneratorSource(Protocol):
@@ -55,6 +58,10 @@ class GeneratorSource(Protocol):
     @property
     def num_levels(self) -> int:
         """Levels of its SID table."""
+
+    @property
+    def prompts(self) -> Prompts:
+        """What it learned to be asked with, known before it is loaded."""
 
     def load(self, device: str) -> LoadedGenerator:
         """Open the model on a device."""
@@ -112,6 +119,11 @@ class ModelSource:
         """Levels of its SID table."""
         return self.load_table().num_levels
 
+    @property
+    def prompts(self) -> Prompts:
+        """What it learned to be asked with: the mixture that it was trained on says so."""
+        return model_config(self.artifact).tasks.prompts
+
     def load_table(self) -> SidTable:
         """Read the codes, whatever table it is."""
         if isinstance(self.table, Path):
@@ -122,8 +134,9 @@ class ModelSource:
         """Read weights and codes; a table other than the model's own is refused."""
         table = self.load_table()
         generator = load_generator(self.artifact, table).to(device)
+        config = model_config(self.artifact)
         return LoadedGenerator(
-            generator, table, model_config(self.artifact).max_history, self._text()
+            generator, table, config.max_history, self._text(), config.tasks.prompts
         )
 
     def _text(self) -> TaskText | None:

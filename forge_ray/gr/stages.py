@@ -175,10 +175,10 @@ def check_stages(stages: Sequence[Dataset], variants: Sequence[SidVariant]) -> N
 
 
 def check_tasks(train: GrConfig) -> None:
-    """Refuses trainings with a query set, which belongs to one stage.
+    """Refuses trainings with a query set, which belongs to one stage, or on texts alone.
 
     Raises:
-        ConfigError: a task of the mixture reads queries.
+        ConfigError: a task of the mixture reads queries, or none asks for the next item.
     """
     if train.tasks.needs_queries:
         raise ConfigError(
@@ -186,6 +186,7 @@ def check_tasks(train: GrConfig) -> None:
             "set belongs to one stage. Train stage by stage with `forge-ray gr train`, "
             "initial.model and the stage's own queries."
         )
+    train.tasks.check_validation()
 
 
 def train_stage(

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import string
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 
@@ -22,11 +22,79 @@ ITEM_TASK = "next_item"
 QUERY_TASKS = ("search", "query_to_sid")
 CATALOGUE_TASKS = ("item_to_sid", "sid_to_text")
 TASKS = (ITEM_TASK, *QUERY_TASKS, *CATALOGUE_TASKS)
+SEARCH_TASK, QUERY_TASK = QUERY_TASKS
 _PLACES = {
     "search_prompt": ("history", "query"),
     "item_prompt": ("text",),
     "text_prompt": ("item",),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Prompts:
+    """What a model learned to be asked with; it is asked with nothing else.
+
+    Attributes:
+        histories: histories alone may stand before an answer, as in `next_item`.
+        queries: queries may.
+        beside: the history stands beside the query, as in `search`; without it the query stands
+            alone, as in `query_to_sid`.
+    """
+
+    histories: bool = True
+    queries: bool = False
+    beside: bool = False
+
+    def check(self, *, has_queries: bool, model: str = "the model") -> None:
+        """Refuses questions in a form that no training row had.
+
+        Args:
+            has_queries: whether the users come with queries.
+            model: what the message calls it.
+
+        Raises:
+            ConfigError: the model never learned to answer such questions.
+        """
+        if has_queries and not self.queries:
+            raise ConfigError(
+                "queries must go to a model that was trained with tasks.search or "
+                f"tasks.query_to_sid, got {model}, which was not. Train one, or leave the queries "
+                "out."
+            )
+        if has_queries or self.histories:
+            return
+        if self.queries:
+            raise ConfigError(
+                f"{model} must be asked with queries, as it was trained with tasks.next_item=0, "
+                "got users without. Name a query set (--queries of gr eval and gr recommend), or "
+                "train with a weight of tasks.next_item."
+            )
+        raise ConfigError(
+            f"{model} must have learned tasks.next_item, tasks.search or tasks.query_to_sid to be "
+            "asked for items, got none of them. Train with a weight of tasks.next_item."
+        )
+
+    def identity(self, *, has_queries: bool) -> dict[str, Any]:
+        """What decides lists beside the model: the form of the questions.
+
+        Nothing for histories, alone or beside queries: results of those are what they were before
+        there was another form.
+        """
+        return {"asks": "query"} if has_queries and not self.beside else {}
+
+
+HISTORIES = Prompts()
+"""What models learn that read no text."""
+
+
+def history_beside(task: str, max_history: int) -> int:
+    """Newest items of a history that stand beside a query, in training and in decoding alike.
+
+    Args:
+        task: one of `QUERY_TASKS`.
+        max_history: newest items of a history that the model reads.
+    """
+    return max_history if task == SEARCH_TASK else 0
 
 
 @dataclass(kw_only=True)
@@ -59,7 +127,8 @@ class TasksConfig:
     max_tokens: int = 32
     """Leading text tokens that are kept of a query or of an item's text."""
     validate: Literal["next_item", "search"] = "next_item"
-    """Task whose validation rows choose the published weights: users, or the query set's rows."""
+    """Task whose validation rows choose the published weights: users, or the query set's rows,
+    asked as in evaluation. Must be one that is learned."""
 
     def __post_init__(self) -> None:
         """Checks weights and templates."""
@@ -92,6 +161,30 @@ class TasksConfig:
     def text_tasks(self) -> tuple[str, ...]:
         """Tasks of the mixture with text in them."""
         return tuple(name for name in TASKS[1:] if self.weights[name])
+
+    @property
+    def prompts(self) -> Prompts:
+        """What a model of this mixture may be asked with; of two forms, the one that says more."""
+        return Prompts(
+            histories=bool(self.weights[ITEM_TASK]),
+            queries=any(self.weights[name] for name in QUERY_TASKS),
+            beside=bool(self.weights[SEARCH_TASK]),
+        )
+
+    def check_validation(self) -> None:
+        """Refuses to choose weights by questions that the model does not learn.
+
+        Not part of `__post_init__`: models that were published before must still be read.
+
+        Raises:
+            ConfigError: `validate` names the next item, and no training row asks for it.
+        """
+        if self.validate == ITEM_TASK and not self.prompts.histories:
+            raise ConfigError(
+                "tasks.validate must be a task that is learned, got next_item with "
+                "tasks.next_item=0. Set tasks.validate=search where queries are learned, or give "
+                "tasks.next_item a weight."
+            )
 
     @property
     def needs_queries(self) -> bool:

@@ -126,7 +126,7 @@ def train_generator(
         StoppedError: SIGTERM or a file `stop` asked for the end; the same call continues.
     """
     config = _resolved(config, dataset, table, store)
-    content: dict[str, Any] = {"gr": config.identity(), "table_key": table_key(table)}
+    content = _content(config, table)
     identity = _run_identity(config, dataset, content)
 
     def produce(writer: ArtifactWriter) -> ArtifactInfo:
@@ -157,6 +157,13 @@ def train_generator(
     return train_result(artifact)
 
 
+def _content(config: GrConfig, table: SidTable) -> dict[str, Any]:
+    """What decides the model beside its dataset."""
+    content: dict[str, Any] = {"gr": config.identity(), "table_key": table_key(table)}
+    # Queries alone once chose the weights as if histories had stood beside them.
+    return content | config.tasks.prompts.identity(has_queries=config.tasks.validate == "search")
+
+
 def _parents(config: GrConfig, dataset: Dataset, table: SidTable) -> tuple[str, ...]:
     queries = config.tasks.queries if config.tasks.needs_queries else ""
     return dataset.key, table_key(table), config.initial.model, queries
@@ -167,6 +174,7 @@ def _resolved(
 ) -> GrConfig:
     """The configuration with what it names looked up."""
     _check_table(config, dataset, table)
+    config.tasks.check_validation()
     _check_validation(config, dataset)
     initial = resolved_initial(config.initial, store, table, config.model)
     tasks = config.tasks

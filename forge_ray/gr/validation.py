@@ -75,6 +75,7 @@ class CheckpointValidator:
             self._sample.targets,
             queries=self._sample.queries,
             text=None if job.text is None else job.text.text,
+            prompts=config.tasks.prompts,
             train_counts=job.dataset.train_counts(),
             max_history=config.max_history,
             ks=config.validation.ks,

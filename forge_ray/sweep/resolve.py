@@ -107,6 +107,11 @@ def resolve_point(config: SweepConfig, point: Point, *, dataset: Catalogue) -> R
             "gr.in_process must be false in a sweep, got true: a trial's own process holds no "
             "CPUs. Leave it out."
         )
+    if not typed.gr.tasks.prompts.histories:
+        raise ConfigError(
+            "gr.tasks.next_item must be > 0 in a sweep, got 0: its designs are ranked on the next "
+            "items of users. Give it a weight."
+        )
     _check_metric(config.metric, "gr.validation.ks", typed.gr.validation.ks)
     _check_metric(config.metric, "evaluation.ks", config.evaluation.ks)
     _check_cutoffs(config.objectives, config.evaluation.ks)

@@ -5,11 +5,18 @@ from __future__ import annotations
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter
+from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.data.queries.query_set import QUERIES_KIND, QuerySet
 from forge_ray.data.queries.rows import asked_of
 from forge_ray.data.schema import Dataset, sequence_batch
-from tests.gr.chains import chain_dataset
+from forge_ray.gr.checkpoint import MODEL_KIND, TASK_TEXT_FILE, WEIGHTS_FILE, save_weights
+from forge_ray.gr.config import GrConfig
+from forge_ray.gr.models.pretrained_decoder import PretrainedDecoderConfig
+from forge_ray.gr.source import ModelSource
+from forge_ray.gr.tasks import TasksConfig
+from forge_ray.gr.vocab import vocab_of
+from forge_ray.sid.table import SidTable
+from tests.gr.chains import chain_dataset, grid_table
 
 ROWS = "abcdefghij"
 COLUMNS = "klmnopqrstuv"
@@ -57,3 +64,29 @@ def whole_titles(store: ArtifactStore, dataset: Dataset) -> QuerySet:
         QUERIES_KIND, "titles", {"whole": True}, parents=[dataset.key], produce=produce
     )
     return QuerySet(artifact, dataset)
+
+
+def publish_searcher(
+    store: ArtifactStore, queries: QuerySet, checkpoint: str, tasks: TasksConfig
+) -> ModelSource:
+    """An untrained model of a mixture in the form that training publishes."""
+    dataset = queries.dataset
+    table: Artifact = store.build("sids", "grid", {}, parents=["", dataset.key],
+                                  produce=grid_table().save)  # fmt: skip
+    key = SidTable.open(table).key
+    model = PretrainedDecoderConfig(pretrained=checkpoint).resolved()
+    config = GrConfig(model=model, tasks=tasks, max_history=4)
+
+    def produce(writer: ArtifactWriter) -> None:
+        generator = model.start(vocab_of(grid_table().codebook_sizes))
+        with writer.local_path(WEIGHTS_FILE) as path:
+            save_weights(path, generator.state_dict())
+        if tasks.text_tasks:
+            with writer.open(TASK_TEXT_FILE) as sink:
+                sink.write(model.task_text(tasks).to_json().encode())
+
+    content = {"gr": config.identity(), "table_key": key}
+    artifact = store.build(
+        MODEL_KIND, "searcher", content, parents=[dataset.key, key], produce=produce
+    )
+    return ModelSource(artifact, table, dataset)

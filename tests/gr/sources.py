@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from forge_ray.gr.source import LoadedGenerator
+from forge_ray.gr.tasks import Prompts
 from forge_ray.sid.table import SidTable
 from tests.gr.generators import HashGenerator, random_codes
 
@@ -24,6 +25,10 @@ class HashSource:
     @property
     def num_levels(self) -> int:
         return len(SIZES)
+
+    @property
+    def prompts(self) -> Prompts:
+        return Prompts()
 
     def load(self, device: str) -> LoadedGenerator:
         assert device == "cpu"

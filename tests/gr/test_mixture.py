@@ -26,8 +26,9 @@ from forge_ray.gr.config import GrConfig
 from forge_ray.gr.loop import TrainJob
 from forge_ray.gr.mixture import MixedBatch, Mixture, TextData
 from forge_ray.gr.run_folder import RunFolder
-from forge_ray.gr.scripts import ANSWER
+from forge_ray.gr.scripts import ANSWER, TaskText
 from forge_ray.gr.tasks import ITEM_TASK
+from forge_ray.gr.validation import CheckpointValidator
 from forge_ray.gr.vocab import vocab_of
 from tests.gr.chains import grid_table
 from tests.gr.models.checkpoints import qwen_checkpoint
@@ -252,6 +253,34 @@ def test_a_training_without_histories(world, tmp_path):
     assert found[-1]["loss"] < found[0]["loss"]
     assert loop._progress.cursor == Cursor()
     assert ITEM_TASK not in loop._progress.cursors
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("task", ["search", "query_to_sid"])
+def test_validation_asks_as_training_does(world, tmp_path, monkeypatch, task):
+    asked: list[Ragged] = []
+    questions = TaskText.questions
+
+    def watched(self: TaskText, histories: Ragged, queries: list[str]) -> Ragged:
+        asked.append(histories)
+        return questions(self, histories, queries)
+
+    job = world.job(
+        tmp_path, "tasks.next_item=0", "tasks.search=0", "tasks.query_to_sid=0", f"tasks.{task}=1",
+        "tasks.validate=search", "max_steps=2", "validation.every=2",
+    )  # fmt: skip
+    trained = Ragged.concatenate([one.scripts for one in world.batches(job.config, 4)])
+    has_history = {
+        any(entry >= 0 for entry in row[: row.index(ANSWER)])
+        for row in listed(trained)
+        if kind_of(row) in ("search", "query_to_sid")
+    }
+    assert (True in has_history) == (task == "search")
+    run(job)  # its rows are read in another way than batches of one process are
+    monkeypatch.setattr(TaskText, "questions", watched)
+    found = CheckpointValidator(job, TABLE.codes, device="cpu").run(2, best=1.0)
+    assert found["users"] == 60
+    assert (max(len(row) for one in asked for row in one) > 0) == (task == "search")
 
 
 @pytest.mark.usefixtures("process_group")

@@ -101,6 +101,13 @@ def test_trials_leave_the_figures_of_one_process(
             ["train.model.kind=pretrained_decoder", "train.tasks={search: 1, queries: q}"],
             "train.tasks must read no queries",
         ),
+        (
+            [
+                "train.model.kind=pretrained_decoder",
+                "train.tasks={next_item: 0, item_to_sid: 1}",
+            ],
+            "tasks.validate must be a task that is learned",
+        ),
     ],
 )
 def test_settings_that_no_chain_can_have_are_refused(overrides: list[str], message: str) -> None:

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from forge_ray.config import load_config
 from forge_ray.errors import ConfigError
 from forge_ray.gr.config import GrConfig
-from forge_ray.gr.tasks import TASKS, TasksConfig
+from forge_ray.gr.tasks import TASKS, Prompts, TasksConfig, history_beside
 
 
 def test_without_other_tasks_every_row_is_a_history():
@@ -81,6 +81,51 @@ def test_settings_that_cannot_be(overrides, message):
 def test_values_that_no_training_can_have(overrides, message):
     with pytest.raises(ConfigError, match=message):
         load_config(GrConfig, overrides=overrides)
+
+
+@pytest.mark.parametrize(
+    ("weights", "expected"),
+    [
+        ({}, Prompts(histories=True, queries=False, beside=False)),
+        ({"search": 1}, Prompts(histories=True, queries=True, beside=True)),
+        ({"query_to_sid": 1}, Prompts(histories=True, queries=True, beside=False)),
+        ({"search": 1, "query_to_sid": 2}, Prompts(histories=True, queries=True, beside=True)),
+        ({"next_item": 0, "query_to_sid": 1}, Prompts(histories=False, queries=True, beside=False)),
+        ({"next_item": 0, "item_to_sid": 1}, Prompts(histories=False, queries=False, beside=False)),
+    ],
+)
+def test_a_model_is_asked_as_it_was_trained(weights, expected):
+    assert TasksConfig(queries="q", **weights).prompts == expected
+
+
+def test_only_the_search_task_has_histories_beside_queries():
+    assert [history_beside(task, 20) for task in ("search", "query_to_sid")] == [20, 0]
+
+
+def test_questions_that_no_training_row_had():
+    TasksConfig().prompts.check(has_queries=False)
+    with pytest.raises(ConfigError, match=r"tasks\.query_to_sid, got old, which was not"):
+        TasksConfig(item_to_sid=1).prompts.check(has_queries=True, model="old")
+    alone = TasksConfig(next_item=0, query_to_sid=1, queries="q").prompts
+    alone.check(has_queries=True)
+    with pytest.raises(ConfigError, match=r"new must be asked with queries.*users without"):
+        alone.check(has_queries=False, model="new")
+    with pytest.raises(ConfigError, match="got none of them"):
+        TasksConfig(next_item=0, item_to_sid=1).prompts.check(has_queries=False)
+
+
+def test_results_of_other_questions_have_another_identity():
+    both, alone = Prompts(queries=True, beside=True), Prompts(queries=True)
+    assert both.identity(has_queries=True) == alone.identity(has_queries=False) == {}
+    assert alone.identity(has_queries=True) == {"asks": "query"}
+
+
+def test_weights_are_chosen_by_a_task_that_is_learned():
+    TasksConfig().check_validation()
+    TasksConfig(next_item=0, search=1, queries="q", validate="search").check_validation()
+    for one in ({"search": 1, "queries": "q"}, {"item_to_sid": 1}):
+        with pytest.raises(ConfigError, match=r"validate must be .* got next_item with"):
+            TasksConfig(next_item=0, **one).check_validation()
 
 
 def test_a_batch_below_the_tasks_is_refused():

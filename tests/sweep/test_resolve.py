@@ -117,6 +117,13 @@ def test_mistakes_are_refused(point: dict[str, Any]) -> None:
         resolve(point)
 
 
+def test_designs_that_learn_no_next_item_are_refused() -> None:
+    point = {"gr.model.kind": "pretrained_decoder", "gr.tasks.item_to_sid": 1}
+    resolve(point)
+    with pytest.raises(ConfigError, match=r"gr\.tasks\.next_item must be > 0"):
+        resolve({**point, "gr.tasks.next_item": 0})
+
+
 @pytest.mark.parametrize("name", ["gr.max_steps", "gr.validation.every", "gr.validation"])
 def test_steps_that_rungs_are_made_of_are_not_searched(name: str) -> None:
     searched = dataclasses.replace(CONFIG, space={name: {"choice": [1, 2]}})

@@ -22,7 +22,7 @@ from forge_ray.gr.models.pretrained_decoder import PretrainedDecoderConfig
 from forge_ray.gr.models.pretrained_t5 import PretrainedT5Config
 from forge_ray.gr.prefix_index import PrefixIndex
 from forge_ray.gr.scripts import ScriptBatch, TaskText, script_tokens
-from forge_ray.gr.tasks import TasksConfig
+from forge_ray.gr.tasks import Prompts, TasksConfig
 from forge_ray.gr.vocab import PAD, Vocab
 from forge_ray.sid.table import SidTable
 from tests.gr.models.checkpoints import qwen_checkpoint, t5_checkpoint
@@ -33,6 +33,7 @@ GRID = np.stack(np.meshgrid(*(np.arange(k) for k in SIZES), indexing="ij"), -1).
 HISTORIES = Ragged.from_lists([[3, 50, 9], [], [7]], dtype=np.int32)
 QUERIES = ["red soap", "brush", "a"]
 WANTED = np.array([11, 70, 3])
+BOTH = Prompts(queries=True, beside=True)
 
 
 class Asked:
@@ -165,8 +166,9 @@ def test_decoding_scores_what_training_charged(folders, kind):
     asked = make(folders, kind)
     table = SidTable.from_codes(GRID, SIZES)
     decoder = SidDecoder(
-        asked.model, table, widths=(6, 30, 120), max_history=2, text=asked.text, batch_users=2
-    )
+        asked.model, table, widths=(6, 30, 120), max_history=2, text=asked.text, prompts=BOTH,
+        batch_users=2,
+    )  # fmt: skip
     decoded = decoder.decode(HISTORIES, QUERIES)
     recent = asked.text.searches(HISTORIES.tail(2), QUERIES, WANTED)
     ranks = decoder.item_rank()[WANTED]
@@ -182,7 +184,7 @@ def test_the_query_and_the_history_are_read(folders, kind):
     asked = make(folders, kind)
     decoder = SidDecoder(
         asked.model, SidTable.from_codes(GRID, SIZES), widths=(6, 30, 120), max_history=5,
-        text=asked.text,
+        text=asked.text, prompts=BOTH,
     )  # fmt: skip
     base = decoder.decode(HISTORIES, QUERIES).scores
     other = decoder.decode(HISTORIES, ["blue soap", "brush", "a"]).scores
@@ -192,6 +194,26 @@ def test_the_query_and_the_history_are_read(folders, kind):
     assert np.allclose(base[1:], other[1:], atol=1e-4)
     assert not np.allclose(base[0], shorter[0], atol=1e-4)
     assert not np.allclose(base, none, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_model_of_queries_alone_is_asked_without_the_history(folders, kind):
+    asked = make(folders, kind)
+    table = SidTable.from_codes(GRID, SIZES)
+    decoder = SidDecoder(
+        asked.model, table, widths=(6, 30, 120), max_history=5, text=asked.text,
+        prompts=Prompts(histories=False, queries=True),
+    )  # fmt: skip
+    decoded = decoder.decode(HISTORIES, QUERIES)
+    # As `QueryScripts` writes the rows of `query_to_sid`.
+    learned = asked.text.searches(HISTORIES.tail(0), QUERIES, WANTED)
+    ranks = decoder.item_rank()[WANTED]
+    for row in range(3):
+        charged = asked.model.script_loss_sum(asked.batch(learned.take([row])))
+        slot = decoded.sid_rank[row].tolist().index(int(ranks[row]))
+        assert decoded.scores[row, slot] == pytest.approx(-float(charged), abs=1e-3)
+    with pytest.raises(ConfigError, match="must be asked with queries"):
+        decoder.decode(HISTORIES)
 
 
 @torch.no_grad()
