@@ -348,7 +348,7 @@ class _ShardWriter:
         part = group[0].part
         updated = replace(
             record,
-            layout=group[0].layout,
+            layout=group[-1].layout,  # blank lines before the first row leave it open
             batches=record.batches + len(group),
             shards=record.shards + 1,
             rows=dict(Counter(record.rows) + Counter({part: self._rows})),

@@ -24,6 +24,7 @@ from forge_ray.data.schema import matrix
 from forge_ray.errors import DataError
 
 CAUSES = {
+    "blank_line": "lines with nothing on them but white space and delimiters",
     "wrong_columns": "lines with another number of fields than the header",
     "not_utf8": "lines that are no UTF-8 text",
     "empty_item": "rows with an empty item id",
@@ -72,8 +73,21 @@ class Rows:
         self.causes[bad & (self.causes == "")] = cause
 
 
+def blank_rows(texts: Sequence[pa.Array]) -> NDArray[np.bool_]:
+    """Rows whose fields are all blank: a blank line reads like one of delimiters alone.
+
+    Args:
+        texts: the columns, without nulls.
+    """
+    found = np.ones(len(texts[0]), dtype=bool)
+    for text in texts:
+        if found.any():  # mostly the first column tells
+            found &= _is_empty(pc.utf8_trim_whitespace(text))
+    return found
+
+
 def settle(layout: Layout, texts: Sequence[pa.Array], reading: Reading) -> Layout:
-    """Decide from a file's first rows what holds for all of them."""
+    """Decide from a file's first rows, at least one and none of them blank, what holds for all."""
     if layout.kind == "gr":
         parsed = reading.sids.parse(texts[-1])
         are_sids = parsed.is_valid & (parsed.codes.lengths > 0)

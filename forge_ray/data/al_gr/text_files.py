@@ -20,7 +20,7 @@ import pyarrow.csv as pacsv
 from numpy.typing import NDArray
 
 from forge_ray.data.al_gr.layouts import Layout
-from forge_ray.data.al_gr.rows import Reading, Rows, decode, settle
+from forge_ray.data.al_gr.rows import Reading, Rows, blank_rows, decode, settle
 from forge_ray.errors import DataError
 
 # Arrow reads up to 32 blocks ahead: 64 MiB of a file, however fast they are taken.
@@ -101,7 +101,7 @@ def read_text(
 
     Args:
         source: the open file.
-        layout: of the file; settled on the first rows unless it is already.
+        layout: of the file; settled on the first batch with a row that is not blank.
         reading: what the file does not say.
         name: the file's, for rejects.
         block_bytes: read at a time. A batch is a block, so passing over some needs the same size.
@@ -112,24 +112,55 @@ def read_text(
         DataError: a quote that was opened runs over whole rows.
     """
     lines = _Lines(has_header=bool(layout.columns))
+    is_settled = False
     for number, batch in enumerate(_open(source, layout, lines, block_bytes)):
         # A layout depends on the first rows alone, so a resumed reading needs them again.
-        texts, not_utf8 = _texts(batch)
-        if number == 0:
-            layout = settle(layout, texts, reading)
+        fields = _fields(batch)
+        if len(fields.not_utf8) and not is_settled:
+            layout, is_settled = settle(layout, fields.texts, reading), True
         numbers, gone = lines.take(batch.num_rows)
         if number >= skip:
-            rows = decode(layout, texts, reading)
-            rows.causes[not_utf8] = "not_utf8"
-            rejects = _rejects(name, numbers, rows, texts, gone, layout)
-            _check_quotes(rejects, layout)
-            kept = rows.table.filter(pa.array(rows.causes == ""))
-            yield Batch(layout, part, kept, rejects)
+            yield _batch(layout, fields, reading, name=name, numbers=numbers, gone=gone, part=part)
     _, gone = lines.take(0, last=True)
     if gone:
-        rejects = _rejects(name, [], None, [], gone, layout)
+        rejects = _rejects(name, [], None, [], _left_out(gone, layout), layout)
         _check_quotes(rejects, layout)
         yield Batch(layout, part, pa.table({}), rejects)
+
+
+def _batch(
+    layout: Layout,
+    fields: _Fields,
+    reading: Reading,
+    *,
+    name: str,
+    numbers: NDArray[np.int64],
+    gone: Sequence[tuple[int, str]],
+    part: str,
+) -> Batch:
+    """The rows of a batch, typed; blank ones are never decoded."""
+    blanks = zip(numbers[fields.is_blank].tolist(), fields.blanks(layout), strict=True)
+    others = [*_left_out(gone, layout), *((row, "blank_line", text) for row, text in blanks)]
+    rows = None
+    if len(fields.not_utf8):  # before there is such a row, the layout may be open
+        rows = decode(layout, fields.texts, reading)
+        rows.causes[fields.not_utf8] = "not_utf8"
+    rejects = _rejects(name, numbers[~fields.is_blank], rows, fields.texts, others, layout)
+    _check_quotes(rejects, layout)
+    kept = pa.table({}) if rows is None else rows.table.filter(pa.array(rows.causes == ""))
+    return Batch(layout, part, kept, rejects)
+
+
+def _left_out(gone: Sequence[tuple[int, str]], layout: Layout) -> list[tuple[int, str, str]]:
+    """Number, cause and text of lines that Arrow dropped."""
+    return [
+        (row, "blank_line" if _is_blank(text, layout) else "wrong_columns", text)
+        for row, text in gone
+    ]
+
+
+def _is_blank(text: str, layout: Layout) -> bool:
+    return not text.replace(layout.delimiter, " ").replace('""', " ").strip()
 
 
 def _check_quotes(rejects: pa.Table, layout: Layout) -> None:
@@ -213,6 +244,43 @@ def _open(source: Any, layout: Layout, lines: _Lines, block_bytes: int) -> Itera
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Fields:
+    """A batch as Arrow read it.
+
+    Attributes:
+        texts: the columns of the m rows that are not blank.
+        not_utf8: [m], rows that are no text; their stray bytes are escaped.
+        is_blank: [n], of all rows.
+        blank: the columns of the other rows.
+    """
+
+    texts: list[pa.Array]
+    not_utf8: NDArray[np.bool_]
+    is_blank: NDArray[np.bool_]
+    blank: list[pa.Array]
+
+    def blanks(self, layout: Layout) -> list[str]:
+        """The blank rows as text: no delimiters where no field has anything, not even a space."""
+        whole = spell_lines(self.blank, layout).to_pylist()
+        is_bare = pc.equal(pc.binary_join_element_wise(*self.blank, ""), "").to_pylist()
+        return ["" if bare else text for bare, text in zip(is_bare, whole, strict=True)]
+
+
+def _fields(batch: pa.RecordBatch) -> _Fields:
+    texts, not_utf8 = _texts(batch)
+    is_blank = blank_rows(texts)
+    if not is_blank.any():
+        return _Fields(texts, not_utf8, is_blank, [text.slice(0, 0) for text in texts])
+    blank, rest = pa.array(is_blank), pa.array(~is_blank)
+    return _Fields(
+        [text.filter(rest) for text in texts],
+        not_utf8[~is_blank],
+        is_blank,
+        [text.filter(blank) for text in texts],
+    )
+
+
 def _texts(batch: pa.RecordBatch) -> tuple[list[pa.Array], NDArray[np.bool_]]:
     """The columns as text, and the rows that are none, with their stray bytes escaped."""
     bad = np.zeros(batch.num_rows, dtype=bool)
@@ -230,12 +298,12 @@ def _rejects(
     numbers: Any,
     rows: Rows | None,
     texts: Sequence[pa.Array],
-    gone: Sequence[tuple[int, str]],
+    others: Sequence[tuple[int, str, str]],
     layout: Layout,
 ) -> pa.Table:
-    """The rows left out, in file order: their numbers, ids, causes and texts."""
+    """The rows left out, in file order, `others` among them: numbers, ids, causes and texts."""
     ours: list[dict[str, Any]] = [
-        {"row": row, "id": "", "cause": "wrong_columns", "text": text} for row, text in gone
+        {"row": row, "id": "", "cause": cause, "text": text} for row, cause, text in others
     ]
     if rows is not None:
         places = np.flatnonzero(rows.causes != "")

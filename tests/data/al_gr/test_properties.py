@@ -110,11 +110,15 @@ def test_lines_that_are_kept_come_back_and_the_rest_is_listed(
     raw = header_line(layout) + joined(lines, layout)
     batches = read_text(io.BytesIO(raw), layout, READING, name="f", block_bytes=1 << 20, part="p")
     (batch,) = batches
-    kept = spell_lines(encode(batch.layout, batch.table, READING), layout).to_pylist()
+    fields = encode(batch.layout, batch.table, READING) if batch.table.num_rows else []
+    kept = spell_lines(fields, layout).to_pylist() if fields else []
     gone = {row["row"]: row["text"] for row in batch.rejects.to_pylist()}
     rest = iter(kept)
     every = [gone[n] if n in gone else next(rest) for n in range(1, len(rows) + 1)]
-    assert every == lines.to_pylist()
+    # A row without anything is a blank line, whatever its delimiters.
+    is_bare = [not any(row[: len(columns)]) and bool(columns) for row in rows]
+    expected = ["" if bare else line for bare, line in zip(is_bare, lines.to_pylist(), strict=True)]
+    assert every == expected
     assert next(rest, None) is None
 
 
@@ -144,6 +148,78 @@ def test_bytes_that_are_no_text_are_left_out_in_lines_of_any_width(block: int) -
         (["b", "a"], ["c"]),
         (["café"], ["d"]),
         (["g"], ["😀"]),
+    ]
+
+
+BLANKS = ("", "", "  ", "")
+GOOD = {
+    "sequences": ("user_history,target_item", "a;b,c"),
+    "gr": ("system,user,answer", "s,u C0C4C9 v,C1C5C10"),
+    "item_emb": ("item_id,feature", "a,AACAPwAAAEA="),
+    "item_sid": ("item_id,lv1,lv2,lv3", "a,1,2,3"),
+    "queries": (None, "1||$$||1.0||$$||a||$$||b"),
+}
+
+
+@pytest.mark.parametrize("kind", GOOD)
+@pytest.mark.parametrize("eol", ["\n", "\r\n"])
+@pytest.mark.parametrize(
+    ("delimiter", "quoted"), [(",", False), ("\t", False), (",", True), ("\t", True)]
+)
+@pytest.mark.parametrize("has_end", [True, False])
+def test_blank_lines_are_left_out_as_such_and_decide_nothing(
+    kind: str, eol: str, delimiter: str, quoted: bool, has_end: bool
+) -> None:
+    header, good = GOOD[kind]
+    rows = [one.split(",") for one in (header, good) if one]
+    mark = '"' if quoted and header else ""
+    spelled = [delimiter.join(f"{mark}{one}{mark}" for one in row) for row in rows]
+    if not header:
+        spelled = [good]
+    bare = delimiter * (len(rows[0]) - 1) if header else ""
+    # More of them than of rows, before the first, between two and at the end of the file.
+    lines = [*spelled[:-1], *BLANKS, bare, spelled[-1], "", spelled[-1], *BLANKS, bare, "  "]
+    layout = Layout(
+        kind=kind, columns=tuple(rows[0]) if header else (), eol=eol, quoted=bool(mark),
+        delimiter=delimiter if header else "\x01",
+    )  # fmt: skip
+    raw = eol.join([*lines, *[""] * has_end]).encode()
+    batches = list(
+        read_text(io.BytesIO(raw), layout, READING, name="f", block_bytes=1 << 20, part="p")
+    )
+    body = lines[1:] if header else lines
+    rejects = [one for batch in batches for one in batch.rejects.to_pylist()]
+    assert [(one["file"], one["row"], one["cause"], one["text"]) for one in rejects] == [
+        ("f", number, "blank_line", line if line.isspace() and line != bare else "")
+        for number, line in enumerate(body, 1)
+        if line != spelled[-1]
+    ]
+    assert sum(batch.table.num_rows for batch in batches) == 2
+    assert batches[-1].layout.answers == ("sids" if kind == "gr" else "")
+    assert batches[-1].layout.dim == (2 if kind == "item_emb" else 0)
+
+
+@pytest.mark.parametrize("skip", [0, 1, 2])
+def test_a_file_may_begin_with_batches_of_blank_lines(skip: int) -> None:
+    raw = b"item_id,feature\n" + b"\n" * 100 + b"a,AACAPwAAAEA=\n" * 20 + b"\n\n"
+    layout = Layout(kind="item_emb", columns=("item_id", "feature"))
+    batches = list(
+        read_text(io.BytesIO(raw), layout, READING, name="f", block_bytes=64, part="p", skip=skip)
+    )
+    causes = [one for batch in batches for one in batch.rejects["cause"].to_pylist()]
+    assert batches[-1].layout.dim == 2
+    if not skip:
+        assert batches[0].layout.dim == 0
+        assert causes == ["blank_line"] * 102
+        assert sum(batch.table.num_rows for batch in batches) == 20
+
+
+def test_fields_of_blanks_among_others_are_no_blank_line() -> None:
+    batches = read(b"user_history,target_item\na,\n,b\n,\n a ,b\n", COLUMNS)
+    (batch,) = batches
+    assert [(one["row"], one["cause"]) for one in batch.rejects.to_pylist()] == [
+        (1, "no_target"),
+        (3, "blank_line"),
     ]
 
 

@@ -136,6 +136,25 @@ def test_planted_defects_are_skipped_counted_and_kept(tmp_path: Path) -> None:
     assert lines == (tmp_path / "raw/gr.csv").read_text().splitlines()
 
 
+def test_blank_lines_are_counted_kept_and_decide_nothing(tmp_path: Path) -> None:
+    rng = np.random.default_rng(5)
+    head, rows = ["system", "user", "answer"], files.gr_rows(rng, 3)
+    path = files.write_rows(tmp_path / "raw/gr.csv", [head, *rows], eol="\r\n")
+    first, *rest = path.read_bytes().split(b"\r\n")[:-1]
+    path.write_bytes(b"\r\n".join([first, *[b""] * 9, *rest, b"   ", b"", b""]))
+    report = run(tmp_path / "raw", tmp_path / "in")
+    assert report.skipped == {"blank_line": 11}
+    assert report.rows == {"gr": 3}
+    assert "answer" in pq.read_table(tmp_path / "in/gr").column_names  # and no `answer_items`
+    found = [(one["file"], one["row"], one["text"]) for one in rejects(tmp_path / "in")]
+    assert found == [
+        *(("gr.csv", row, "") for row in range(1, 10)), ("gr.csv", 13, "   "), ("gr.csv", 14, ""),
+    ]  # fmt: skip
+    back = export_al_gr(str(tmp_path / "in"), str(tmp_path / "out"))
+    assert back.left_out == report.skipped
+    assert (tmp_path / "out/gr.csv").read_bytes() == b"\r\n".join([first, *rest, b""])
+
+
 @pytest.mark.parametrize("name", ["itemEncID", "itemEncId"])
 def test_archives_come_back_with_equal_arrays(tmp_path: Path, name: str) -> None:
     rng = np.random.default_rng(2)
