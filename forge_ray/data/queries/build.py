@@ -4,6 +4,12 @@ Queries follow the dataset's splits: a query that led to a validation or test ta
 split, all others are in train. Train queries that ask for a held-out query's item in the very same
 words are left out and counted (`repeats=drop`), so that no held-out pair of query and item was ever
 seen. Shards are written by Ray Data tasks; Ray must be running.
+
+Memory: a task holds one shard of users, its queries, and the texts of the items that these users
+took. Texts of all items (with a log, their ids) and 8 bytes for each distinct pair of held-out
+query and item lie once in the object store of a node, where all its tasks read them without a copy;
+the one worker that puts texts or pairs there holds them up to three times. The driver holds counts,
+an example of each cause, and the names of the shards.
 """
 
 from __future__ import annotations
@@ -15,7 +21,6 @@ from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 import ray.data
@@ -28,15 +33,16 @@ from forge_ray.data import tasks
 from forge_ray.data.importers import RawFile, fingerprint, list_files
 from forge_ray.data.queries.log import QueryLogConfig, logged
 from forge_ray.data.queries.output import (
-    NO_PAIRS,
     WRITTEN,
+    Counted,
     Target,
+    collected,
     pairs_of,
     texts_of,
     written,
 )
 from forge_ray.data.queries.query_set import QUERIES_KIND, QuerySet
-from forge_ray.data.queries.rows import asked_of
+from forge_ray.data.queries.rows import Asked, asked_of, is_among
 from forge_ray.data.queries.words import DeriveConfig, QueryMaker
 from forge_ray.data.schema import SPLITS, Dataset, Split, sequence_batch
 from forge_ray.data.sources import absolute_path
@@ -112,19 +118,19 @@ def _identity(config: QueriesConfig, files: Sequence[RawFile]) -> dict[str, Any]
 def _produce(
     config: QueriesConfig, files: Sequence[RawFile], dataset: Dataset, writer: ArtifactWriter
 ) -> ArtifactInfo:
-    target = Target.of(writer)
-    ledger = tasks.Ledger()
+    target = Target.of(writer, compares=config.repeats == "drop")
     rows = (
         logged(config.log, files, dataset, target, max_history=config.max_history)
         if files
         else _derived(config, dataset, target)
     )
-    found = tasks.split_ledger(tasks.results(rows), ledger)
-    held_out = np.unique(found["pair"].drop_null().to_numpy()) if found.num_rows else NO_PAIRS
-    train = tasks.results(_compared(config, held_out, target))
-    train = tasks.split_ledger(train, ledger)
-    counts: dict[str, int] = {"train": _rows(train, "train")}
-    counts |= {str(split): _rows(found, split) for split in SPLITS[1:]}
+    held_out, counted = tasks.gathered(rows, collected)
+    ledger = counted.ledger
+    train = Counted(ledger=ledger)
+    for table in tasks.tables(_compared(held_out, target)):
+        train.add(table)
+    counts: dict[str, int] = {"train": train.rows["train"]}
+    counts |= {str(split): counted.rows[split] for split in SPLITS[1:]}
     if not all(counts.values()):
         raise DataError(
             f"every split must have queries, got {counts}; left out: {dict(ledger.counts)}. "
@@ -136,27 +142,29 @@ def _produce(
     )
 
 
-def _rows(table: pa.Table, split: str) -> int:
-    if not table.num_rows:
-        return 0
-    return int(pc.sum(table.filter(pc.equal(table["split"], split))["rows"]).as_py() or 0)
-
-
 # ---- queries made from texts ----
 
 
 def _derived(config: QueriesConfig, dataset: Dataset, target: Target) -> ray.data.Dataset:
     shards = [(split, path) for split in SPLITS for path in dataset.sequence_files(split)]
-    texts = dataset.items([config.derive.column])[config.derive.column]
     return tasks.for_each(
         range(len(shards)),
         _derive_shard,
         shards=shards,
         source=dataset.filesystem,
-        texts=ray.put(texts.cast(pa.string()).combine_chunks()),
+        texts=_texts.remote(dataset, config.derive.column),
         config=config,
         target=target,
     )
+
+
+@ray.remote
+def _texts(dataset: Dataset, column: str) -> pa.LargeStringArray:
+    """Texts of all items by item index, from a worker: the driver holds none of them."""
+    tasks.limit_threads()
+    found = dataset.items([column])[column]
+    # More than 2 GiB of them do not fit a `string` array.
+    return found.cast(pa.large_string()).combine_chunks()
 
 
 def _derive_shard(
@@ -164,15 +172,14 @@ def _derive_shard(
     *,
     shards: Sequence[tuple[Split, str]],
     source: Any,
-    texts: ray.ObjectRef[pa.Array],
+    texts: ray.ObjectRef[pa.LargeStringArray],
     config: QueriesConfig,
     target: Target,
 ) -> Iterator[pa.Table]:
     split, path = shards[number]
     users = sequence_batch(pq.read_table(path, filesystem=source).combine_chunks())
     asked = asked_of(users, split, max_history=config.max_history)
-    maker = QueryMaker(ray.get(texts).to_pylist(), config.derive)
-    queries = maker.queries(asked.targets, asked.keys)
+    queries = _queries(asked, ray.get(texts), config.derive)
     has_words = np.array([bool(query) for query in queries], dtype=bool)
     ledger = tasks.Ledger()
     wordless = np.flatnonzero(~has_words)
@@ -185,12 +192,17 @@ def _derive_shard(
     yield tasks.ledger_rows(WRITTEN, ledger)
 
 
+def _queries(asked: Asked, texts: pa.LargeStringArray, config: DeriveConfig) -> list[str]:
+    """A query for each moment; only texts of items that were wanted become Python's."""
+    items, places = np.unique(asked.targets, return_inverse=True)
+    maker = QueryMaker(texts.take(pa.array(items)).to_pylist(), config)
+    return maker.queries(places, asked.keys)
+
+
 # ---- train queries beside held-out ones ----
 
 
-def _compared(
-    config: QueriesConfig, held_out: NDArray[np.uint64], target: Target
-) -> ray.data.Dataset:
+def _compared(held_out: ray.ObjectRef[NDArray[np.uint64]], target: Target) -> ray.data.Dataset:
     folder = f"{target.scratch}/train"
     found = target.filesystem.get_file_info(pafs.FileSelector(folder))
     files = sorted(entry.path for entry in found)
@@ -198,7 +210,7 @@ def _compared(
         range(len(files)),
         _compare_shard,
         files=files,
-        held_out=ray.put(held_out if config.repeats == "drop" else NO_PAIRS),
+        held_out=held_out,
         target=target,
     )
 
@@ -211,7 +223,9 @@ def _compare_shard(
     target: Target,
 ) -> Iterator[pa.Table]:
     table = pq.read_table(files[number], filesystem=target.filesystem)
-    repeated = np.isin(pairs_of(table), ray.get(held_out))
+    repeated = np.zeros(table.num_rows, dtype=bool)
+    if target.compares:
+        repeated = is_among(pairs_of(table), ray.get(held_out))
     ledger = tasks.Ledger()
     if repeated.any():
         text = texts_of(table.filter(pa.array(repeated)))[0]
@@ -221,5 +235,5 @@ def _compare_shard(
     if kept.num_rows:
         name = files[number].rsplit("/", 1)[-1]
         tasks.write_shard(kept, f"{target.root}/sequences/train/{name}", target.filesystem)
-    yield written("train", kept.num_rows, np.zeros(1, np.uint64))
+    yield written("train", kept.num_rows)
     yield tasks.ledger_rows(WRITTEN, ledger)

@@ -6,7 +6,8 @@ of the interaction. Queries without a user have no history; a hash of their word
 that equal words never stand on both sides of a split.
 
 Files are read in chunks and brought to the users' shards in two exchanges; no process holds more
-than one shard of queries. Ray must be running.
+than one shard of queries, and the ids of all items lie once in the object store of a node. Ray must
+be running.
 """
 
 from __future__ import annotations
@@ -165,12 +166,9 @@ def logged(
         unit=unit_of(dataset.artifact.manifest.metrics["ticks_per_day"]),
         target=target,
     )
-    ids = dataset.items(["item_id"])["item_id"].cast(pa.string()).combine_chunks()
     shards = max(1, len(job.users))
     numbers = range(len(files) + len(job.users))
-    rows = tasks.for_each(
-        numbers, _read, job=job, index=ray.put(_sorted(to_bytes(ids))), shards=shards
-    )
+    rows = tasks.for_each(numbers, _read, job=job, index=_index.remote(dataset), shards=shards)
     owned = tasks.exchange(rows, _find_users, shards=shards, job=job)
     return tasks.exchange(owned, _write, shards=shards, job=job)
 
@@ -190,6 +188,14 @@ class _Items:
         """Item index of each id, `UNKNOWN` where there is none."""
         found = self.index.lookup(ids)
         return np.where(found == UNKNOWN, UNKNOWN, self.order[np.maximum(found, 0)])
+
+
+@ray.remote
+def _index(dataset: Dataset) -> _Items:
+    """The item ids, from a worker: the driver holds none of them."""
+    tasks.limit_threads()
+    ids = dataset.items(["item_id"])["item_id"].cast(pa.string()).combine_chunks()
+    return _sorted(to_bytes(ids))
 
 
 def _sorted(ids: NDArray[np.bytes_]) -> _Items:

@@ -24,6 +24,8 @@ from forge_ray.errors import ConfigError
 _WORD = re.compile(r"\w+")
 _MOST_WORDS = 24
 """Words of a text that a query is drawn from."""
+_BLOCK_ROWS = 65536
+"""Queries whose draws, one for each word, are in memory at a time: 13 MB of them."""
 _SHORTEST_MISTYPED = 4
 
 
@@ -69,7 +71,7 @@ class QueryMaker:
         """Keeps the texts.
 
         Args:
-            texts: of all items, by item index.
+            texts: of the items that will be asked for.
             config: how they become queries.
         """
         self._texts = texts
@@ -81,9 +83,16 @@ class QueryMaker:
         """One query for each row, empty where the item's text has no word.
 
         Args:
-            items: int [R], item indices.
+            items: int [R], places in the texts.
             keys: int64 [R], what tells the rows apart; equal keys draw the same numbers.
         """
+        found: list[str] = []
+        for start in range(0, len(items), _BLOCK_ROWS):
+            block = slice(start, start + _BLOCK_ROWS)
+            found += self._block(items[block], keys[block])
+        return found
+
+    def _block(self, items: NDArray[np.integer[Any]], keys: NDArray[np.int64]) -> list[str]:
         config, salt = self._config, self._config.seed * 64
         count, typo, kind, place = (unit_uniform(keys, salt=salt + one) for one in range(4))
         order = np.stack([unit_uniform(keys, salt=salt + 4 + one) for one in range(_MOST_WORDS)], 1)

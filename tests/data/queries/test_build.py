@@ -9,12 +9,17 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import load_config
+from forge_ray.data import tasks
 from forge_ray.data.prepare import PrepareConfig, prepare
+from forge_ray.data.queries import build
 from forge_ray.data.queries.build import QueriesConfig, build_queries
 from forge_ray.data.queries.query_set import QuerySet
+from forge_ray.data.queries.rows import asked_of
+from forge_ray.data.queries.words import QueryMaker
 from forge_ray.data.schema import SPLITS, Dataset
 from forge_ray.data.sources import InteractionsConfig
 from forge_ray.errors import ConfigError, DataError
@@ -111,6 +116,80 @@ class TestMadeFromTexts:
         assert trained == [row for row in rows_of(kept, "train") if row[2:] not in held_out]
         left_out = len(rows_of(kept, "train")) - len(trained)
         assert 0 < left_out == queries.artifact.manifest.rows["repeated_query"]
+
+    @pytest.mark.parametrize("repeats", ["drop", "keep"])
+    def test_the_rows_are_those_of_one_process_that_holds_everything(self, dataset, store, repeats):
+        config = load_config(
+            QueriesConfig, overrides=[f"repeats={repeats}", "derive.seed=3", "max_history=3"]
+        )
+        texts = dataset.items(["title"])["title"].to_pylist()
+        maker = QueryMaker(texts, config.derive)
+        expected: dict[str, list[tuple[int, tuple[int, ...], int, str]]] = {}
+        wordless = 0
+        for split in SPLITS:
+            expected[split] = []
+            for users in dataset.sequence_batches(split):
+                asked = asked_of(users, split, max_history=3)
+                for row, query in enumerate(maker.queries(asked.targets, asked.keys)):
+                    wordless += not query
+                    if query:
+                        items = tuple(asked.items.row(row).tolist())
+                        found = (int(asked.user_index[row]), items, int(asked.targets[row]), query)
+                        expected[split].append(found)
+        held_out = {row[2:] for split in SPLITS[1:] for row in expected[split]}
+        trained = [row for row in expected["train"] if repeats == "keep" or row[2:] not in held_out]
+        repeated = len(expected["train"]) - len(trained)
+        assert (repeated > 0) == (repeats == "drop")
+        queries = build_queries(config, dataset, store)
+        for split in SPLITS:
+            rows = trained if split == "train" else expected[split]
+            assert rows_of(queries, split) == sorted(rows)
+            assert queries.artifact.manifest.rows[split] == len(rows)
+        counts = queries.artifact.manifest.rows
+        assert counts["no_text"] == wordless > 0
+        assert counts.get("repeated_query", 0) == repeated
+
+    def test_the_driver_holds_neither_texts_nor_rows(self, dataset, store, monkeypatch):
+        came: list[pa.Table] = []
+
+        def watched(rows):
+            for table in tables(rows):
+                came.append(table)
+                yield table
+
+        tables = tasks.tables
+        monkeypatch.setattr(tasks, "tables", watched)
+        monkeypatch.setattr(Dataset, "items", None)  # of this process: workers have their own
+        build_queries(load_config(QueriesConfig, overrides=["derive.seed=4"]), dataset, store)
+        shards = len(dataset.sequence_files("train"))
+        said = pa.concat_tables([one for one in came if one.num_rows])
+        assert said["split"].drop_null().to_pylist() == ["train"] * shards
+        assert said["pairs"].combine_chunks().flatten().to_pylist() == []
+
+    def test_tasks_read_the_texts_where_they_lie(self, dataset):
+        reference = build._texts.remote(dataset, "title")
+        ray.wait([reference])
+        before = pa.total_allocated_bytes()
+        texts = ray.get(reference)
+        assert pa.total_allocated_bytes() == before
+        assert texts.to_pylist() == dataset.items(["title"])["title"].to_pylist()
+
+    def test_a_task_takes_the_texts_of_its_own_items(self, dataset, monkeypatch):
+        taken: list[int] = []
+
+        class Watched(QueryMaker):
+            def __init__(self, texts, config):
+                taken.append(len(texts))
+                super().__init__(texts, config)
+
+        monkeypatch.setattr(build, "QueryMaker", Watched)
+        texts = dataset.items(["title"])["title"].cast(pa.large_string()).combine_chunks()
+        (users, *_) = dataset.sequence_batches("test")
+        asked = asked_of(users, "test", max_history=3)
+        found = build._queries(asked, texts, QueriesConfig().derive)
+        assert taken == [len(set(asked.targets.tolist()))]
+        whole = QueryMaker(texts.to_pylist(), QueriesConfig().derive)
+        assert found == whole.queries(asked.targets, asked.keys)
 
     def test_the_same_words_every_time(self, dataset, store, tmp_path):
         queries = build_queries(QueriesConfig(), dataset, store)

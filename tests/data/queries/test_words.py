@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from forge_ray.data.queries import words as module
 from forge_ray.data.queries.words import DeriveConfig, QueryMaker
 from forge_ray.errors import ConfigError
 
@@ -88,3 +89,10 @@ def test_another_seed_gives_other_queries():
 def test_settings_that_cannot_be(options, message):
     with pytest.raises(ConfigError, match=message):
         DeriveConfig(**options)
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    whole = QueryMaker(TEXTS, DeriveConfig()).queries(ITEMS, KEYS)
+    monkeypatch.setattr(module, "_BLOCK_ROWS", 7)
+    assert QueryMaker(TEXTS, DeriveConfig()).queries(ITEMS, KEYS) == whole
+    assert len(whole) > 7
