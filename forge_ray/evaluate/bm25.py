@@ -11,7 +11,7 @@ out and none is stemmed.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
 from typing import Any
@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import scipy.sparse as sp
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.data.queries.query_set import QuerySet
@@ -28,10 +29,13 @@ from forge_ray.errors import ConfigError
 from forge_ray.evaluate.board import Ranked
 from forge_ray.evaluate.config import EvaluationConfig
 from forge_ray.evaluate.evaluator import Evaluation, Ready, evaluated
-from forge_ray.evaluate.popularity import fill_popular, popularity_order
+from forge_ray.evaluate.popularity import fill_popular, is_member, popularity_order
 from forge_ray.evaluate.ranking import list_places
 
 _WORD = re.compile(r"\w+")
+_BLOCK_MATCHES = 1 << 20
+"""Scored pairs of query and item at a time: 60 MB."""
+_NOTHING = np.uint64(0xFFFFFFFFFFFFFFFF)
 
 
 def words(text: str) -> list[str]:
@@ -43,12 +47,17 @@ def words(text: str) -> list[str]:
 class Bm25:
     """An index over the items' texts.
 
+    Memory: 8 bytes for each distinct word of each item, and the vocabulary.
+
     Attributes:
-        index: of `bm25s`; its documents are the items in the order of `order`.
+        vocabulary: row of `scores` by word.
+        scores: csr [V, N] float32, what a word is worth to an item; columns are the items in the
+            order of `order`.
         order: int64 [N], most popular first.
     """
 
-    index: Any
+    vocabulary: Mapping[str, int]
+    scores: Any
     order: npt.NDArray[np.int64]
 
     @classmethod
@@ -76,7 +85,9 @@ class Bm25:
             )
         index = bm25s.BM25()
         index.index(documents, show_progress=False)
-        return cls(index, order)
+        parts = [index.scores[name] for name in ("data", "indices", "indptr")]
+        scores = sp.csr_array(tuple(parts), shape=(len(parts[2]) - 1, len(order)))
+        return cls(index.vocab_dict, scores, order)
 
     def recommend(
         self,
@@ -88,6 +99,9 @@ class Bm25:
     ) -> npt.NDArray[np.int64]:
         """List the k best items for each query.
 
+        Memory: 20 bytes an item, and about 60 for each match of as many queries as have a million
+        of them together, or of the one query that has more.
+
         Args:
             histories: items of each user, U rows; only to leave them out.
             queries: U texts.
@@ -98,22 +112,71 @@ class Bm25:
             int64 [U, k], −1 where the catalogue is exhausted.
         """
         hidden = histories if exclude_seen else histories.head(0)
-        found = np.full((len(queries), k), -1, dtype=np.int64)
-        for row, query in enumerate(queries):
-            items = self._matching(query)
-            fresh = items[~np.isin(items, hidden.row(row))] if exclude_seen else items
-            found[row, : min(k, len(fresh))] = fresh[:k]
-        return fill_popular(found, hidden, self.order)
+        # Columns stand in the order of popularity, so that equal scores do too.
+        column = np.empty_like(self.order)
+        column[self.order] = np.arange(len(self.order))
+        lists = np.full((len(queries), k), -1, dtype=np.int64)
+        asked = self._known_words(queries)
+        for rows in self._blocks(asked):
+            block, seen = asked.take(rows), hidden.take(rows)
+            best = _best_columns(self._scores(block), Ragged(column[seen.values], seen.offsets), k)
+            found = np.where(best < 0, -1, self.order[best])
+            lists[rows] = fill_popular(found, seen, self.order)
+        return lists
 
-    def _matching(self, query: str) -> npt.NDArray[np.int64]:
-        """Items with a word of the query, best first."""
-        asked = words(query)
-        if not asked:
-            return self.order[:0]
-        scores = self.index.get_scores(asked)
-        matching = np.flatnonzero(scores > 0)
-        # Documents stand in the order of popularity, and the sort is stable.
-        return self.order[matching[np.argsort(-scores[matching], kind="stable")]]
+    def _known_words(self, queries: Sequence[str]) -> Ragged:
+        """Words of each query as rows of `scores`, in their order and as often as they stand."""
+        vocabulary = self.vocabulary
+        known = ([vocabulary[one] for one in words(text) if one in vocabulary] for text in queries)
+        return Ragged.from_lists(known, dtype=np.int64)
+
+    def _blocks(self, asked: Ragged) -> Iterator[npt.NDArray[np.int64]]:
+        """Rows of queries with as many matches as each other, in all at most `_BLOCK_MATCHES`."""
+        holding = np.concatenate([[0], np.cumsum(np.diff(self.scores.indptr)[asked.values])])
+        matches = np.minimum(np.diff(holding[asked.offsets]), len(self.order))
+        order = np.argsort(-matches, kind="stable")
+        start = 0
+        while start < len(order):
+            count = max(1, _BLOCK_MATCHES // max(1, int(matches[order[start]])))
+            yield order[start : start + count]
+            start += count
+
+    def _scores(self, asked: Ragged) -> Any:
+        """Scores csr [U, N], each the sum over the words in their order; indices are not sorted."""
+        ones = np.ones(len(asked.values), dtype=np.float32)
+        shape = (len(asked), self.scores.shape[0])
+        return sp.csr_array((ones, asked.values, asked.offsets), shape=shape) @ self.scores
+
+
+def _best_columns(scores: Any, seen: Ragged, k: int) -> npt.NDArray[np.int64]:
+    """Columns of the k largest positive entries of each row outside `seen`, −1 behind the last.
+
+    Args:
+        scores: csr [U, N] float32; of equal scores the lower column comes first.
+        seen: columns to leave out, U rows.
+        k: length of the lists.
+    """
+    num_rows, num_columns = scores.shape
+    sizes = np.diff(scores.indptr)
+    rows = np.repeat(np.arange(num_rows), sizes)
+    # Positive floats order like their bits, so one integer orders by falling score, then column.
+    falling = np.uint64(0xFFFFFFFF) - scores.data.view(np.uint32)
+    keys = (falling << np.uint64(32)) | scores.indices.astype(np.uint64)
+    width = int(sizes.max(initial=0))
+    padded = np.full((num_rows, max(width, k)), _NOTHING)
+    padded[rows, np.arange(len(keys)) - scores.indptr[rows]] = np.where(
+        scores.data > 0, keys, _NOTHING
+    )
+    top = k + int(seen.lengths.max(initial=0))
+    if top < width:
+        padded = np.partition(padded, top - 1, axis=1)[:, :top]
+    columns = (padded & np.uint64(0xFFFFFFFF)).astype(np.int64)
+    blocked = np.unique(seen.row_ids * num_columns + seen.values)
+    is_seen = is_member(np.arange(num_rows)[:, None] * num_columns + columns, blocked)
+    padded[is_seen] = _NOTHING
+    padded.sort(axis=1)
+    best = padded[:, :k]
+    return np.where(best == _NOTHING, -1, (best & np.uint64(0xFFFFFFFF)).astype(np.int64))
 
 
 @dataclass(frozen=True)

@@ -5,12 +5,18 @@ from __future__ import annotations
 import builtins
 import math
 
+import bm25s
 import numpy as np
+import numpy.typing as npt
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError
+from forge_ray.evaluate import bm25 as module
 from forge_ray.evaluate.bm25 import Bm25, Bm25Ranker, words
+from forge_ray.evaluate.popularity import fill_popular, popularity_order
 
 TEXTS = ["Toy Story", "The Matrix", "Toy Soldiers: a toy war", None, "Matrix, the sequel", "Heat"]
 COUNTS = np.array([3, 9, 4, 50, 20, 1])
@@ -39,6 +45,64 @@ def test_items_stand_in_the_order_of_the_formula(query):
     scores = plain_scores(query)
     expected = sorted(range(6), key=lambda item: (-round(scores[item], 5), -COUNTS[item]))
     assert found.tolist() == expected
+
+
+class OneByOne:
+    """What `recommend` computes, query by query, with the scores of `bm25s` itself."""
+
+    def __init__(self, texts: list[str | None], counts: npt.NDArray[np.int64]) -> None:
+        self.order = popularity_order(counts)
+        self.index = bm25s.BM25()
+        documents = [words(texts[item] or "") for item in self.order.tolist()]
+        self.index.index(documents, show_progress=False)
+
+    def scores(self, query: str) -> npt.NDArray[np.float32]:
+        asked = words(query)
+        return self.index.get_scores(asked) if asked else np.zeros(len(self.order), np.float32)
+
+    def recommend(self, histories: Ragged, queries: list[str], k: int) -> npt.NDArray[np.int64]:
+        found = np.full((len(queries), k), -1, dtype=np.int64)
+        for row, query in enumerate(queries):
+            scores = self.scores(query)
+            matching = np.flatnonzero(scores > 0)
+            items = self.order[matching[np.argsort(-scores[matching], kind="stable")]]
+            fresh = items[~np.isin(items, histories.row(row))]
+            found[row, : min(k, len(fresh))] = fresh[:k]
+        return fill_popular(found, histories, self.order)
+
+
+WORDS = st.sampled_from(["red", "soap", "cup", "a", "of", "Toy", "никто"])
+PHRASES = st.lists(WORDS, max_size=6).map(" ".join)
+
+
+@settings(max_examples=60)
+@given(st.data())
+def test_batches_score_and_order_as_one_query_at_a_time(data):
+    texts = [*data.draw(st.lists(PHRASES | st.none(), max_size=12)), "red soap"]
+    counts = np.array([data.draw(st.integers(0, 3)) for _ in texts])
+    queries = data.draw(st.lists(PHRASES | st.just("unheard of"), min_size=1, max_size=8))
+    seen = [data.draw(st.lists(st.integers(0, len(texts) - 1), max_size=4)) for _ in queries]
+    histories, k = Ragged.from_lists(seen, dtype=np.int32), data.draw(st.integers(1, 15))
+    bm25, expected = Bm25.fit(texts, counts), OneByOne(texts, counts)
+    scores = bm25._scores(bm25._known_words(queries)).toarray()
+    assert scores.dtype == np.float32
+    assert np.array_equal(scores, np.stack([expected.scores(query) for query in queries]))
+    nothing = histories.head(0)
+    for block in (1, 5, module._BLOCK_MATCHES):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module, "_BLOCK_MATCHES", block)
+            found = bm25.recommend(histories, queries, k)
+            whole = bm25.recommend(histories, queries, k, exclude_seen=False)
+        assert found.tolist() == expected.recommend(histories, queries, k).tolist()
+        assert whole.tolist() == expected.recommend(nothing, queries, k).tolist()
+
+
+def test_blocks_are_as_many_queries_as_have_so_many_matches(monkeypatch):
+    bm25 = Bm25.fit(TEXTS, COUNTS)
+    monkeypatch.setattr(module, "_BLOCK_MATCHES", 4)
+    asked = bm25._known_words(["toy", "toy", "matrix the", "heat", "?", "toy toy toy"])
+    # By falling matches, of which a block has at most four but where one query has more.
+    assert [rows.tolist() for rows in bm25._blocks(asked)] == [[5], [2], [0, 1], [3, 4]]
 
 
 def test_equal_scores_and_strangers_stand_by_popularity():
