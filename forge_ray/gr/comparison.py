@@ -160,8 +160,8 @@ def compare(
 
     Raises:
         ConfigError: a model belongs to another dataset or answers queries alone, two rows are of
-            one name,
-            markov_backoff has no table, or there is no such row or no bootstrap to compare with.
+            one name, markov_backoff has no table, or there is no such row or no bootstrap to
+            compare with.
     """
     for model in models:
         if model.dataset.key != dataset.key:
