@@ -135,7 +135,8 @@ class Ragged:
         """Select rows by index ``[R]`` or boolean mask ``[B]``, in the order given."""
         index = np.asarray(rows)
         index = np.flatnonzero(index) if index.dtype == bool else index.astype(np.int64)
-        return self.slices(self.offsets[:-1][index], self.lengths[index])
+        starts = self.offsets[:-1][index]
+        return self.slices(starts, self.offsets[1:][index] - starts)
 
     def tail(self, count: int) -> Ragged:
         """Keep the last ``count`` values of each row (all of them in shorter rows)."""

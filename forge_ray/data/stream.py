@@ -1,10 +1,17 @@
 """Streams training batches of item indices out of sequence shards, the same ones at any world size.
 
 An epoch is a permutation of the files, cut into *segments* of several files. One Ray Data task
-reads a segment, permutes its rows, cuts long ones, sorts windows of rows by length and emits
-*global batches*. What a global batch holds depends on the seed, the epoch and the segment alone;
-each rank keeps every `world_size`-th row of it. So two workers see together exactly what one
-worker sees, and a cursor of three numbers resumes at any step on any number of workers.
+reads a segment, permutes its rows, sorts windows of rows by length and emits *global batches*. What
+a global batch holds depends on the seed, the epoch and the segment alone; each rank keeps every
+`world_size`-th row of it. So two workers see together exactly what one worker sees, and a cursor of
+three numbers resumes at any step on any number of workers.
+
+**Memory.** A task holds the items of its segment, 4 bytes each and twice that while it reads, 4
+bytes for each row and 16 for each sequence. Rows are cut out for some batches at a time
+(`_VALUES_AT_ONCE`; a larger batch comes alone) and leave in blocks of 8 MiB; a few of those wait
+for the trainer, and the task waits with them. Where every item ends a row of its own, as for T5,
+that is about 8 bytes for an item of the segment beside a few MB: 14 MiB of arrays for 1 M items
+with histories of 20, which were 302 when all rows were cut out at once.
 
 Every rank runs its own stream: no collective can hang because a rank came late or took another
 number of batches. The price is that each rank reads all shards (item indices only, no codes).
@@ -14,11 +21,12 @@ Knows files, rows and ranks. Knows nothing about codes, tokens or models.
 
 from __future__ import annotations
 
+import itertools
 import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -26,12 +34,14 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from pyarrow import fs as pafs
 
+from forge_ray.data.examples import BatchPlan, in_groups, segment_rows
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError, DataError
 
-ExampleMode = Literal["window", "prefix", "whole"]
-"""`window`: rows are pieces of sequences, every item is a target; `prefix`: rows are histories that
-end in their target; `whole`: sequences are rows as they are."""
+_VALUES_AT_ONCE = 1 << 18
+"""Items of rows that are cut out together; NumPy takes about 30 bytes for each while it does."""
+_BLOCK_BYTES = 8 << 20
+"""Size of Ray Data's blocks of batches; its own 128 MiB would be filled before the first one."""
 
 
 @dataclass(kw_only=True)
@@ -39,7 +49,7 @@ class StreamConfig:
     """How sequence shards become batches."""
 
     segment_files: int = 16
-    """Files that one task reads and shuffles together; its memory grows with it."""
+    """Files that one task reads and shuffles together; it holds their items, 4 bytes each."""
     window_batches: int = 0
     """Global batches among which rows are sorted by length: padding against randomness. 0 sorts
     over 64 for models that pad their rows and not at all for models that pack them."""
@@ -91,92 +101,10 @@ class StreamBatch:
     following: Cursor
 
 
-@dataclass(frozen=True)
-class BatchPlan:
-    """What decides the content and order of global batches, besides the files.
-
-    Attributes:
-        batch_rows: rows of a global batch.
-        max_items: longest row; longer sequences are cut.
-        mode: how sequences become rows.
-        window_batches: global batches among which rows are sorted by length, at least 1.
-        seed: of every permutation.
-    """
-
-    batch_rows: int
-    max_items: int
-    mode: ExampleMode
-    window_batches: int
-    seed: int
-
-
 def epoch_segments(num_files: int, segment_files: int, *, seed: int, epoch: int) -> list[list[int]]:
     """File numbers of every segment of an epoch: each file once, in an order of that epoch."""
     order = np.random.default_rng([seed, epoch]).permutation(num_files).tolist()
     return [order[start : start + segment_files] for start in range(0, num_files, segment_files)]
-
-
-def cut_windows(sequences: Ragged, max_items: int, rng: np.random.Generator) -> Ragged:
-    """Cuts sequences into consecutive pieces of at most `max_items`; every item is in one piece.
-
-    The borders of long sequences are drawn anew each time, so that over epochs every item is seen
-    after contexts of different lengths.
-    """
-    lengths = sequences.lengths
-    shift = np.where(lengths > max_items, rng.integers(0, max_items, size=len(lengths)), 0)
-    pieces = -(-(lengths + shift) // max_items)
-    owner = np.repeat(np.arange(len(lengths)), pieces)
-    number = np.arange(len(owner)) - np.repeat(np.cumsum(pieces) - pieces, pieces)
-    start = np.maximum(number * max_items - shift[owner], 0)
-    end = np.minimum((number + 1) * max_items - shift[owner], lengths[owner])
-    return sequences.slices(sequences.offsets[owner] + start, end - start)
-
-
-def cut_prefixes(sequences: Ragged, max_items: int) -> Ragged:
-    """One row per item but the first of each sequence: that item last, its history before it."""
-    position = sequences.positions
-    target = np.flatnonzero(position > 0)
-    length = np.minimum(position[target] + 1, max_items)
-    return sequences.slices(target - length + 1, length)
-
-
-def batch_order(
-    lengths: NDArray[np.int64], *, batch_rows: int, window_batches: int, rng: np.random.Generator
-) -> list[NDArray[np.int64]]:
-    """Row numbers of each batch: permuted rows, sorted by length inside windows, batches permuted.
-
-    Every row is in exactly one batch; only the last window has a batch below `batch_rows`.
-
-    Args:
-        lengths: [R] row lengths.
-        batch_rows: rows of a batch.
-        window_batches: batches of a window.
-        rng: source of both permutations.
-    """
-    order = rng.permutation(len(lengths))
-    batches: list[NDArray[np.int64]] = []
-    for start in range(0, len(order), batch_rows * window_batches):
-        window = order[start : start + batch_rows * window_batches]
-        window = window[np.argsort(lengths[window], kind="stable")]
-        chunks = [window[at : at + batch_rows] for at in range(0, len(window), batch_rows)]
-        batches.extend(chunks[index] for index in rng.permutation(len(chunks)))
-    return batches
-
-
-def segment_rows(
-    sequences: Ragged, plan: BatchPlan, *, epoch: int, segment: int
-) -> tuple[Ragged, list[NDArray[np.int64]]]:
-    """Training rows of one segment, and which of them each global batch holds."""
-    rng = np.random.default_rng([plan.seed, epoch, segment])
-    rows = sequences
-    if plan.mode == "window":
-        rows = cut_windows(sequences, plan.max_items, rng)
-    elif plan.mode == "prefix":
-        rows = cut_prefixes(sequences, plan.max_items)
-    batches = batch_order(
-        rows.lengths, batch_rows=plan.batch_rows, window_batches=plan.window_batches, rng=rng
-    )
-    return rows, batches
 
 
 class RowSource(Protocol):
@@ -212,26 +140,50 @@ class SegmentReader:
     world_size: int
     source: RowSource = ItemSequences()
 
-    def __call__(self, work: pa.Table) -> pa.Table:
-        """Maps a table of segments (`epoch`, `segment`, `skip`, `files`) to a table of batches."""
-        return pa.concat_tables([self._batches(**row) for row in work.to_pylist()])
+    def __call__(self, work: pa.Table) -> Generator[pa.Table, None, None]:
+        """Maps a table of segments (`epoch`, `segment`, `skip`, `files`) to tables of batches."""
+        for row in work.to_pylist():
+            yield from self._tables(**row)
 
-    def _batches(self, *, epoch: int, segment: int, skip: int, files: list[str]) -> pa.Table:
+    def _tables(
+        self, *, epoch: int, segment: int, skip: int, files: list[str]
+    ) -> Iterator[pa.Table]:
         sequences = self.source.read(files, self.filesystem)
         rows, batches = segment_rows(sequences, self.plan, epoch=epoch, segment=segment)
-        wanted = batches[skip:]
-        mine = [batch[self.rank :: self.world_size] for batch in wanted]
-        flat = [rows.take(batch) for batch in mine]
-        numbers = np.arange(skip, len(batches))
-        sizes = self.source.sizes(rows)
+        wanted = itertools.islice(batches, skip, None)
+        number = skip
+        for group in in_groups(rows, wanted, num_values=_VALUES_AT_ONCE):
+            cut = rows.take(np.concatenate(group))
+            sizes = np.array([len(batch) for batch in group])
+            yield self._table(cut, sizes, epoch=epoch, segment=segment, number=number)
+            number += len(group)
+
+    def _table(
+        self, rows: Ragged, sizes: NDArray[np.int64], *, epoch: int, segment: int, number: int
+    ) -> pa.Table:
+        """This rank's share of successive batches.
+
+        Args:
+            rows: of all batches, one after the other.
+            sizes: [N], rows of each batch.
+            epoch: of the batches.
+            segment: of the batches.
+            number: of the first batch.
+        """
+        ends = np.cumsum(sizes)
+        place = np.arange(len(rows)) - np.repeat(ends - sizes, sizes)
+        mine = rows.take(place % self.world_size == self.rank) if self.world_size > 1 else rows
+        # Every `world_size`-th row from this rank's on.
+        shares = np.maximum(0, -(-(sizes - self.rank) // self.world_size))
+        own = np.concatenate([[0], np.cumsum(shares)])
         return pa.table(
             {
-                "epoch": np.full(len(wanted), epoch),
-                "segment": np.full(len(wanted), segment),
-                "batch": numbers,
-                "items": _lists([part.values for part in flat], pa.int32()),
-                "lengths": _lists([part.lengths for part in flat], pa.int32()),
-                "global_lengths": _lists([sizes[batch] for batch in wanted], pa.int32()),
+                "epoch": np.full(len(sizes), epoch),
+                "segment": np.full(len(sizes), segment),
+                "batch": np.arange(number, number + len(sizes)),
+                "items": _lists(mine.values, mine.offsets[own]),
+                "lengths": _lists(mine.lengths, own),
+                "global_lengths": _lists(self.source.sizes(rows), np.concatenate([[0], ends])),
             }
         )
 
@@ -333,8 +285,7 @@ class SequenceStream:
     def _execute(self, work: list[dict[str, Any]]) -> Iterator[StreamBatch]:
         """Runs one Ray Data execution over some segments, in order."""
         if self._is_local:
-            for segment in work:
-                yield from _unpack(self._reader(pa.Table.from_pylist([segment])))
+            yield from self._execute_here(work)
             return
         import ray.data
 
@@ -350,9 +301,14 @@ class SequenceStream:
         context = segments.context
         context.execution_options.preserve_order = True
         context.enable_progress_bars = False
+        context.target_max_block_size = _BLOCK_BYTES
         # The consumer may pause for a validation or a checkpoint; that is no stall.
         context.execution_no_progress_timeout_s = -1
         for table in segments.iter_batches(batch_size=None, batch_format="pyarrow"):
+            yield from _unpack(table)
+
+    def _execute_here(self, work: list[dict[str, Any]]) -> Iterator[StreamBatch]:
+        for table in self._reader(pa.Table.from_pylist(work)):
             yield from _unpack(table)
 
 
@@ -402,11 +358,8 @@ def _pump(
         batches.close()  # ends the running Ray Data execution
 
 
-def _lists(rows: list[NDArray[Any]], kind: pa.DataType) -> pa.Array:
-    flat = np.concatenate(rows) if rows else np.empty(0, dtype=np.int32)
-    offsets = np.zeros(len(rows) + 1, dtype=np.int64)
-    np.cumsum([len(row) for row in rows], out=offsets[1:])
-    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(flat, type=kind))
+def _lists(values: NDArray[Any], offsets: NDArray[np.int64]) -> pa.Array:
+    return pa.LargeListArray.from_arrays(pa.array(offsets), pa.array(values, type=pa.int32()))
 
 
 def _unpack(table: pa.Table) -> Iterator[StreamBatch]:

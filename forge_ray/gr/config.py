@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from forge_ray.config import to_mapping
-from forge_ray.data.stream import BatchPlan, StreamConfig
+from forge_ray.data.examples import BatchPlan
+from forge_ray.data.stream import StreamConfig
 from forge_ray.errors import ConfigError
 from forge_ray.gr.engine import EngineConfig
 from forge_ray.gr.health import StopConfig

@@ -27,10 +27,11 @@ import torch
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import load_config
+from forge_ray.data.examples import segment_rows
 from forge_ray.data.prepare import open_or_prepare
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
-from forge_ray.data.stream import epoch_segments, read_sequences, segment_rows
+from forge_ray.data.stream import epoch_segments, read_sequences
 from forge_ray.gr.batches import micro_batches
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.models.base import Generator, TokenBatch

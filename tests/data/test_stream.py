@@ -1,28 +1,26 @@
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from pyarrow import fs as pafs
 
+from forge_ray.data import stream as stream_module
+from forge_ray.data.examples import BatchPlan
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.stream import (
-    BatchPlan,
     Cursor,
     SegmentReader,
     SequenceStream,
     StreamBatch,
     StreamConfig,
-    batch_order,
-    cut_prefixes,
-    cut_windows,
     epoch_segments,
     prefetched,
 )
@@ -66,52 +64,6 @@ def rows_of(batches: list[StreamBatch]) -> list[list[int]]:
     return [row.tolist() for one in batches for row in one.rows]
 
 
-@given(
-    lengths=st.lists(st.integers(0, 40), max_size=30),
-    max_items=st.integers(1, 12),
-    seed=st.integers(0, 9),
-)
-@settings(max_examples=60, deadline=None)
-def test_windows_hold_every_item_once_in_order(lengths, max_items, seed):
-    sequences = Ragged.from_lengths(np.arange(sum(lengths)), np.array(lengths, dtype=np.int64))
-    pieces = cut_windows(sequences, max_items, np.random.default_rng(seed))
-    assert pieces.values.tolist() == sequences.values.tolist()
-    assert pieces.lengths.max(initial=0) <= max_items
-
-
-def test_windows_leave_short_sequences_whole():
-    sequences = Ragged.from_lists([[1, 2, 3], [4]], dtype=np.int64)
-    assert cut_windows(sequences, 3, np.random.default_rng(0)) == sequences
-
-
-def test_prefixes_end_in_every_item_but_the_first():
-    sequences = Ragged.from_lists([[1, 2, 3, 4], [5], [], [6, 7]], dtype=np.int64)
-    prefixes = cut_prefixes(sequences, 3)
-    assert [row.tolist() for row in prefixes] == [[1, 2], [1, 2, 3], [2, 3, 4], [6, 7]]
-
-
-@given(num=st.integers(0, 200), rows=st.integers(1, 9), windows=st.integers(1, 5))
-@settings(max_examples=40, deadline=None)
-def test_batches_hold_every_row_once(num, rows, windows):
-    lengths = np.random.default_rng(0).integers(1, 30, size=num)
-    rng = np.random.default_rng(1)
-    batches = batch_order(lengths, batch_rows=rows, window_batches=windows, rng=rng)
-    assert sorted(np.concatenate([[], *batches]).tolist()) == list(range(num))
-    assert len(batches) == -(-num // rows)
-
-
-def test_bucketing_pads_little():
-    lengths = np.random.default_rng(0).geometric(0.1, size=4096)
-
-    def padding(window: int) -> float:
-        rng = np.random.default_rng(1)
-        batches = batch_order(lengths, batch_rows=64, window_batches=window, rng=rng)
-        return 1 - lengths.sum() / sum(lengths[one].max() * len(one) for one in batches)
-
-    assert padding(1) > 0.5
-    assert padding(64) < 0.15
-
-
 def test_epochs_hold_every_file_once_in_different_orders():
     first, second = (epoch_segments(40, 7, seed=3, epoch=epoch) for epoch in (0, 1))
     assert sorted(itertools.chain(*first)) == sorted(itertools.chain(*second)) == list(range(40))
@@ -125,7 +77,21 @@ def test_reader_names_a_broken_shard(tmp_path):
     reader = SegmentReader(pafs.LocalFileSystem(), PLAN, rank=0, world_size=1)
     work = {"epoch": [0], "segment": [0], "skip": [0], "files": [[str(broken)]]}
     with pytest.raises(DataError, match=r"part-00000\.parquet must be a readable Parquet shard"):
-        reader(pa.table(work))
+        next(reader(pa.table(work)))
+
+
+@pytest.mark.parametrize("mode", ["prefix", "window", "whole"])
+def test_rows_are_cut_out_a_few_at_a_time_and_come_to_the_same_batches(shards, monkeypatch, mode):
+    plan = dataclasses.replace(PLAN, mode=mode)
+    reader = SegmentReader(pafs.LocalFileSystem(), plan, rank=1, world_size=3)
+    work = pa.Table.from_pylist([{"epoch": 0, "segment": 0, "skip": 2, "files": shards}])
+    (at_once,) = reader(work)
+    monkeypatch.setattr(stream_module, "_VALUES_AT_ONCE", 130)
+    tables = list(reader(work))
+    assert pa.concat_tables(tables).to_pylist() == at_once.to_pylist()
+    sizes = [table["global_lengths"].combine_chunks().flatten() for table in tables]
+    assert len(sizes) > 3
+    assert max(pc.sum(one).as_py() for one in sizes) <= 130
 
 
 def test_no_shards_is_an_error():
@@ -144,6 +110,27 @@ def test_prefetch_keeps_order_and_raises_errors_of_its_thread():
     assert next(ready) is empty
     with pytest.raises(DataError, match="shard gone"):
         next(ready)
+
+
+@pytest.mark.parametrize("mode", ["prefix", "window"])
+def test_every_cursor_resumes_exactly_on_another_number_of_workers(shards, mode):
+    config = StreamConfig(segment_files=2, segments_per_execution=4)
+
+    def batches(cursor: Cursor, rank: int = 0, world_size: int = 1) -> list[StreamBatch]:
+        plan = dataclasses.replace(PLAN, mode=mode)
+        made = SequenceStream(
+            shards, pafs.LocalFileSystem(), config, plan=plan, rank=rank, world_size=world_size,
+            is_local=True,
+        )  # fmt: skip
+        return take_epochs(made.batches(cursor), 1)
+
+    whole = batches(Cursor())
+    for step in range(1, len(whole) - 1):
+        cursor = whole[step - 1].following
+        ranks = [batches(cursor, rank, 2) for rank in range(2)]
+        for expected, *parts in zip(whole[step:], *ranks, strict=True):
+            assert sorted(rows_of(parts)) == sorted(rows_of([expected]))
+            assert all(part.following == expected.following for part in parts)
 
 
 @pytest.mark.ray
@@ -168,6 +155,11 @@ class TestWithRay:
         for step in (1, 9, len(whole) // 2):
             rest = take_epochs(stream(shards).batches(whole[step - 1].following), 2)
             assert rows_of(rest) == rows_of(whole[step:])
+
+    def test_small_blocks_come_in_order(self, shards, monkeypatch):
+        whole = take_epochs(stream(shards).batches(Cursor()), 1)
+        monkeypatch.setattr(stream_module, "_BLOCK_BYTES", 500)
+        assert rows_of(take_epochs(stream(shards).batches(Cursor()), 1)) == rows_of(whole)
 
     def test_the_end_of_the_only_segment_resumes(self, shards):
         def batches(cursor: Cursor) -> Iterator[StreamBatch]:

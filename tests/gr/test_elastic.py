@@ -11,12 +11,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 
 from forge_ray.artifacts import ArtifactStore
-from forge_ray.data.stream import Cursor, SequenceStream, _unpack
+from forge_ray.data.stream import Cursor, SequenceStream
 from forge_ray.gr.vocab import vocab_of
 from tests.gr.chains import chain_dataset, grid_table
 from tests.gr.test_train import small
@@ -38,17 +37,16 @@ def report_of(scenario: str, folder: Path) -> dict[str, Any]:
     return answer
 
 
-def check_samples(progress: dict[str, Any], folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def check_samples(progress: dict[str, Any], folder: Path) -> None:
     """A run stands where one undisturbed worker, without Ray, stands after as many steps."""
     dataset = chain_dataset(ArtifactStore(folder / "store"))
     config = small()
-    monkeypatch.setattr(
-        SequenceStream,
-        "_execute",
-        lambda self, work: _unpack(self._reader(pa.Table.from_pylist(work))),
-    )
     stream = SequenceStream(
-        dataset.sequence_files("train"), dataset.filesystem, config.data, plan=config.plan
+        dataset.sequence_files("train"),
+        dataset.filesystem,
+        config.data,
+        plan=config.plan,
+        is_local=True,
     )
     batches = list(itertools.islice(stream.batches(Cursor()), progress["step"]))
     model = config.model.build(vocab_of(grid_table().codebook_sizes))
@@ -59,16 +57,16 @@ def check_samples(progress: dict[str, Any], folder: Path, monkeypatch: pytest.Mo
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_cluster_that_grows_and_shrinks(tmp_path, monkeypatch):
+def test_a_cluster_that_grows_and_shrinks(tmp_path):
     report = report_of("resized", tmp_path)
     assert [size for size, _ in report["seen"]] == [1, 2, 2, 1]
-    check_samples(report["last"]["progress"], tmp_path, monkeypatch)
+    check_samples(report["last"]["progress"], tmp_path)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(3600)
-def test_a_drained_node_is_left_with_one_extra_checkpoint(tmp_path, monkeypatch):
+def test_a_drained_node_is_left_with_one_extra_checkpoint(tmp_path):
     report = report_of("drained", tmp_path)
     assert report["extra"] == [report["saved"]]
     assert report["last"]["progress"]["step"] > report["saved"]
-    check_samples(report["last"]["progress"], tmp_path, monkeypatch)
+    check_samples(report["last"]["progress"], tmp_path)

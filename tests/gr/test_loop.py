@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import pyarrow as pa
 import pytest
 import torch
 
@@ -61,11 +60,9 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Dataset:
 def _without_ray() -> Iterator[None]:
     """Segments are read where they are used; `test_train.py` has Ray Data do it."""
 
-    def execute(self: stream.SequenceStream, work: list[dict[str, Any]]) -> Iterator[Any]:
-        return stream._unpack(self._reader(pa.Table.from_pylist(work)))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream.SequenceStream, "_execute", execute)
+        here = stream.SequenceStream._execute_here
+        patch.setattr(stream.SequenceStream, "_execute", here)
         yield
 
 

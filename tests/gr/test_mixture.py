@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pytest
 import torch
 
@@ -44,11 +43,9 @@ TABLE = grid_table()
 def _without_ray() -> Iterator[None]:
     """Segments are read where they are used; the end-to-end test has Ray Data do it."""
 
-    def execute(self: stream.SequenceStream, work: list[dict[str, Any]]) -> Iterator[Any]:
-        return stream._unpack(self._reader(pa.Table.from_pylist(work)))
-
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(stream.SequenceStream, "_execute", execute)
+        here = stream.SequenceStream._execute_here
+        patch.setattr(stream.SequenceStream, "_execute", here)
         yield
 
 

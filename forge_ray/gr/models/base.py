@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from forge_ray.config import Component
-from forge_ray.data.stream import ExampleMode
+from forge_ray.data.examples import ExampleMode
 from forge_ray.errors import ConfigError
 from forge_ray.gr.models.code_tables import CodeTable, code_rows, token_rows
 from forge_ray.gr.models.discrec import DiscRec

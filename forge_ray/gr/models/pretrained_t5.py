@@ -18,7 +18,7 @@ from typing import Any, Literal, cast
 import torch
 from torch import Tensor, nn
 
-from forge_ray.data.stream import ExampleMode
+from forge_ray.data.examples import ExampleMode
 from forge_ray.errors import ConfigError
 from forge_ray.gr.models.base import Generator, TokenBatch, shift_right
 from forge_ray.gr.models.pretrained import ExtendedTable, PretrainedConfig, load_checkpoint

@@ -19,7 +19,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from forge_ray.data.stream import ExampleMode
+from forge_ray.data.examples import ExampleMode
 from forge_ray.errors import ConfigError
 from forge_ray.gr.models.base import (
     BeamTree,
