@@ -187,9 +187,11 @@ def _follow(run: Path, stop: threading.Event) -> None:
             if row["global_step"] in told:
                 continue
             told.add(row["global_step"])
+            figure = row["ItemNDCG@10"]
+            shown = "not measured" if figure is None else f"{figure:.4f}"
             stderr.print(
                 f"step {row['global_step']:,}  loss {row['loss']:.3f}  "
-                f"ItemNDCG@10 {row['ItemNDCG@10']:.4f}  {row['tokens_per_s']:,.0f} tokens/s",
+                f"ItemNDCG@10 {shown}  {row['tokens_per_s']:,.0f} tokens/s",
                 highlight=False,
             )
 

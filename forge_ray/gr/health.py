@@ -15,6 +15,11 @@ from forge_ray.errors import ConfigError
 
 SELECTION_METRIC = "ItemNDCG@10"
 """Validation metric that picks the best checkpoint; larger is better."""
+VALIDATION_ERROR = "validation_error"
+"""Of a row whose validation failed: why. Its `SELECTION_METRIC` is None, other figures are not
+there."""
+MAX_FAILED_VALIDATIONS = 3
+"""Failed validations in a row that end training: nobody could choose among its weights."""
 _MEMORY = 0.95
 """Weight of the past in the smoothed loss: about the last twenty steps count."""
 
@@ -97,14 +102,24 @@ class LossWatch:
         return ""
 
 
+def is_measured(row: Mapping[str, Any]) -> bool:
+    """Whether the validation of a row came to its end."""
+    return VALIDATION_ERROR not in row
+
+
 def best_row(history: Sequence[Mapping[str, Any]]) -> int:
-    """Index of the first row with the highest ItemNDCG@10, -1 where there is no row."""
-    values = [float(row[SELECTION_METRIC]) for row in history]
-    return values.index(max(values)) if values else -1
+    """Index of the first row with the highest ItemNDCG@10, -1 where no row was measured."""
+    measured = [at for at, row in enumerate(history) if is_measured(row)]
+    # The first of equal ones.
+    return max(measured, key=lambda at: float(history[at][SELECTION_METRIC]), default=-1)
 
 
 def has_settled(history: Sequence[Mapping[str, Any]], patience: int) -> bool:
-    """Whether the last `patience` validations brought no new best; never with a patience of 0."""
-    if not patience or not history:
+    """Whether the last `patience` validations brought no new best; never with a patience of 0.
+
+    Those that failed say nothing and are not counted.
+    """
+    measured = [row for row in history if is_measured(row)]
+    if not patience or not measured:
         return False
-    return len(history) - 1 - best_row(history) >= patience
+    return len(measured) - 1 - best_row(measured) >= patience

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
-from forge_ray.errors import ArtifactError
+from forge_ray.errors import ArtifactError, ForgeError
 from forge_ray.gr.batches import micro_batches, with_scripts
 from forge_ray.gr.checkpoint import (
     HISTORY_FILE,
@@ -41,7 +41,14 @@ from forge_ray.gr.checkpoint import (
 )
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.engine import TAG, Engine, expected_shards
-from forge_ray.gr.health import SELECTION_METRIC, LossWatch, best_row, has_settled
+from forge_ray.gr.health import (
+    MAX_FAILED_VALIDATIONS,
+    SELECTION_METRIC,
+    VALIDATION_ERROR,
+    LossWatch,
+    best_row,
+    has_settled,
+)
 from forge_ray.gr.initial import INITIAL_FILE
 from forge_ray.gr.mixture import MixedBatch, Mixture, TextData
 from forge_ray.gr.models.base import Generator, TokenBatch
@@ -61,6 +68,7 @@ logger = logging.getLogger(__name__)
 _CHECKUP_STEPS = 10
 """Steps between two collectives that share losses and requests: one small message each."""
 PREEMPTED = "preempted"
+UNVALIDATED = "unvalidated"
 _NOTHING = FoundCheckpoint("", None)
 
 
@@ -99,7 +107,7 @@ class Validation(Protocol):
         """Whether `result` returns at once."""
 
     def result(self) -> dict[str, Any]:
-        """The metrics that were asked for last; waits for them."""
+        """The metrics that were asked for last; waits for them, raises what their making raised."""
 
 
 @dataclass(frozen=True)
@@ -128,8 +136,9 @@ class Ending:
 
     Attributes:
         kind: `finished`, `settled` (early stopping), `stopped` (on request), `preempted` (a node
-            goes: whoever started the run starts it again), `diverged`.
-        reason: in words, for the last three.
+            goes: whoever started the run starts it again), `diverged`, `unvalidated` (validations
+            fail; the last checkpoint waits for its own).
+        reason: in words, for the last four.
     """
 
     kind: str
@@ -210,6 +219,8 @@ class TrainLoop:
         self._interval = _Interval()
         self._uncounted = _Interval()
         self._warnings: tuple[str, ...] = ()
+        self._num_failed = 0  # validations in a row, since this attempt began
+        self._blindness = ""
         self._startup_s: float | None = None
 
     def close(self) -> None:
@@ -247,7 +258,9 @@ class TrainLoop:
         """Trains to the end; every rank returns the same."""
         ending = Ending("finished") if self._is_over() else self._train()
         if ending.kind in ("finished", "settled"):
-            self._take_up_metrics()
+            self._take_up_metrics(is_last=True)
+            if self._blindness:
+                ending = Ending(UNVALIDATED, self._blindness)
         if self._is_first:
             if ending.kind == "diverged":
                 # What was saved since the loss left is nothing to continue from.
@@ -301,9 +314,12 @@ class TrainLoop:
         else:
             if signs.is_validated:
                 self._take_up_metrics()
-            trouble = self._checkpoint() if is_preempted or signs.is_stopping else ""
+            must_save = is_preempted or signs.is_stopping or self._blindness
+            trouble = self._checkpoint() if must_save else ""
         if trouble:
             return Ending("diverged", trouble)
+        if self._blindness:
+            return Ending(UNVALIDATED, self._blindness)
         if self._is_point() and self._is_over():
             is_last = self._progress.step >= self._config.max_steps
             return Ending("finished" if is_last else "settled")
@@ -392,7 +408,8 @@ class TrainLoop:
 
     def _ask(self) -> None:
         history = self._progress.history
-        best = history[best_row(history)][SELECTION_METRIC] if history else -1.0
+        at = best_row(history)
+        best = history[at][SELECTION_METRIC] if at >= 0 else -1.0
         if self._hooks.validation is not None and self._progress.pending:
             self._hooks.validation.submit(self._progress.pending["global_step"], best)
 
@@ -413,31 +430,60 @@ class TrainLoop:
             )
         self._progress = replace(self._progress, pending=None)
 
-    def _take_up_metrics(self) -> None:
-        """Completes the pending row with its metrics and reports it; every worker calls it."""
-        row = self._progress.pending
-        if row is None:
+    def _take_up_metrics(self, *, is_last: bool = False) -> None:
+        """Completes the pending row with its metrics and reports it; every worker calls it.
+
+        A validation that fails costs its figures: the row says so and nobody is told of it. The
+        last one of a run chooses its weights; it is tried twice and stays to be asked for again.
+        """
+        if self._progress.pending is None:
             return
-        if self._hooks.validation is not None:
-            began = time.perf_counter()
-            row = {**row, **self._hooks.validation.result()}
-            row["validation_wait_s"] = round(time.perf_counter() - began, 2)
-        row = self._engine.from_first(row)
+        row = self._engine.from_first(self._validated(self._progress.pending, is_last=is_last))
+        error = row.get(VALIDATION_ERROR, "")
+        self._num_failed = self._num_failed + 1 if error else 0
+        if error and (is_last or self._num_failed >= MAX_FAILED_VALIDATIONS):
+            where = "the last validation" if is_last else f"{self._num_failed} in a row"
+            self._blindness = f"validation errors in {where}, now {error}"
+        if error and is_last:
+            return
         history = (*self._progress.history, row)
         self._progress = replace(self._progress, pending=None, history=history)
         if self._is_first:
             self._job.folder.write_json(list(history), HISTORY_FILE)
+        if error:
+            return
+        if self._is_first:
             self._drop_surpassed()
         self._hooks.report(reported(row))
+
+    def _validated(self, row: dict[str, Any], *, is_last: bool) -> dict[str, Any]:
+        """A row with the metrics of its checkpoint, or with the error in their place."""
+        validation = self._hooks.validation
+        if validation is None:
+            return row
+        began, step = time.perf_counter(), row["global_step"]
+        try:
+            row = {**row, **validation.result()}
+        except ForgeError:
+            raise  # its message says what to change; time changes nothing
+        except Exception as error:  # noqa: BLE001  (of memory, a disk, a device; marked and told)
+            text = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
+            warning = f"step {step} has no validation figures: {text}"
+            logger.warning(warning)
+            self._warnings = (*self._warnings, warning)
+            if is_last:
+                self._ask()
+                return self._validated(row, is_last=False)
+            row = {**row, SELECTION_METRIC: None, VALIDATION_ERROR: text}
+        row["validation_wait_s"] = round(time.perf_counter() - began, 2)
+        return row
 
     def _drop_surpassed(self) -> None:
         """Deletes best weights that no kept checkpoint could still call its best."""
         history = self._progress.history
         first = max(1, len(history) - self._config.keep_checkpoints)
-        needed = {
-            history[best_row(history[:count])]["global_step"]
-            for count in range(first, len(history) + 1)
-        }
+        best = {best_row(history[:count]) for count in range(first, len(history) + 1)}
+        needed = {history[at]["global_step"] for at in best if at >= 0}
         kept = {f"{checkpoint_name(step)}.safetensors" for step in needed}
         for name in self._job.folder.names(BEST):
             if name not in kept:

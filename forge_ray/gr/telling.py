@@ -12,13 +12,15 @@ from typing import Any, cast
 import ray.train
 
 from forge_ray.gr.checkpoint import HISTORY_FILE
+from forge_ray.gr.health import is_measured
 from forge_ray.gr.loop import reported
 from forge_ray.gr.run_folder import FoundCheckpoint, RunFolder
 
 
 def told_before(found: FoundCheckpoint) -> tuple[dict[str, Any], ...]:
     """Rows that whoever watched a run until this checkpoint was told, but for deaths."""
-    return tuple(found.manifest.progress.history) if found.manifest else ()
+    history = found.manifest.progress.history if found.manifest else ()
+    return tuple(row for row in history if is_measured(row))
 
 
 def tell_again(found: FoundCheckpoint, callbacks: Sequence[ray.train.UserCallback]) -> None:
@@ -56,7 +58,8 @@ class Telling(ray.train.UserCallback):
         if row["workers_started"] != self._group:
             self._group = row["workers_started"]
             written = self._folder.read_json(HISTORY_FILE) or []
-            missed = [reported(one) for one in written if one["global_step"] < row["global_step"]]
+            before = [one for one in written if one["global_step"] < row["global_step"]]
+            missed = [reported(one) for one in before if is_measured(one)]
         for one in (*missed, row):
             if one["global_step"] > self._step:
                 self._step = int(one["global_step"])

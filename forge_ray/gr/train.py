@@ -45,9 +45,9 @@ from forge_ray.gr.checkpoint import (
     table_key,
 )
 from forge_ray.gr.config import GrConfig
-from forge_ray.gr.health import best_row
+from forge_ray.gr.health import best_row, is_measured
 from forge_ray.gr.initial import resolved_initial, write_initial
-from forge_ray.gr.loop import PREEMPTED, LoopHooks, TrainJob, TrainLoop, Validation
+from forge_ray.gr.loop import PREEMPTED, UNVALIDATED, LoopHooks, TrainJob, TrainLoop, Validation
 from forge_ray.gr.meters import TrainMeters
 from forge_ray.gr.mixture import TextData
 from forge_ray.gr.models.pretrained import PretrainedConfig
@@ -84,7 +84,8 @@ class TrainResult:
     Attributes:
         artifact: the published model, of kind `model`.
         metrics: the row of its best validation.
-        history: one row per validation, oldest first.
+        history: one row per validation that came to its end, oldest first; the artifact's file has
+            those that failed too.
         losses: float64 [steps], mean loss per target token of every step's global batch.
     """
 
@@ -122,7 +123,7 @@ def train_generator(
 
     Raises:
         ConfigError: The name belongs to a run with another configuration.
-        TrainingError: The loss diverged, or workers were lost more often than allowed.
+        TrainingError: The loss diverged, workers were lost too often, or validations failed.
         StoppedError: SIGTERM or a file `stop` asked for the end; the same call continues.
     """
     config = _resolved(config, dataset, table, store)
@@ -240,7 +241,8 @@ def train_result(artifact: Artifact) -> TrainResult:
     """The result that belongs to a published model."""
     history = json.loads(artifact.local(HISTORY_FILE).read_text(encoding="utf-8"))
     losses = np.load(artifact.local(LOSSES_FILE))
-    return TrainResult(artifact, dict(artifact.manifest.metrics), history, losses)
+    measured = [row for row in history if is_measured(row)]
+    return TrainResult(artifact, dict(artifact.manifest.metrics), measured, losses)
 
 
 def _claim_run(folder: RunFolder, identity: RunIdentity) -> RunFolder:
@@ -421,6 +423,12 @@ def _check_outcome(outcome: dict[str, Any], job: TrainJob, *, name: str, command
         raise StoppedError(
             f"run {name!r} must reach its end, got {outcome['reason']} at step {outcome['step']}. "
             f"The same command continues it from {last}."
+        )
+    if outcome["kind"] == UNVALIDATED:
+        raise TrainingError(
+            f"run {name!r} must be validated, got {outcome['reason']}. Nothing is lost: the same "
+            f"command validates {last} and goes on from it, with another validation.batch_users, "
+            "validation.gpus or validation.aside if you like."
         )
     again = command or f"forge-ray gr train … --name {name}"
     raise TrainingError(

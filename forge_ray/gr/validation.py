@@ -3,7 +3,9 @@
 One validation is in flight at a time; training asks for its result when it is there, and waits for
 it at the next validation point at the latest. The process reads the weights from the checkpoint,
 so it can be started again at any time, and it keeps those of a new best in the run's folder.
-Without such a process (none wanted, none started yet, lost) rank 0 computes the same numbers.
+Without such a process (none wanted, none started yet, lost) rank 0 computes the same numbers. An
+error inside it is raised where the result is taken up, and nobody computes in its place: what was
+too much for it would be too much beside a training.
 """
 
 from __future__ import annotations
@@ -93,11 +95,15 @@ class InlineValidation:
 
     def __init__(self, validator: CheckpointValidator) -> None:
         self._validator = validator
-        self._metrics: dict[str, Any] = {}
+        self._found: dict[str, Any] | Exception = {}
 
     def submit(self, step: int, best: float) -> None:
         """Computes the metrics of a checkpoint."""
-        self._metrics = self._validator.run(step, best)
+        try:
+            self._found = self._validator.run(step, best)
+        except Exception as error:  # noqa: BLE001  (raised where the metrics are taken up)
+            # Its frames hold what there was no room for.
+            self._found = error.with_traceback(None)
 
     def is_ready(self) -> bool:
         """Whether `result` returns at once."""
@@ -105,7 +111,9 @@ class InlineValidation:
 
     def result(self) -> dict[str, Any]:
         """The metrics of the checkpoint that was submitted last."""
-        return self._metrics
+        if isinstance(self._found, Exception):
+            raise self._found
+        return self._found
 
 
 class _ValidationProcess:
@@ -172,6 +180,8 @@ class AsideValidation:
             logger.warning("the validation process was lost (%s); rank 0 validates", error)
             self._process = None
             return self._fallback.run(*self._asked)
+        except ray.exceptions.RayTaskError as error:
+            raise error.cause from error
         return metrics
 
 

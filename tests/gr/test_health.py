@@ -5,7 +5,7 @@ import math
 import pytest
 
 from forge_ray.errors import ConfigError
-from forge_ray.gr.health import LossWatch, StopConfig, best_row, has_settled
+from forge_ray.gr.health import VALIDATION_ERROR, LossWatch, StopConfig, best_row, has_settled
 
 
 def rows(*values: float) -> list[dict[str, float]]:
@@ -72,6 +72,16 @@ def test_patience():
     assert not has_settled(history, 3)
     assert not has_settled(history, 0)
     assert not has_settled([], 1)
+
+
+def test_failed_validations_say_nothing():
+    failed = {"ItemNDCG@10": None, VALIDATION_ERROR: "MemoryError: "}
+    history = [failed, *rows(0.1, 0.3), failed, failed, *rows(0.2), failed]
+    assert best_row(history) == 2
+    assert has_settled(history, 1)
+    assert not has_settled(history, 2)
+    assert best_row([failed]) == -1
+    assert not has_settled([failed], 1)
 
 
 @pytest.mark.parametrize(

@@ -14,9 +14,10 @@ import torch
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.data import stream
 from forge_ray.data.schema import Dataset
+from forge_ray.gr import validation
 from forge_ray.gr.checkpoint import WEIGHTS_FILE, RunIdentity
 from forge_ray.gr.engine import Engine
-from forge_ray.gr.loop import PREEMPTED, Ending, LoopHooks, TrainJob, TrainLoop
+from forge_ray.gr.loop import PREEMPTED, UNVALIDATED, Ending, LoopHooks, TrainJob, TrainLoop
 from forge_ray.gr.meters import TRAIN_COUNTERS
 from forge_ray.gr.run_folder import BEST, CHECKPOINTS, OUTCOME_FILE, RunFolder, checkpoint_name
 from forge_ray.gr.validation import CheckpointValidator, InlineValidation
@@ -240,6 +241,76 @@ def test_damaged_weights_that_wait_for_validation_cost_their_row_only(
     assert "was not validated before its weights were damaged" in caplog.text
     assert [row["global_step"] for row in rows(job)] == [40, 60]
     assert losses(job) == losses(reference)
+
+
+def test_a_failed_validation_costs_its_figures_only(dataset, tmp_path, reference, monkeypatch):
+    job, outside = make_job(dataset, tmp_path), Outside()
+    evaluate = validation.evaluate_generator
+    answers = iter([torch.OutOfMemoryError("no room for 8 GiB\nand more"), None, None])
+
+    def evaluate_or_not(*args: Any, **kwargs: Any) -> Any:
+        error = next(answers)
+        if error is not None:
+            raise error
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(validation, "evaluate_generator", evaluate_or_not)
+    assert run(job, outside)[0] == Ending("finished")
+    first, *others = rows(job)
+    assert first["ItemNDCG@10"] is None
+    assert job.folder.read_json("history.json")[0]["validation_error"] == (
+        "OutOfMemoryError: no room for 8 GiB"
+    )
+    assert first["loss"] == rows(reference)[0]["loss"]
+    assert "ItemHit@10" not in first
+    assert others == rows(reference)[1:]
+    assert losses(job) == losses(reference)
+    assert [step for step, _ in outside.told] == [40, 60]
+    assert job.folder.read_json(OUTCOME_FILE)["warnings"] == [
+        "step 20 has no validation figures: OutOfMemoryError: no room for 8 GiB"
+    ]
+
+
+@pytest.mark.parametrize("is_late", [False, True])
+def test_a_run_that_cannot_be_validated_ends_and_goes_on_once_it_can(
+    dataset, tmp_path, reference, is_late
+):
+    """A file stands where the folder of best weights belongs, so they cannot be copied there."""
+    job = make_job(dataset, tmp_path, "validation.every=10")
+    job.folder.write(b"", BEST)
+    ending, loop = run(job, Outside(is_late=is_late))
+    assert ending.kind == UNVALIDATED
+    assert "in 3 in a row" in ending.reason
+    assert loop._progress.step == 40
+    assert job.folder.names(CHECKPOINTS)[-1] == checkpoint_name(40)
+    # It may fail as often again, or to the end.
+    ending, loop = run(job, Outside(is_late=is_late))
+    assert (ending.kind, loop._progress.step) == (UNVALIDATED, 60)
+    assert "in the last validation" in ending.reason
+    job.folder.delete(BEST)
+    outside = Outside(is_late=is_late)
+    assert run(job, outside)[0] == Ending("finished")
+    assert outside.told == [(60, 60)]
+    assert losses(job) == losses(reference)
+    assert rows(job)[-1]["ItemNDCG@10"] == rows(reference)[-1]["ItemNDCG@10"]
+    assert job.folder.names(BEST) == [f"{checkpoint_name(60)}.safetensors"]
+
+
+def test_the_last_validation_is_tried_twice(dataset, tmp_path, reference, monkeypatch):
+    job = make_job(dataset, tmp_path, "validation.every=60")
+    evaluate, errors = validation.evaluate_generator, [OSError("disk")]
+
+    def evaluate_late(*args: Any, **kwargs: Any) -> Any:
+        if errors:
+            raise errors.pop()
+        return evaluate(*args, **kwargs)
+
+    monkeypatch.setattr(validation, "evaluate_generator", evaluate_late)
+    assert run(job)[0] == Ending("finished")
+    (row,) = rows(job)
+    assert row["ItemNDCG@10"] == rows(reference)[-1]["ItemNDCG@10"]
+    (warning,) = job.folder.read_json(OUTCOME_FILE)["warnings"]
+    assert warning == "step 60 has no validation figures: OSError: disk"
 
 
 RISING = [2.0] * 24 + [1000.0] * 36

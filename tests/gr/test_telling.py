@@ -11,6 +11,7 @@ from ray.train import UserCallback
 
 from forge_ray.data.stream import Cursor
 from forge_ray.gr.checkpoint import HISTORY_FILE, CheckpointManifest, Progress
+from forge_ray.gr.health import VALIDATION_ERROR
 from forge_ray.gr.run_folder import FoundCheckpoint, RunFolder
 from forge_ray.gr.telling import Telling, tell_again
 from tests.gr.test_run_folder import IDENTITY
@@ -40,6 +41,11 @@ def found_after(*steps: int) -> FoundCheckpoint:
     history = tuple(history_row(step) for step in steps)
     progress = Progress(max(steps, default=0) + 20, Cursor(1, 2, 3), 99, history, None)
     return FoundCheckpoint("a", CheckpointManifest(IDENTITY, progress, 1, {}))
+
+
+def failed_row(step: int) -> dict[str, Any]:
+    """Of a step whose validation failed."""
+    return {"global_step": step, "loss": 1.0, "ItemNDCG@10": None, VALIDATION_ERROR: "OSError: x"}
 
 
 def history_row(step: int) -> dict[str, Any]:
@@ -81,6 +87,17 @@ def test_a_row_that_died_with_its_worker_is_told_before_the_next(folder: RunFold
     run.report(60, group=2.0)
     assert run.watcher.steps == [20, 40, 60]
     assert "ItemHit@10/tail" not in run.watcher.rows[1]
+
+
+def test_rows_without_figures_are_not_told(folder: RunFolder) -> None:
+    progress = Progress(60, Cursor(1, 2, 3), 99, (history_row(20), failed_row(40)), None)
+    found = FoundCheckpoint("a", CheckpointManifest(IDENTITY, progress, 1, {}))
+    watcher, run = Watcher(), Run(folder, NOTHING)
+    tell_again(found, [watcher])
+    assert watcher.steps == [20]
+    folder.write_json([history_row(20), failed_row(40), history_row(60)], HISTORY_FILE)
+    run.report(60, group=2.0)
+    assert run.watcher.steps == [20, 60]
 
 
 def test_a_row_that_a_new_group_measures_again_is_told_once(folder: RunFolder) -> None:

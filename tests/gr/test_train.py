@@ -180,6 +180,19 @@ class TestOneWorker:
         assert again.history == reference.history
         assert time.monotonic() - began < 5
 
+    def test_what_cannot_be_validated_is_an_error_that_loses_no_step(self, reference, folder):
+        """A file stands where the folder of best weights belongs."""
+        blocked = folder / "runs" / "blind" / "best"
+        blocked.parent.mkdir(parents=True)
+        blocked.touch()
+        with pytest.raises(TrainingError, match=r"must be validated, got .* the last validation"):
+            run(folder, "blind", store="store-blind")
+        assert checkpoints(folder, "blind")[-1] == "step_00000060"
+        blocked.unlink()
+        found = run(folder, "blind", store="store-blind")
+        assert curve(found) == curve(reference)
+        assert [row["global_step"] for row in found.history] == [60]
+
     def test_a_changed_configuration_under_the_same_name_is_refused(self, reference, folder):
         with pytest.raises(ConfigError, match=r"must belong to this configuration .*another name"):
             run(folder, "reference", "seed=1")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import ray
 import torch
+from safetensors import SafetensorError
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.errors import ConfigError
@@ -106,6 +107,20 @@ class TestAside:
                 aside.submit(STEP, 1.0)
                 assert figures(aside.result()) == expected
         assert caplog.text.count("the validation process was lost") == 1
+
+    def test_an_error_inside_the_process_is_raised_as_itself_and_the_process_stays(self, job):
+        expected = figures(here(job).run(STEP, best=1.0))
+        weights = Path(job.folder.path(CHECKPOINTS, checkpoint_name(STEP), WEIGHTS_FILE))
+        whole = weights.read_bytes()
+        aside = AsideValidation(job, grid_table().codes, here(job))
+        ray.get(aside._up)
+        weights.write_bytes(whole[:100])
+        aside.submit(STEP, 1.0)
+        with pytest.raises(SafetensorError):
+            aside.result()
+        weights.write_bytes(whole)
+        aside.submit(STEP, 1.0)
+        assert figures(aside.result()) == expected
 
     @pytest.mark.parametrize("wanted", [{"cpus": 1000.0}, {"gpus": 1000.0}])
     def test_without_room_for_the_process_rank_0_validates(self, job, wanted):
