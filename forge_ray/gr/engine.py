@@ -21,7 +21,7 @@ import tempfile
 import warnings
 from argparse import Namespace
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar, cast
@@ -252,12 +252,27 @@ class Engine:
         return cast(T, shared[0])
 
     def full_state(self) -> dict[str, Tensor]:
-        """Consolidated float32 weights on the CPU; every worker calls it and gets all of them."""
+        """Consolidated float32 weights on rank 0's CPU; every worker calls it, others get none.
+
+        Spread weights are brought together one parameter at a time, so that no device holds more
+        than the largest of them beside its own share.
+        """
+        state: dict[str, Tensor] = {}
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            with self._whole(value):
+                if self.rank == 0:
+                    # Cloned: under ZeRO it is a view that the next step overwrites or frees.
+                    state[name] = value.detach().float().cpu().clone()
+        return state
+
+    def _whole(self, value: Tensor) -> contextlib.AbstractContextManager[None]:
+        """Brings a weight together that is spread over the workers, for the length of a block."""
         if self.config.zero_stage < 3:
-            return _to_cpu(self.module.state_dict())
-        deepspeed = _import_deepspeed()
-        with deepspeed.zero.GatheredParameters(list(self.module.parameters())):
-            return _to_cpu(self.module.state_dict())
+            return contextlib.nullcontext()
+        gathered: contextlib.AbstractContextManager[None] = (
+            _import_deepspeed().zero.GatheredParameters([value])
+        )
+        return gathered
 
     def save(self, folder: Path) -> None:
         """Writes this worker's shard; every worker calls it."""
@@ -377,11 +392,6 @@ def _tensors_only() -> Iterator[None]:
             del os.environ[_TENSORS_ONLY]
         else:
             os.environ[_TENSORS_ONLY] = before
-
-
-def _to_cpu(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    # Cloned: under ZeRO the tensors are views that the next step overwrites or frees.
-    return {name: value.detach().float().cpu().clone() for name, value in state.items()}
 
 
 def _forget_trial_step(optimizer: Any) -> None:

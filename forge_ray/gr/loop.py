@@ -515,9 +515,10 @@ class TrainLoop:
         """
         began = time.perf_counter()
         weights = self._engine.full_state()
-        # The loss is that of the weights before the last update, which may have ruined them. All
-        # workers see the same weights.
-        if not all(bool(torch.isfinite(value).all()) for value in weights.values()):
+        # The loss is that of the weights before the last update, which may have ruined them. Rank 0
+        # has them.
+        is_sound = all(bool(torch.isfinite(value).all()) for value in weights.values())
+        if not self._engine.from_first(is_sound):
             return f"weights that are not finite after step {self._progress.step}"
         folder, name = self._job.folder, checkpoint_name(self._progress.step)
         if self._is_first:
