@@ -150,8 +150,6 @@ class GrConfig:
             raise ConfigError(
                 f"max_failures must be >= 0, got {self.max_failures}. Use 0 for none."
             )
-        if self.engine.zero_stage == 3 and max(self.num_workers, self.max_workers) > 1:
-            self.model.check_partitioned()
         if self.keep_checkpoints < 2:
             raise ConfigError(
                 f"keep_checkpoints must be >= 2, got {self.keep_checkpoints}. A damaged checkpoint "

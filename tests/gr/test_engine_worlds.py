@@ -63,6 +63,18 @@ def test_two_workers_continue_as_one(tmp_path):
     check(whole[case], first[case], second[case], case)
 
 
+def test_weights_spread_over_two_workers_train_as_whole_ones(tmp_path):
+    """Rank 0 alone holds them all, where a checkpoint is written."""
+    cases = [f"{stage}-fp32{model}" for stage in (0, 3) for model in ("", "-rq_transformer")]
+    found = train(tmp_path, cases, world=2, steps=(1, 8))
+    for model in ("", "-rq_transformer"):
+        whole, spread = found[f"0-fp32{model}"], found[f"3-fp32{model}"]
+        assert spread["losses"] == pytest.approx(whole["losses"], rel=1e-4)
+        assert list(spread["weights"]) == list(whole["weights"])
+        assert spread["weights"] == pytest.approx(whole["weights"], rel=1e-3)
+        assert (spread["others"], whole["others"]) == (0, 0)
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> BY_CASE:
     """Every case without an interruption."""

@@ -72,10 +72,6 @@ def test_settings_that_cannot_be(overrides, message):
         (["seed=10000000000000000"], "seed must be in"),
         (["max_failures=-1"], "max_failures must be >= 0"),
         (["validation.ks=[10,0]"], "validation.ks must be >= 1"),
-        (
-            ["model.kind=rq_transformer", "engine.zero_stage=3", "num_workers=2"],
-            "model.child_size must be 0 with engine.zero_stage=3",
-        ),
     ],
 )
 def test_values_that_no_training_can_have(overrides, message):

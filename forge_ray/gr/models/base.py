@@ -95,13 +95,6 @@ class GeneratorConfig(Component):
         """Creates the model with fresh weights, drawn from torch's global generator."""
         raise ConfigError("model.kind must name an architecture, got none. Set model.kind=decoder.")
 
-    def check_partitioned(self) -> None:
-        """Refuses what cannot train with its weights spread over workers (ZeRO 3).
-
-        Raises:
-            ConfigError: names the field and what to do.
-        """
-
     def start(self, vocab: Vocab) -> Generator:
         """Creates the model with the weights that training begins with: fresh ones, or others."""
         return self.build(vocab)

@@ -96,18 +96,6 @@ class RqTransformerConfig(GeneratorConfig):
         if self.temperature <= 0:
             raise ConfigError(f"model.temperature must be > 0, got {self.temperature}. Use e.g. 1.")
 
-    def check_partitioned(self) -> None:
-        """See `GeneratorConfig.check_partitioned`.
-
-        Child scores are computed in as many parts as a worker's rows need, and every part would
-        fetch the weights: workers with fewer parts would be waited for.
-        """
-        if self.child_size:
-            raise ConfigError(
-                f"model.child_size must be 0 with engine.zero_stage=3 on several workers, got "
-                f"{self.child_size}. Use engine.zero_stage=2, which spreads all but the weights."
-            )
-
     def build(self, vocab: Vocab) -> RqTransformer:
         """Creates the model with fresh weights."""
         return RqTransformer(self, vocab)
@@ -127,22 +115,56 @@ class PrefixTable(nn.Module):
         return found
 
 
+class ChildScorer(nn.Module):
+    """The arithmetic of child scores, without weights of its own, so that it can be compiled."""
+
+    def forward(
+        self, vectors_RE: Tensor, keys_ME: Tensor, hashes_M: Tensor, num_codes: int
+    ) -> Tensor:
+        """Inner products [M, K] of keys and the hashed vectors of (prefix, code)."""
+        codes = torch.arange(num_codes, device=hashes_M.device)
+        children = extended(hashes_M.unsqueeze(-1), codes) % len(vectors_RE)
+        scores = functional.embedding(children, vectors_RE) @ keys_ME.unsqueeze(-1)
+        return scores.squeeze(-1)
+
+
+class ChildVectors(nn.Embedding):
+    """Hashed vectors of (prefix, code), and what keys score by them.
+
+    Keys are scored some at a time, in as many parts as there are, and still in one call: where
+    weights are spread over workers (ZeRO 3), every call of a module brings them together, and
+    workers with fewer parts would be waited for.
+    """
+
+    def __init__(self, rows: int, width: int) -> None:
+        super().__init__(rows, width)
+        nn.init.normal_(self.weight, std=_INIT_STD)
+        self.scorer = ChildScorer()
+
+    def forward(  # type: ignore[override]  # looks up what it scores
+        self, keys_ME: Tensor, hashes_M: Tensor, num_codes: int
+    ) -> Tensor:
+        """See `ChildScorer.forward`."""
+        block = max(1, _VALUES_AT_ONCE // (num_codes * self.embedding_dim))
+        parts = zip(torch.split(keys_ME, block), torch.split(hashes_M, block), strict=True)
+        # Not a call of the module: ZeRO 3 counts those, and no two workers may differ.
+        score = self.scorer.forward
+        return torch.cat([score(self.weight, *part, num_codes) for part in parts])
+
+
 class ChildTable(nn.Module):
     """Scores codes by vectors of (prefix, code), hashed into a fixed number of rows."""
 
     def __init__(self, config: RqTransformerConfig) -> None:
         super().__init__()
-        self.vectors = nn.Embedding(config.prefix_rows, config.child_size)
-        nn.init.normal_(self.vectors.weight, std=_INIT_STD)
+        self.vectors = ChildVectors(config.prefix_rows, config.child_size)
         self.read = nn.Linear(config.hidden_size, config.child_size, bias=False)
         self.temperature = config.temperature
 
     def forward(self, states_MD: Tensor, hashes_M: Tensor, num_codes: int) -> Tensor:
         """Scores [M, K] of the codes after prefixes with these hashes, in these states."""
-        codes = torch.arange(num_codes, device=hashes_M.device)
-        children = extended(hashes_M.unsqueeze(-1), codes) % self.vectors.num_embeddings
-        scores: Tensor = self.vectors(children) @ self.read(states_MD).unsqueeze(-1)
-        return scores.squeeze(-1).float() / self.temperature
+        scores: Tensor = self.vectors(self.read(states_MD), hashes_M, num_codes)
+        return scores.float() / self.temperature
 
 
 class CodeNetwork(nn.Module):
@@ -262,7 +284,7 @@ class RqTransformer(Generator):
         # Child scores move the most memory, and compiled much less. The blocks were measured to
         # gain nothing.
         if self.child_scores is not None:
-            return [self.child_scores]
+            return [self.child_scores.vectors.scorer]
         return [*self.reader.blocks, self.network]
 
     def competing_logits(self, hidden_MD: Tensor, prefixes: Tensor, level: int) -> Tensor:
@@ -304,17 +326,8 @@ class RqTransformer(Generator):
         is_full = logits.shape[-1] > num_codes
         start = self.vocab.level_offsets[level] if is_full else 0
         around = (start, logits.shape[-1] - start - num_codes)
-        block = max(1, _VALUES_AT_ONCE // (num_codes * self.child_scores.vectors.embedding_dim))
-        parts = [
-            self.child_scores(some_states, some_hashes, num_codes)
-            for some_states, some_hashes in zip(
-                torch.split(states.flatten(0, -2), block),
-                torch.split(hashes.flatten(), block),
-                strict=True,
-            )
-        ]
-        scores = torch.cat(parts).view(*hashes.shape, num_codes)
-        return logits + functional.pad(scores, around)
+        scores = self.child_scores(states.flatten(0, -2), hashes.flatten(), num_codes)
+        return logits + functional.pad(scores.view(*hashes.shape, num_codes), around)
 
     def _read(self, codes: Tensor) -> Tensor:
         """What to expect at the start and after each item: [B, N, L] to [B, N + 1, D]."""
