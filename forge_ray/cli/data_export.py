@@ -7,7 +7,6 @@ from typing import Annotated
 
 import typer
 
-from forge_ray.artifacts import ArtifactStore
 from forge_ray.cli.console import (
     DEFAULT_STORE,
     AsJson,
@@ -23,12 +22,10 @@ from forge_ray.cli.inputs import open_data
 from forge_ray.config import load_config
 from forge_ray.data.al_gr.exporting import export_al_gr
 from forge_ray.data.al_gr.folder import AlGrFolder
-from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.launch.connect import connected
 from forge_ray.sid.al_gr import AlGrExportConfig, export_dataset
-from forge_ray.sid.storage import SIDS_KIND
-from forge_ray.sid.table import SidTable
+from forge_ray.sid.storage import load_table, table_source
 
 
 def export(
@@ -64,20 +61,7 @@ def export(
     settings = load_config(AlGrExportConfig, path=config, overrides=overrides or ())
     where = open_store(store)
     dataset = open_data(source, where, verbose=verbose)
-    table = None if sids is None else _table(sids, dataset, where)
+    table = None if sids is None else load_table(table_source(where, sids, dataset), dataset)
     with connected(verbose=verbose), working("exporting"):
         written = asdict(export_dataset(dataset, table, output, settings))
     emit(written, title=f"Exported to {output}", as_json=as_json)
-
-
-def _table(sids: str, dataset: Dataset, store: ArtifactStore) -> SidTable:
-    if sids.endswith(".npz"):
-        return SidTable.from_npz(sids, dataset.item_ids())
-    artifact = store.open(sids, kind=SIDS_KIND)
-    fitted_on = Dataset.open(store, artifact.manifest.parents[1])
-    if not dataset.has_items_of(fitted_on):
-        raise ConfigError(
-            f"--sids must be a table of {dataset.artifact.manifest.ref} or of another stage of its "
-            f"log, got one of {fitted_on.artifact.manifest.ref}. Export that dataset."
-        )
-    return SidTable.open(artifact)

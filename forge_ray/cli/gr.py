@@ -34,7 +34,7 @@ from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.gr.recipes import recipe_names, recipe_path
-from forge_ray.sid.storage import SIDS_KIND
+from forge_ray.sid.storage import fitted_dataset, load_table, table_source
 from forge_ray.sid.table import SidTable
 
 app = typer.Typer(no_args_is_help=True, help="Train, evaluate and use generative retrieval.")
@@ -142,23 +142,16 @@ def _command(sids: str, overrides: Sequence[str], options: Mapping[str, str | Pa
 def _open_inputs(
     sids: str, data: str | None, store: ArtifactStore, *, verbose: bool
 ) -> tuple[Dataset, SidTable]:
-    if sids.endswith(".npz"):
-        if data is None:
-            raise ConfigError(
-                f"--data must name the dataset of {sids}, got nothing. "
-                "Add --data with a prepared dataset or a folder of raw files."
-            )
+    if data is not None:
         dataset = open_data(data, store, verbose=verbose)
-        return dataset, SidTable.from_npz(sids, dataset.item_ids())
-    artifact = store.open(sids, kind=SIDS_KIND)
-    own = Dataset.open(store, artifact.manifest.parents[1])
-    dataset = own if data is None else Dataset.open(store, data)
-    if not dataset.has_items_of(own):
+    elif sids.endswith(".npz"):
         raise ConfigError(
-            f"--data must be the dataset {own.key[:12]} that {sids} was fitted on, or another "
-            f"stage of its log, got {data}. Leave --data out."
+            f"--data must name the dataset of {sids}, got nothing. "
+            "Add --data with a prepared dataset or a folder of raw files."
         )
-    return dataset, SidTable.open(artifact)
+    else:
+        dataset = fitted_dataset(store, sids)
+    return dataset, load_table(table_source(store, sids, dataset), dataset)
 
 
 def _shown(row: dict[str, Any]) -> dict[str, Any]:

@@ -23,8 +23,7 @@ from forge_ray.cli.console import (
 from forge_ray.config import load_config
 from forge_ray.data.chain import stage_chain
 from forge_ray.data.schema import Dataset
-from forge_ray.sid.storage import SIDS_KIND
-from forge_ray.sid.table import SidTable
+from forge_ray.sid.storage import load_table, table_source
 
 if TYPE_CHECKING:
     from forge_ray.gr.stages import SidVariant, StageRow, StagesConfig
@@ -79,20 +78,11 @@ def sid_variant(ref: str, first: Dataset, store: ArtifactStore) -> SidVariant:
     Raises:
         ConfigError: the table was fitted on another log.
     """
-    from forge_ray.errors import ConfigError
     from forge_ray.gr.stages import SidVariant
 
-    if ref.endswith(".npz"):
-        return SidVariant(Path(ref).stem, SidTable.from_npz(ref, first.item_ids()), Path(ref))
-    artifact = store.open(ref, kind=SIDS_KIND)
-    fitted_on = Dataset.open(store, artifact.manifest.parents[1])
-    if not first.has_items_of(fitted_on):
-        raise ConfigError(
-            f"a SID table must be one of a stage of {first.name}'s log, got one of "
-            f"{fitted_on.artifact.manifest.ref}. Fit one: forge-ray sid fit {first.key[:12]}"
-        )
-    name = artifact.manifest.ref.split("/", 1)[1]
-    return SidVariant(name, SidTable.open(artifact), artifact)
+    source = table_source(store, ref, first)
+    name = source.stem if isinstance(source, Path) else source.manifest.ref.split("/", 1)[1]
+    return SidVariant(name, load_table(source, first), source)
 
 
 def _note_later(variant: SidVariant, first: Dataset) -> None:

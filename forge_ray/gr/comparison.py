@@ -34,7 +34,7 @@ from forge_ray.gr.evaluation import SidRanker
 from forge_ray.gr.markov import MarkovConfig, fit_markov
 from forge_ray.gr.scoring import ModelEvaluationConfig, evaluate_model
 from forge_ray.gr.source import ModelSource
-from forge_ray.sid.storage import SIDS_KIND
+from forge_ray.sid.storage import load_table, table_source
 from forge_ray.sid.table import SidTable
 
 logger = logging.getLogger(__name__)
@@ -96,17 +96,11 @@ def named_table(ref: str, dataset: Dataset, store: ArtifactStore) -> NamedTable:
     Raises:
         ConfigError: the table codes the items of another log.
     """
-    if ref.endswith(".npz"):
-        table = SidTable.from_npz(ref, dataset.item_ids())
-        return NamedTable(Path(ref).stem, table_key(table), lambda: table)
-    artifact = store.open(ref, kind=SIDS_KIND)
-    own = Dataset.open(store, artifact.manifest.parents[1])
-    if not dataset.has_items_of(own):
-        raise ConfigError(
-            f"--sids must code the items of {dataset.name}, got {ref} of {own.name} "
-            f"({own.key[:12]}). Fit a table on the dataset or another stage of its log."
-        )
-    return NamedTable(artifact.manifest.name, artifact.key, lambda: SidTable.open(artifact))
+    source = table_source(store, ref, dataset)
+    if isinstance(source, Path):
+        table = load_table(source, dataset)
+        return NamedTable(source.stem, table_key(table), lambda: table)
+    return NamedTable(source.manifest.name, source.key, partial(load_table, source, dataset))
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,7 @@ from forge_ray.gr.checkpoint import (
 )
 from forge_ray.gr.scripts import TaskText
 from forge_ray.gr.tasks import HISTORIES, Prompts
+from forge_ray.sid.storage import load_table
 from forge_ray.sid.table import SidTable
 
 
@@ -126,9 +127,7 @@ class ModelSource:
 
     def load_table(self) -> SidTable:
         """Read the codes, whatever table it is."""
-        if isinstance(self.table, Path):
-            return SidTable.from_npz(self.table, self.dataset.item_ids())
-        return SidTable.open(self.table)
+        return load_table(self.table, self.dataset)
 
     def load(self, device: str = "cpu") -> LoadedGenerator:
         """Read weights and codes; a table other than the model's own is refused."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, cast
 
 from safetensors.numpy import load as load_tensors
@@ -16,7 +17,8 @@ from safetensors.numpy import save as save_tensors
 
 from forge_ray.artifacts import Artifact, ArtifactStore, ArtifactWriter
 from forge_ray.config import from_mapping, to_mapping
-from forge_ray.errors import ArtifactError
+from forge_ray.data.schema import Dataset
+from forge_ray.errors import ArtifactError, ConfigError
 from forge_ray.sid.config import SidConfig
 from forge_ray.sid.quantizers.base import Quantizer, QuantizerConfig
 from forge_ray.sid.table import SidTable
@@ -119,14 +121,59 @@ def open_sids(store: ArtifactStore, ref: str) -> SidArtifact:
     Raises:
         ArtifactError: when `ref` names no SID table, or what it was made from is gone.
     """
+    artifact = _open_kind(store, ref)
+    codes = _parent(store, artifact, CODES_KIND)
+    return assemble(artifact, codes, _parent(store, codes, QUANTIZER_KIND))
+
+
+def table_source(store: ArtifactStore, ref: str, dataset: Dataset) -> Artifact | Path:
+    """Where a SID table of a dataset's items lies; `load_table` reads it.
+
+    Args:
+        store: where stored tables are.
+        ref: a stored table, fitted on the dataset or another stage of its log, or an `.npz` file.
+        dataset: whose items it is to code.
+
+    Raises:
+        ArtifactError: `ref` names no SID table.
+        ConfigError: a stored table codes the items of another log.
+    """
+    if ref.endswith(".npz"):
+        return Path(ref)
+    artifact, fitted_on = _open_kind(store, ref), fitted_dataset(store, ref)
+    if not dataset.has_items_of(fitted_on):
+        raise ConfigError(
+            f"a SID table must code the items of {dataset.name}, got {ref} of {fitted_on.name} "
+            f"({fitted_on.key[:12]}). Fit one on that dataset or another stage of its log: "
+            f"forge-ray sid fit {dataset.key[:12]}"
+        )
+    return artifact
+
+
+def load_table(source: Artifact | Path, dataset: Dataset) -> SidTable:
+    """The SID table of a dataset's items from what `table_source` found.
+
+    Raises:
+        DataError: a file holds other items than the dataset.
+    """
+    if isinstance(source, Path):
+        return SidTable.from_npz(source, dataset.item_ids())
+    return SidTable.open(source)
+
+
+def fitted_dataset(store: ArtifactStore, ref: str) -> Dataset:
+    """The dataset that a stored SID table was fitted on."""
+    return Dataset.open(store, _open_kind(store, ref).manifest.parents[1])
+
+
+def _open_kind(store: ArtifactStore, ref: str) -> Artifact:
     artifact = store.open(ref, kind=SIDS_KIND)
     if artifact.manifest.kind != SIDS_KIND:
         raise ArtifactError(
             f"{ref} must be an artifact of kind {SIDS_KIND!r}, got {artifact.manifest.kind!r}. "
             f"List them with `forge-ray artifacts ls {SIDS_KIND}`."
         )
-    codes = _parent(store, artifact, CODES_KIND)
-    return assemble(artifact, codes, _parent(store, codes, QUANTIZER_KIND))
+    return artifact
 
 
 def assemble(sids: Artifact, codes: Artifact, quantizer: Artifact) -> SidArtifact:

@@ -129,7 +129,7 @@ def test_a_table_of_another_catalogue_is_refused(
     words = ["--data", other, "ks=[5]", "baselines=[markov_backoff]"]
     result = run(*words, "--sids", model.manifest.parents[1])
     assert isinstance(result.exception, ConfigError)
-    assert "--sids must code the items of" in str(result.exception)
+    assert "a SID table must code the items of" in str(result.exception)
 
 
 def test_the_row_to_compare_with_is_looked_for_before_any_work(
