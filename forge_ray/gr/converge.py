@@ -12,6 +12,7 @@ continues after an interruption.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -19,12 +20,13 @@ from pathlib import Path
 
 from forge_ray.artifacts import Artifact, ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.data.schema import Dataset
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.evaluate.evaluator import KIND as EVALUATION_KIND
-from forge_ray.gr.checkpoint import table_key
+from forge_ray.gr.checkpoint import HISTORY_FILE, table_key
 from forge_ray.gr.config import GrConfig, InitialConfig
 from forge_ray.gr.convergence import Point, Summary, mean_curve, summarize
 from forge_ray.gr.evaluation import evaluate_generator
+from forge_ray.gr.health import VALIDATION_ERROR, is_measured
 from forge_ray.gr.initial import initial_generator
 from forge_ray.gr.stages import SidVariant, check_stages, check_tasks, train_stage
 from forge_ray.gr.train import TrainResult
@@ -322,16 +324,15 @@ class Rollout:
         for number in numbers:
             if results:
                 start = InitialConfig(model=results[-1].artifact.key)
-            results.append(
-                train_stage(
-                    self._settings(start, steps),
-                    self.stages[number - 1],
-                    variant,
-                    store=self.store,
-                    run_dir=self.run_dir,
-                    name=f"{name}-s{number}-seed{self.seed}",
-                )
+            result = train_stage(
+                self._settings(start, steps),
+                self.stages[number - 1],
+                variant,
+                store=self.store,
+                run_dir=self.run_dir,
+                name=f"{name}-s{number}-seed{self.seed}",
             )
+            results.append(_whole(result))
         return results
 
     def _settings(self, start: InitialConfig, steps: int) -> GrConfig:
@@ -413,6 +414,23 @@ class Rollout:
             produce=produce,
         )
         return float(begun.manifest.metrics[self.config.metric])
+
+
+def _whole(result: TrainResult) -> TrainResult:
+    """A training, once it is sure that each of its validations came to its end.
+
+    Raises:
+        TrainingError: one failed; curves of several seeds need every point.
+    """
+    ref = result.artifact.manifest.ref
+    for row in json.loads(result.artifact.local(HISTORY_FILE).read_text(encoding="utf-8")):
+        if not is_measured(row):
+            raise TrainingError(
+                f"every validation of {ref} must have figures to be part of a curve, got "
+                f"{row[VALIDATION_ERROR]} at step {row['global_step']}. Remove the model "
+                f"(forge-ray artifacts rm {ref}) and the folder of its run, and repeat the command."
+            )
+    return result
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -9,16 +10,24 @@ import pytest
 import torch
 from torch import Tensor
 
-from forge_ray.artifacts import ArtifactStore
+from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
-from forge_ray.errors import ConfigError
+from forge_ray.errors import ConfigError, TrainingError
 from forge_ray.gr import train
-from forge_ray.gr.checkpoint import load_generator
-from forge_ray.gr.converge import ARMS, ConvergeConfig, Rollout, converge, convergence
+from forge_ray.gr.checkpoint import HISTORY_FILE, load_generator
+from forge_ray.gr.converge import (
+    ARMS,
+    ConvergeConfig,
+    Rollout,
+    _whole,
+    converge,
+    convergence,
+)
 from forge_ray.gr.convergence import summarize
 from forge_ray.gr.initial import initial_generator
 from forge_ray.gr.stages import SidVariant
+from forge_ray.gr.train import TrainResult
 from tests.gr.test_stages import random_variant, temporal_stages
 from tests.gr.test_train import SMALL
 
@@ -187,3 +196,21 @@ def test_what_does_not_fit_is_refused_before_any_training(
 def test_mistakes_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(override)
+
+
+def test_a_curve_without_a_point_is_no_curve(store: ArtifactStore) -> None:
+    rows = [{"global_step": 10, "ItemNDCG@10": 0.1}, {"global_step": 20, "ItemNDCG@10": None}]
+
+    def result(name: str) -> TrainResult:
+        def produce(writer: ArtifactWriter) -> ArtifactInfo:
+            with writer.open(HISTORY_FILE) as stream:
+                stream.write(json.dumps(rows).encode())
+            return ArtifactInfo()
+
+        artifact = store.build("model", name, {"of": name}, produce=produce)
+        return TrainResult(artifact, {}, rows[:1], np.zeros(0))
+
+    assert _whole(result("whole")).history == rows[:1]
+    rows[1]["validation_error"] = "OutOfMemoryError: no room"
+    with pytest.raises(TrainingError, match=r"got OutOfMemoryError: no room at step 20\. Remove"):
+        _whole(result("broken"))
