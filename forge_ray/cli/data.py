@@ -28,10 +28,13 @@ from forge_ray.data.al_gr.importing import AlGrImportConfig, import_al_gr
 from forge_ray.data.convert import ImportConfig, import_data
 from forge_ray.data.describe import describe
 from forge_ray.data.prepare import PrepareConfig, prepare
+from forge_ray.data.published import published_stages
 from forge_ray.data.schema import Dataset
 from forge_ray.data.sources import SourcesConfig
+from forge_ray.data.splits import PublishedConfig
 from forge_ray.data.synthetic import SyntheticConfig, generate
 from forge_ray.data.validate import Finding, validate, validate_dataset
+from forge_ray.errors import DataError
 from forge_ray.launch.connect import connected
 
 app = typer.Typer(
@@ -83,8 +86,18 @@ def _import_al_gr(config: AlGrImportConfig, as_json: bool, *, verbose: bool) -> 
     emit(asdict(report), title=f"Imported to {report.directory}", as_json=as_json)
     if report.skipped:
         _say(f"Rows left out: their file, row, id, cause and text are in {config.output}/rejects/")
-    if "sequences" in report.rows:
-        _say(f"Next: forge-ray data prepare {report.directory} split.kind=published")
+    names = [name for name, kind in report.files.items() if kind == "sequences"]
+    if names:
+        split = " split.kind=published" if _form_stages(names) else ""
+        _say(f"Next: forge-ray data prepare {report.directory}{split}")
+
+
+def _form_stages(names: Sequence[str]) -> bool:
+    try:
+        published_stages(PublishedConfig(), names)
+    except DataError:
+        return False
+    return True
 
 
 @app.command("synthesize")

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 
 def converge(
-    data: Annotated[str, typer.Argument(help="Any one stage of a temporal split.")],
+    data: Annotated[str, typer.Argument(help="Any one stage of a split.")],
     overrides: Overrides = None,
     old: Annotated[str, typer.Option("--old", help="SID table before the change.")] = "",
     new: Annotated[str, typer.Option("--new", help="SID table after it.")] = "",

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 def stages(
-    data: Annotated[str, typer.Argument(help="Any one stage of a temporal split.")],
+    data: Annotated[str, typer.Argument(help="Any one stage of a split.")],
     overrides: Overrides = None,
     sids: Annotated[
         list[str] | None,

@@ -36,8 +36,11 @@ def import_(
 
     Example: forge-ray sid import tiny-s1 forge-final.npz --size 8192 --size 8192 --size 8192
     """
-    if output.suffix != ".npz":
-        raise ConfigError(f"output must end in .npz, got {output}. Rename it: SIDs are told by it.")
+    if output.suffix != ".npz" or ":/" in str(output):
+        raise ConfigError(
+            f"output must be a local path that ends in .npz, got {output}. Rename it: SIDs are "
+            "told by the ending."
+        )
     dataset = open_data(data, open_store(store), verbose=verbose)
     columns = column or code_columns(dataset)
     if size and len(size) != len(columns):
@@ -45,8 +48,8 @@ def import_(
             f"--size must be given once per level, got {size} for {columns}. Add or remove some."
         )
     table = table_of_columns(dataset, columns, size or ())
-    write_npz(output, table, dataset.item_ids())
     keys = table.prefix_keys(table.num_levels)
+    write_npz(output, table, dataset.item_ids())
     facts = {
         "columns": columns,
         "items": table.num_items,

@@ -35,7 +35,7 @@ from forge_ray.data.importers import (
 )
 from forge_ray.data.item_index import DROPPED, UNKNOWN, ItemIndex, to_bytes, to_strings
 from forge_ray.data.schema import vectors_schema
-from forge_ray.data.sources import SourcesConfig, VectorsConfig, event_columns
+from forge_ray.data.sources import ItemsConfig, SourcesConfig, VectorsConfig, event_columns
 from forge_ray.errors import DataError
 
 _IDS = tasks.with_ledger(
@@ -150,14 +150,19 @@ def _read_distinct_ids(
     yield pa.table({"id": found})
 
 
-def require_attributes(file: RawFile, required: Sequence[str]) -> None:
+def require_attributes(file: RawFile, config: ItemsConfig) -> None:
     """Check that a file of the catalogue has the columns of `items.required`.
 
     Raises:
-        DataError: it lacks one; lists those there are.
+        DataError: it lacks one, or one is an id; lists those there are.
     """
-    names = column_names(file) if required else []
-    for name in required:
+    names = column_names(file) if config.required else []
+    for name in config.required:
+        if name in ("item_id", config.item_id):
+            raise DataError(
+                f"items.required must name columns beside the id, got {name!r}. Leave it out: "
+                "items without an id are never taken."
+            )
         if name not in names:
             raise DataError(
                 f"items.required must name columns of {file.uri}, got {name!r}; it has {names}. "
@@ -173,7 +178,7 @@ def _read_ids(
     required: Sequence[str],
     skip: frozenset[str],
 ) -> Iterator[pa.Table]:
-    columns = {**wanted, **{name: name for name in required if name != wanted["item_id"]}}
+    columns = {**wanted, **{name: name for name in required}}
     for chunk in read_chunks(files[number], columns, field="items"):
         screen = Screen(chunk, skip)
         ids = as_ids(chunk, "item_id")

@@ -1,4 +1,4 @@
-"""Which datasets are the stages of one temporal split, in order.
+"""Which datasets are the stages of one temporal or published split, in order.
 
 Knows manifests only: stages share a log, a split and the length of their days, and each begins
 where the one before ends.
@@ -26,8 +26,9 @@ def stage_chain(store: ArtifactStore, ref: str) -> list[Dataset]:
     chosen = Dataset.open(store, ref).artifact.manifest
     if chosen.config.get("stage") is None:
         raise ConfigError(
-            f"{chosen.ref} must be a stage of a temporal split, got a "
-            f"{chosen.config['split']['kind']} split. Prepare the data with split.kind=temporal."
+            f"{chosen.ref} must be a stage of a temporal or published split, got a "
+            f"{chosen.config['split']['kind']} split. Prepare a log with split.kind=temporal, "
+            "FORGE's files with split.kind=published."
         )
     others = [one for one in store.manifests(KIND) if _is_sibling(one, chosen)]
     by_first = {one.config["stage"]["first"]: one for one in others}
@@ -39,8 +40,9 @@ def stage_chain(store: ArtifactStore, ref: str) -> list[Dataset]:
         chain.append(after)
     if len(chain) < 2:
         raise ConfigError(
-            f"{chosen.ref} must be one of several stages, got no other of its log in {store.uri}. "
-            "Prepare the data with split.num_stages=3."
+            f"{chosen.ref} must be one of several stages, got none before or after it of its log "
+            f"in {store.uri}. Prepare a log with split.num_stages=3, FORGE's files with the next "
+            "stage's among them."
         )
     return [Dataset.open(store, one.key) for one in chain]
 

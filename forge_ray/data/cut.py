@@ -66,8 +66,9 @@ class Stage:
     files: PublishedStage | None = None
 
     def __str__(self) -> str:
-        what = self.days or self.files
-        return "" if what is None else f" of stage {self.number} ({what})"
+        if self.days is not None:
+            return f" of stage {self.number} ({self.days})"
+        return "" if self.files is None else f" of stage {self.number}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,7 +224,8 @@ def _require_users(num_users: dict[str, int], stage: Stage) -> None:
         if not count:
             raise DataError(
                 f"split {name}{stage} must have at least one user, got {num_users}. "
-                "Give a longer log or, with a temporal split, more stage_days or test_days."
+                "Give a longer log; with a temporal split, more stage_days or test_days; with a "
+                "published one, test files with more histories, or another validation_share."
             )
 
 

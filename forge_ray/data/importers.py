@@ -293,8 +293,14 @@ def _sequence_schema(file: RawFile, source: Any) -> pa.Schema:
     return EVENTS
 
 
+def sequence_prefix(file: RawFile) -> str:
+    """What the users of a file of sequences are called by, before the row."""
+    name = file.uri.partition("?")[0].rpartition("/")[2]
+    return name.rpartition(".")[0].removeprefix("part-")
+
+
 def _sequence_batches(file: RawFile, source: Any, names: list[str]) -> Iterator[pa.RecordBatch]:
-    prefix = file.uri.rpartition("/")[2].partition(".")[0].removeprefix("part-")
+    prefix = sequence_prefix(file)
     first_row = 1
     for batch in pq.ParquetFile(source).iter_batches(
         _SEQUENCES_AT_ONCE, columns=list(SEQUENCE_COLUMNS)

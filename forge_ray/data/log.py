@@ -54,6 +54,8 @@ from forge_ray.errors import DataError
 
 KIND = "log"
 UNSORTED = "unsorted_timestamp"
+SKIPPED_WITH_ITEM = "interaction_of_skipped_item"
+"""No cause of its own: the item's counts already."""
 SHARD_BYTES = 32 * 2**20
 MIN_SHARDS = 8
 MAX_SHARDS = 4096
@@ -110,9 +112,14 @@ def find_inputs(config: SourcesConfig) -> Inputs:
     )
     for file in inputs.interactions:
         require_columns(file, event_columns(config), field="interactions")
+    if config.items.required and not inputs.items:
+        raise DataError(
+            f"items.required must go with a catalogue, got {config.items.required} and no items. "
+            "Set items.path, or leave items.required out."
+        )
     for file in inputs.items:
         require_columns(file, {"item_id": config.items.item_id}, field="items")
-        require_attributes(file, config.items.required)
+        require_attributes(file, config.items)
     for space, files in inputs.vectors.items():
         source = config.vectors[space]
         for file in files:
@@ -170,11 +177,12 @@ def al_gr_version(config: SourcesConfig) -> str:
     """Which of FORGE's two sets of SIDs the inputs belong to; empty where they are not FORGE's.
 
     Raises:
-        DataError: they belong to both.
+        DataError: they belong to both, or to an import that was interrupted.
     """
     vectors = [one.path for one in config.vectors.values()]
     paths = [one for one in (config.interactions.path, config.items.path, *vectors) if one]
-    found = {one.version: path for path in paths if (one := import_above(path)) is not None}
+    imports = {path: one for path in paths if (one := import_above(path)) is not None}
+    found = {one.finished()[0].version: path for path, one in imports.items()}
     if len(found) > 1:
         raise DataError(
             f"inputs must be of one version of AL-GR, got {found}. SIDs of one version mean "
@@ -191,6 +199,7 @@ def _identity(config: SourcesConfig, inputs: Inputs, shards: int) -> dict[str, A
     plain.pop("source")
     if inputs.sequence_files:
         plain[SEQUENCE_FILES] = list(inputs.sequence_files)
+        plain["sequence_origins"] = [file.origin for file in inputs.interactions]
     if plain["interactions"]["layout"] == "events":
         del plain["interactions"]["layout"]  # as before there was a choice
     if not plain["items"]["required"]:
@@ -306,7 +315,7 @@ def _events_of(
             "unknown_item", places == UNKNOWN, column="item_id", rule="be in the catalogue"
         )
         is_dropped = screen.keep & (places == DROPPED)
-        screen.ledger.add("interaction_of_skipped_item", int(is_dropped.sum()), "")
+        screen.ledger.add(SKIPPED_WITH_ITEM, int(is_dropped.sum()), "")
         keep = screen.keep & ~is_dropped
         users = users.filter(pa.array(keep))
         columns = {

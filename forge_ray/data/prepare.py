@@ -23,9 +23,10 @@ from forge_ray.artifacts import (
 )
 from forge_ray.config import to_mapping, to_overrides, to_yaml
 from forge_ray.data.cut import Stage, write_dataset
+from forge_ray.data.importers import list_files
 from forge_ray.data.log import build_log, find_log
 from forge_ray.data.pairs import PairsConfig
-from forge_ray.data.published import published_stages
+from forge_ray.data.published import published_stages, sequence_shards
 from forge_ray.data.schema import KIND, Dataset
 from forge_ray.data.sequences import SEQUENCE_FILES
 from forge_ray.data.sources import SourcesConfig, absolute, resolve
@@ -78,7 +79,7 @@ def prepare(config: PrepareConfig, store: ArtifactStore) -> list[Dataset]:
     located = absolute(config)
     resolved = resolve(located)
     assert isinstance(resolved, PrepareConfig)
-    _require_fitting_split(resolved)
+    _check_split(resolved)
     name = config.name or _default_name(resolved)
     # Not the resolved paths: a folder in their place says the same in fewer words.
     command = shlex.join(["forge-ray", "data", "prepare", *to_overrides(located)])
@@ -155,13 +156,18 @@ def _sources(config: PrepareConfig) -> SourcesConfig:
     )
 
 
-def _require_fitting_split(config: PrepareConfig) -> None:
+def _check_split(config: PrepareConfig) -> None:
+    """Refuse what cannot be split so, before the log is built."""
     layout, kind = config.interactions.layout, config.split.kind
     if isinstance(config.split, PublishedConfig) and layout != "sequences":
         raise ConfigError(
             "split.kind=published must go with interactions.layout=sequences, got "
             f"{layout}. Split a log of events with temporal or leave_one_out."
         )
+    if isinstance(config.split, PublishedConfig):
+        path = config.interactions.path
+        found = sequence_shards(path, list_files(path, field="interactions.path"))
+        published_stages(config.split, found.names)
     if isinstance(config.split, TemporalConfig) and layout == "sequences":
         raise ConfigError(
             f"split.kind must be published or leave_one_out for sequences, got {kind}: they have "
@@ -222,11 +228,9 @@ def _identity(config: PrepareConfig, stage: Stage) -> dict[str, Any]:
         split = kept if split["targets"] == "all" else {**kept, "targets": split["targets"]}
         span = to_mapping(stage.days)
     if stage.files is not None:
-        # Likewise the files. They have no days: the stage's number counts in their stead.
-        split = {"kind": split["kind"], "validation_share": split["validation_share"]}
+        # Files have no days: the stage's number counts in their stead.
         days = StageDays(stage.number, stage.number + 1, stage.number + 2)
-        files = {"train_files": stage.files.train, "test_files": stage.files.test}
-        span = {**to_mapping(days), **{name: list(found) for name, found in files.items()}}
+        span = {**to_mapping(days), "files": to_mapping(stage.files)}
     return {"split": split, "stage": span, "pairs": to_mapping(config.pairs)}
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from forge_ray.data.al_gr.folder import import_above, number_in
-from forge_ray.data.importers import SEQUENCES, RawFile
+from forge_ray.data.importers import SEQUENCES, RawFile, sequence_prefix
 from forge_ray.data.splits import PublishedConfig, PublishedStage
 from forge_ray.errors import DataError
 
@@ -35,17 +35,36 @@ def sequence_shards(path: str, files: Sequence[RawFile]) -> SequenceShards:
     Args:
         path: the folder of the shards.
         files: the shards.
+
+    Raises:
+        DataError: two files would have the same users, or the import was interrupted.
     """
     names = [file.uri.partition("?")[0].rpartition("/")[2] for file in files]
-    settings = import_above(path)
-    if settings is not None:
-        names = [settings.files[number_in(name)] for name in names]
-    known = tuple(sorted(set(names)))
+    above, numbers = import_above(path), [number_in(name) for name in names]
+    if above is not None and path.partition("?")[0].rstrip("/").endswith("/sequences"):
+        settings, _ = above.finished()
+        names = [
+            name if number is None else settings.files[number]
+            for name, number in zip(names, numbers, strict=True)
+        ]
+    _require_distinct_users(files)
+    known = {name: number for number, name in enumerate(sorted(set(names)))}
     shards = tuple(
-        replace(file, format=SEQUENCES, origin=known.index(name))
+        replace(file, format=SEQUENCES, origin=known[name])
         for file, name in zip(files, names, strict=True)
     )
-    return SequenceShards(shards, known)
+    return SequenceShards(shards, tuple(known))
+
+
+def _require_distinct_users(files: Sequence[RawFile]) -> None:
+    by_prefix: dict[str, str] = {}
+    for file in files:
+        other = by_prefix.setdefault(sequence_prefix(file), file.uri)
+        if other != file.uri:
+            raise DataError(
+                f"interactions.path must hold files whose names differ without `part-`, got "
+                f"{other} and {file.uri}: their users would be the same. Rename one."
+            )
 
 
 def published_stages(config: PublishedConfig, names: Sequence[str]) -> list[PublishedStage]:
@@ -58,23 +77,32 @@ def published_stages(config: PublishedConfig, names: Sequence[str]) -> list[Publ
     Raises:
         DataError: a name tells no stage, or a stage has no file to train on or none to test on.
     """
-    parts: dict[int, tuple[list[int], list[int]]] = {}
+    parts: dict[int, dict[str, list[int]]] = {}
     for number, name in enumerate(names):
         found = re.search(config.stage_pattern, name)
-        if found is None:
+        if found is None or not (found[1] or "").isdecimal():
             raise DataError(
                 f"split.stage_pattern must find the stage in the name of every file, got none in "
                 f"{name!r} with {config.stage_pattern!r}. Set it to a regular expression whose "
                 "first group is the stage's number, or import the stages' files alone."
             )
-        is_test = re.search(config.test_pattern, name) is not None
-        parts.setdefault(int(found.group(1)), ([], []))[is_test].append(number)
-    for stage, (train, test) in sorted(parts.items()):
-        for part, here in (("train on", train), ("test on", test)):
-            if not here:
-                others = [names[number] for number in (*train, *test)]
+        stage = parts.setdefault(int(found[1]), {"train": [], "validation": [], "test": []})
+        stage[_part_of(name, config)].append(number)
+    for number, stage in sorted(parts.items()):
+        for part in ("train", "test"):
+            if not stage[part]:
+                others = [names[one] for several in stage.values() for one in several]
                 raise DataError(
-                    f"stage {stage} must have a file to {part}, got {others}. Import that file "
+                    f"stage {number} must have a file to {part} on, got {others}. Import that file "
                     f"too, or set split.test_pattern (now {config.test_pattern!r})."
                 )
-    return [PublishedStage(s, tuple(parts[s][0]), tuple(parts[s][1])) for s in sorted(parts)]
+    return [
+        PublishedStage(number, **{part: tuple(found) for part, found in parts[number].items()})
+        for number in sorted(parts)
+    ]
+
+
+def _part_of(name: str, config: PublishedConfig) -> str:
+    if re.search(config.test_pattern, name):
+        return "test"
+    return "validation" if re.search(config.validation_pattern, name) else "train"

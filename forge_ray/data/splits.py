@@ -90,22 +90,27 @@ class PublishedConfig(SplitConfig):
 
     A row of a stage's train files is a train user with all its items; one of its test files is a
     held-out user, its `history` and `targets` taken as they are. Rows without a history are in no
-    part where they are held out. The published test rows are split by a hash into validation and
-    test, so that selection never sees test. Needs `interactions.layout=sequences`.
+    part where they are held out. Where a stage has no files for validation, as FORGE's, its test
+    rows are split by a hash, so that selection never sees test. Needs
+    `interactions.layout=sequences`.
     """
 
     kind: Literal["published"] = "published"
     stage_pattern: str = r"(?:^|[/_.-])s(\d+)(?=[/_.-])"
-    """Regular expression that finds the stage in a file's name, its folders included; the first
-    group is the number. The default reads `s1_splits/part_01.csv` and `s2_tiny_test.csv`."""
-    test_pattern: str = r"(?:^|[/_.-])(?:test|validation|valid|val)(?=[/_.-])"
-    """Regular expression that is found in the names of held-out files and of no others."""
+    """Regular expression that finds the stage in a file's name, of imported files with the folders
+    they lay in; the first group is the number. The default reads `s1_splits/part_01.csv` and
+    `s2_tiny_test.csv`."""
+    test_pattern: str = r"(?i)(?:^|[/_.-])test\d*(?=[/_.-])"
+    """Regular expression that is found in the names of test files and of no others."""
+    validation_pattern: str = r"(?i)(?:^|[/_.-])(?:validation|valid|val)\d*(?=[/_.-])"
+    """The same for validation files; all that are neither are trained on."""
     validation_share: float = 0.5
-    """Share of the held-out rows that go to validation, the rest to test."""
+    """Share of the test rows that go to validation in stages without validation files."""
 
     def __post_init__(self) -> None:
         """Check the patterns and the share."""
-        for name, groups in (("stage_pattern", 1), ("test_pattern", 0)):
+        patterns = {"stage_pattern": 1, "test_pattern": 0, "validation_pattern": 0}
+        for name, groups in patterns.items():
             pattern = getattr(self, name)
             try:
                 has = re.compile(pattern).groups
@@ -129,11 +134,13 @@ class PublishedStage:
     Attributes:
         number: the stage's.
         train: numbers of the files whose rows are trained on.
+        validation: numbers of the files for validation; none where it comes out of `test`.
         test: numbers of the files whose rows are held out.
     """
 
     number: int
     train: tuple[int, ...]
+    validation: tuple[int, ...]
     test: tuple[int, ...]
 
 
@@ -247,16 +254,18 @@ def published(
         items: B rows, each a history and its targets.
         times: their marks, see `sequences.events_of`; no row is empty.
         stage: which files are of which part.
-        is_validation: ``[B]`` rows that go to validation if they are held out.
+        is_validation: ``[B]`` rows that go to validation if they are held out and the stage has no
+            files for it.
     """
     file = files_of(times.values[times.offsets[:-1]])
     trained = np.flatnonzero(np.isin(file, stage.train))
     is_target = are_targets(times.values)
     histories, targets = items.filter(~is_target), items.filter(is_target)
-    is_held = np.isin(file, stage.test) & (histories.lengths > 0) & (targets.lengths > 0)
-    held = np.flatnonzero(is_held)
+    is_held = np.isin(file, (*stage.validation, *stage.test))
+    held = np.flatnonzero(is_held & (histories.lengths > 0) & (targets.lengths > 0))
     held_out = SplitPart(held, histories.take(held), targets.take(held))
-    goes = is_validation[held]
+    goes = np.isin(file, stage.validation) if stage.validation else is_validation
+    goes = goes[held]
     return Splits(
         SplitPart(trained, items.take(trained), places(times).take(trained)),
         _rows_of(held_out, goes),

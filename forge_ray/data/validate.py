@@ -15,7 +15,13 @@ import numpy as np
 from forge_ray.data import tasks
 from forge_ray.data.catalogue import Catalogue, Inputs, check_vectors, index_items
 from forge_ray.data.checks import SKIPPABLE
-from forge_ray.data.log import MIN_SHARDS, UNSORTED, find_inputs, order_events
+from forge_ray.data.log import (
+    MIN_SHARDS,
+    SKIPPED_WITH_ITEM,
+    UNSORTED,
+    find_inputs,
+    order_events,
+)
 from forge_ray.data.schema import SPLITS, Dataset, Split
 from forge_ray.data.sources import SourcesConfig, resolve
 from forge_ray.errors import DataError
@@ -71,7 +77,7 @@ def validate(config: SourcesConfig) -> list[Finding]:
     found += [
         Finding(cause, count, ledger.examples[cause], _remedy(cause))
         for cause, count in sorted(ledger.counts.items())
-        if cause not in agreed
+        if cause not in agreed and cause != SKIPPED_WITH_ITEM
     ]
     return found
 

@@ -1,7 +1,8 @@
 """SIDs that came with the items: columns of codes in a dataset's catalogue as a foreign table.
 
 FORGE publishes its SIDs so (`codebook_lv1`, `codebook_lv2`, …). Knows the items table and the
-`.npz` layout that every command takes for a SID table. Memory: codes and ids of all items.
+`.npz` layout that every command takes for a SID table. Memory: 8 bytes for each code of every item,
+and the ids of all items as Python strings and as text of fixed width, 4 bytes a letter.
 """
 
 from __future__ import annotations
@@ -31,9 +32,9 @@ def code_columns(dataset: Dataset) -> list[str]:
     """
     names = dataset.item_columns()
     levels = {name: int(found[1]) for name in names if (found := _LEVEL.search(name))}
-    if not levels or len(set(levels.values())) < len(levels):
+    if not levels or sorted(levels.values()) != list(range(1, len(levels) + 1)):
         raise DataError(
-            f"items of {dataset.name} must have one column of codes per level (…lv1, …lv2), got "
+            f"items of {dataset.name} must have one column of codes per level (…lv1, …lv2, …), got "
             f"{names}. Name the columns with --column, first level first."
         )
     return sorted(levels, key=lambda name: levels[name])
@@ -60,7 +61,7 @@ def table_of_columns(
             f"{dataset.item_columns()}. Correct --column."
         )
     codes = np.stack([_codes_in(dataset, name) for name in columns], axis=1)
-    sizes = codebook_sizes or SidTable.foreign_sizes(codes)
+    sizes = codebook_sizes or SidTable.foreign_sizes(np.maximum(codes, 0))
     return SidTable.from_codes(codes, sizes, resolver="foreign:columns")
 
 
@@ -75,18 +76,16 @@ def write_npz(path: Path, table: SidTable, item_ids: npt.NDArray[np.generic]) ->
 
 
 def _codes_in(dataset: Dataset, name: str) -> npt.NDArray[np.int64]:
-    items = dataset.items(["item_id", name])
-    column = items[name].combine_chunks()
+    column = dataset.items([name])[name].combine_chunks()
     try:
         codes = column.cast(pa.int64())
-    except pa.ArrowInvalid as error:
+    except pa.ArrowException as error:
         raise DataError(
             f"column {name} of {dataset.name}'s items must hold whole numbers, got "
             f"{' '.join(str(error).split())[:120]}. Name the columns of codes with --column."
         ) from error
-    empty = pc.is_null(codes)
     if codes.null_count:
-        first = items["item_id"].filter(empty)[0].as_py()
+        first = dataset.items(["item_id"])["item_id"].filter(pc.is_null(codes))[0].as_py()
         raise DataError(
             f"column {name} of {dataset.name}'s items must hold a code of every item, got none of "
             f"{first!r} ({codes.null_count} such items). Prepare the data with "

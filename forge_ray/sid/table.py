@@ -117,9 +117,14 @@ class SidTable:
             parent: content key of what the codes were derived from.
 
         Raises:
-            DataError: when a code lies outside its codebook or the shapes disagree.
+            DataError: when a code lies outside its codebook, a size is no size of codes, or the
+                shapes disagree.
         """
         sizes = tuple(int(size) for size in codebook_sizes)
+        if max(sizes, default=0) > 2**32:
+            raise DataError(
+                f"sid.codebook_sizes must be at most 2^32, got {list(sizes)}. Are these codes?"
+            )
         _check_codes(codes, sizes)
         packed = np.ascontiguousarray(codes, dtype=code_dtype(sizes))
         return cls(packed, sizes, resolver, key=key, parent=parent)
@@ -250,8 +255,13 @@ def _read_npz(
         with np.load(path, allow_pickle=False) as arrays:
             if "codes" not in arrays:
                 raise DataError(f"{path} must hold an array 'codes', got {sorted(arrays.files)}.")
-            sizes = arrays["codebook_sizes"].tolist() if "codebook_sizes" in arrays else []
-            return arrays["codes"], arrays.get("item_id", None), sizes
+            sizes = arrays["codebook_sizes"] if "codebook_sizes" in arrays else np.zeros(0, int)
+            if sizes.ndim != 1:
+                raise DataError(
+                    f"{path}: codebook_sizes must be one number per level, got {sizes.tolist()}. "
+                    "Write a list, or leave the array out."
+                )
+            return arrays["codes"], arrays.get("item_id", None), sizes.tolist()
     except (OSError, zipfile.BadZipFile, EOFError) as error:
         raise DataError(f"{path} must be a readable .npz file, got: {error}.") from error
 

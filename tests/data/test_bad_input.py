@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from forge_ray.data.log import build_log
 from forge_ray.data.prepare import PrepareConfig, prepare
 from forge_ray.data.schema import Dataset
 from forge_ray.data.sources import InteractionsConfig, ItemsConfig, SourcesConfig, resolve
+from forge_ray.data.validate import validate
 from forge_ray.errors import ConfigError, DataError
 from tests.data.raw import EVENTS, ITEMS, write_events, write_items, write_raw, write_vectors
 
@@ -221,6 +223,8 @@ def test_items_must_have_what_is_required(raw: Path) -> None:
         run(raw, items=required)
     with pytest.raises(DataError, match=r"items.required must name columns of .*, got 'colour'"):
         run(raw, items=ItemsConfig(required=["colour"]))
+    with pytest.raises(DataError, match=r"must name columns beside the id, got 'item_id'"):
+        run(raw, items=ItemsConfig(required=["item_id"]))
     dataset = run(raw, "missing_attribute", "duplicate_item", items=required)
     assert dataset.item_ids().tolist() == ["a", "c", "d"]
     assert dataset.items(["code"])["code"].to_pylist() == [1, 3, 4]
@@ -234,6 +238,19 @@ def test_items_must_have_what_is_required(raw: Path) -> None:
     log = build_log(config, ArtifactStore(raw.parent / "store"), name="both")
     assert log.manifest.rows["items"] == 2
     assert log.manifest.rows["skipped_interaction_of_skipped_item"] == 4
+
+
+def test_validation_reports_what_is_required_and_not_what_follows(raw: Path) -> None:
+    write_items(raw, [{**row, "code": None if row["item_id"] == "b" else 1} for row in ITEMS])
+    config = SourcesConfig(source=str(raw), items=ItemsConfig(required=["code"]))
+    assert [one.cause for one in validate(config)] == ["missing_attribute"]
+    assert validate(replace(config, skip=["missing_attribute"])) == []
+
+
+def test_there_is_no_requirement_without_items(raw: Path) -> None:
+    (raw / "items.jsonl").unlink()
+    with pytest.raises(DataError, match="must go with a catalogue"):
+        run(raw, items=ItemsConfig(required=["code"]))
 
 
 def test_items_that_all_lack_something_are_refused(raw: Path) -> None:

@@ -33,7 +33,7 @@ def test_any_stage_leads_to_all_of_them(store: ArtifactStore, place: int) -> Non
 
 def test_a_dataset_without_stages_is_refused(store: ArtifactStore) -> None:
     alone = put(store, "toy-s1", (0, 7, 8))
-    with pytest.raises(ConfigError, match="got no other of its log"):
+    with pytest.raises(ConfigError, match="got none before or after it"):
         stage_chain(store, alone)
     config = {"split": {"kind": "leave_one_out"}, "stage": None}
     built = store.build("dataset", "loo", config, produce=lambda writer: ArtifactInfo())

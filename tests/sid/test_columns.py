@@ -59,6 +59,9 @@ def test_text_of_whole_numbers_will_do(store: ArtifactStore) -> None:
     [
         ({"title": ["a", "b", "c"]}, None, r"must have one column of codes per level .* --column"),
         ({"a_lv1": [1, 2, 3], "b_lv1": [1, 2, 3]}, None, "must have one column of codes per level"),
+        ({"lv1": [1, 2, 3], "lv3": [1, 2, 3]}, None, "must have one column of codes per level"),
+        ({"lv1": [[1], [2], [3]]}, None, "must hold whole numbers"),
+        ({"lv1": [1, 2, 2**62]}, None, r"must be at most 2\^32"),
         ({"lv1": [1, 2, 3]}, ["lv1", "lv2"], r"got no \['lv2'\] among"),
         ({"lv1": [1, None, 3]}, None, r"got none of 'y' \(1 such items\).*items.required=\[lv1\]"),
         ({"lv1": ["1", "two", "3"]}, None, r"column lv1 .* must hold whole numbers, got .*two"),
@@ -97,5 +100,14 @@ def test_the_command_writes_what_other_commands_take(store: ArtifactStore, tmp_p
     np.testing.assert_array_equal(SidTable.from_npz(output, dataset.item_ids()).codes, CODES)
     with pytest.raises(ConfigError, match="--size must be given once per level"):
         run(store, dataset.key, output, "--size", "8192")
-    with pytest.raises(ConfigError, match=r"output must end in \.npz"):
+    with pytest.raises(ConfigError, match=r"that ends in \.npz"):
         run(store, dataset.key, str(tmp_path / "forge.csv"))
+    with pytest.raises(ConfigError, match="output must be a local path"):
+        run(store, dataset.key, "s3://bucket/forge.npz")
+
+
+def test_a_file_with_one_size_is_no_table(tmp_path: Path) -> None:
+    path = tmp_path / "odd.npz"
+    np.savez(path, codes=CODES, codebook_sizes=8192)
+    with pytest.raises(DataError, match="codebook_sizes must be one number per level, got 8192"):
+        SidTable.from_npz(path)

@@ -8,6 +8,7 @@ that is killed goes on from there.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -174,8 +175,8 @@ class AlGrFolder:
         self.filesystem.move(f"{path}.new", path)
 
 
-def import_above(uri: str) -> Settings | None:
-    """The settings of the import that a file or folder of one lies in; None where it is none.
+def import_above(uri: str) -> AlGrFolder | None:
+    """The import that a file or folder lies in; None where it lies in none.
 
     Args:
         uri: an input of `data prepare`, at most two folders below the import's.
@@ -186,15 +187,19 @@ def import_above(uri: str) -> Settings | None:
         above = path.rsplit("/", parents)
         if len(above) <= parents or not above[0]:
             break
-        settings = AlGrFolder.at(f"{scheme}{separator}{above[0]}{mark}{options}").settings()
-        if settings is not None:
-            return settings
+        folder = AlGrFolder.at(f"{scheme}{separator}{above[0]}{mark}{options}")
+        if folder.settings() is not None:
+            return folder
     return None
 
 
-def number_in(shard: str) -> int:
-    """Number of the file whose rows a shard of that name holds; undoes `AlGrFolder.shard_path`."""
-    return int(shard.removeprefix("part-").partition("-")[0])
+def number_in(shard: str) -> int | None:
+    """Number of the file whose rows a shard of that name holds; undoes `AlGrFolder.shard_path`.
+
+    None for a name that no shard of an import has.
+    """
+    found = re.fullmatch(r"part-(\d{5})-\d{5}\.parquet", shard)
+    return None if found is None else int(found[1])
 
 
 def skipped_in_all(records: Sequence[FileRecord]) -> dict[str, int]:

@@ -148,6 +148,11 @@ def test_published_stages_stay_what_they_are(tmp_path: Path) -> None:
     assert [one.key for one in prepare(config, store)] == [one.key for one in stages]
     fewer = replace(config, split=PublishedConfig(validation_share=0.2))
     assert prepare(fewer, store)[0].key != stages[0].key
+    # Nor do stages told by other patterns stand in one chain with these.
+    other = replace(config, split=PublishedConfig(stage_pattern=r"/s(\d)_tiny"))
+    again = prepare(other, store)
+    assert not {one.key for one in again} & {one.key for one in stages}
+    assert [one.key for one in stage_chain(store, stages[0].key)] == [one.key for one in stages]
     assert len(list(store.manifests("log"))) == 1
     # Who wants all rows as one log gets them without the marks.
     (whole,) = prepare(replace(config, split=LeaveOneOutConfig()), store)
@@ -156,6 +161,25 @@ def test_published_stages_stay_what_they_are(tmp_path: Path) -> None:
         for path in whole.sequence_files("train")
     ]
     assert max(pc.max(one).as_py() for one in times) < len(ITEMS)
+
+
+def test_an_interrupted_import_is_not_prepared(tmp_path: Path) -> None:
+    write_stages(tmp_path / "raw", stages=1)
+    source, store = imported(tmp_path), ArtifactStore(tmp_path / "store")
+    record = source / "_files/00001.json"
+    record.write_text(record.read_text().replace('"is_done": true', '"is_done": false'))
+    for split in (PublishedConfig(), LeaveOneOutConfig()):
+        with pytest.raises(DataError, match=r"complete import, got 1 unfinished .*s1_tiny_test"):
+            prepare(PrepareConfig(source=str(source), split=split), store)
+
+
+def test_names_without_stages_are_refused_before_the_log_is_built(tmp_path: Path) -> None:
+    write_sequences(tmp_path / "raw")
+    store = ArtifactStore(tmp_path / "store")
+    config = PrepareConfig(source=str(imported(tmp_path)), split=PublishedConfig())
+    with pytest.raises(DataError, match=r"split\.stage_pattern must find the stage"):
+        prepare(config, store)
+    assert not list(store.manifests())
 
 
 def test_splits_that_do_not_fit_the_layout_are_refused(tmp_path: Path) -> None:
