@@ -180,6 +180,7 @@ class TestOneWorker:
         assert again.history == reference.history
         assert time.monotonic() - began < 5
 
+    @pytest.mark.slow
     def test_what_cannot_be_validated_is_an_error_that_loses_no_step(self, reference, folder):
         """A file stands where the folder of best weights belongs."""
         blocked = folder / "runs" / "blind" / "best"
