@@ -41,7 +41,8 @@ def sequence_shards(path: str, files: Sequence[RawFile]) -> SequenceShards:
     """
     names = [file.uri.partition("?")[0].rpartition("/")[2] for file in files]
     above, numbers = import_above(path), [number_in(name) for name in names]
-    if above is not None and path.partition("?")[0].rstrip("/").endswith("/sequences"):
+    folders = [file.uri.partition("?")[0].rpartition("/")[0] for file in files]
+    if above is not None and all(folder.endswith("/sequences") for folder in folders):
         settings, _ = above.finished()
         names = [
             name if number is None else settings.files[number]

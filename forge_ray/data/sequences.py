@@ -50,7 +50,7 @@ def events_of(
     place = np.arange(len(user)) - np.repeat(np.cumsum(total) - total, total)
     is_target = place >= np.repeat(lengths[0], total)
     time = (file << _FILE_BIT) | (is_target.astype(np.int64) << _TARGET_BIT) | place
-    names = pa.array([f"{prefix}:{first_row + row}" for row in range(batch.num_rows)], pa.string())
+    names = pc.binary_join_element_wise(prefix, pa.array(first_row + rows).cast(pa.string()), ":")
     columns = [names.take(pa.array(user)), items.take(pa.array(order)), pa.array(time)]
     return pa.RecordBatch.from_arrays(columns, schema=EVENTS)
 

@@ -25,11 +25,12 @@ from forge_ray.artifacts import ArtifactStore
 from forge_ray.data.queries.query_set import QuerySet
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
+from forge_ray.data.sorted_arrays import is_member
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate.board import Ranked
 from forge_ray.evaluate.config import EvaluationConfig
 from forge_ray.evaluate.evaluator import Evaluation, Ready, evaluated
-from forge_ray.evaluate.popularity import fill_popular, is_member, popularity_order
+from forge_ray.evaluate.popularity import fill_popular, popularity_order
 from forge_ray.evaluate.ranking import list_places
 
 _WORD = re.compile(r"\w+")

@@ -23,8 +23,9 @@ import numpy.typing as npt
 import scipy.sparse as sp
 
 from forge_ray.data.ragged import Ragged
+from forge_ray.data.sorted_arrays import is_member
 from forge_ray.errors import ConfigError
-from forge_ray.evaluate.popularity import fill_popular, is_member, popularity_order
+from forge_ray.evaluate.popularity import fill_popular, popularity_order
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from forge_ray.data.ragged import Ragged
+from forge_ray.data.sorted_arrays import is_member
 
 _BLOCK_CELLS = 1 << 22
 """(user, candidate) cells examined at a time: bounds memory to about 100 MB."""
@@ -94,11 +95,3 @@ def _fill_block(
     filled = ranked.copy()
     filled[row, place[row, column]] = candidates[column]
     return filled
-
-
-def is_member(keys: npt.NDArray[np.int64], members: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
-    """Whether each key is in a sorted array. Same shape as `keys`."""
-    if len(members) == 0:
-        return np.zeros(keys.shape, dtype=bool)
-    at = np.minimum(np.searchsorted(members, keys), len(members) - 1)
-    return members[at] == keys

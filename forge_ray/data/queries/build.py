@@ -42,9 +42,10 @@ from forge_ray.data.queries.output import (
     written,
 )
 from forge_ray.data.queries.query_set import QUERIES_KIND, QuerySet
-from forge_ray.data.queries.rows import Asked, asked_of, is_among
+from forge_ray.data.queries.rows import Asked, asked_of
 from forge_ray.data.queries.words import DeriveConfig, QueryMaker
 from forge_ray.data.schema import SPLITS, Dataset, Split, sequence_batch
+from forge_ray.data.sorted_arrays import is_member
 from forge_ray.data.sources import absolute_path
 from forge_ray.errors import ConfigError, DataError
 
@@ -225,7 +226,7 @@ def _compare_shard(
     table = pq.read_table(files[number], filesystem=target.filesystem)
     repeated = np.zeros(table.num_rows, dtype=bool)
     if target.compares:
-        repeated = is_among(pairs_of(table), ray.get(held_out))
+        repeated = is_member(pairs_of(table), ray.get(held_out))
     ledger = tasks.Ledger()
     if repeated.any():
         text = texts_of(table.filter(pa.array(repeated)))[0]

@@ -101,19 +101,6 @@ def pair_hashes(targets: NDArray[np.integer[Any]], queries: list[str]) -> NDArra
     return hash_ids(np.array([f"{item} {query}" for item, query in pairs], dtype=object))
 
 
-def is_among(pairs: NDArray[np.uint64], known: NDArray[np.uint64]) -> NDArray[np.bool_]:
-    """Which pairs are known, bool [R]; takes no memory for the known ones.
-
-    Args:
-        pairs: uint64 [R].
-        known: uint64 [K], ascending.
-    """
-    if not len(known):
-        return np.zeros(len(pairs), dtype=bool)
-    place = np.minimum(np.searchsorted(known, pairs), len(known) - 1)
-    return np.asarray(known[place] == pairs)
-
-
 def asked_of(users: SequenceBatch, split: Split, *, max_history: int) -> Asked:
     """The moments at which users of a split wanted an item."""
     if split == "train":

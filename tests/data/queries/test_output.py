@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from forge_ray.data import tasks
 from forge_ray.data.queries.output import WRITTEN, collected, written
-from forge_ray.data.queries.rows import is_among
+from forge_ray.data.sorted_arrays import is_member
 
 NUMBERS = st.lists(st.integers(0, 2**64 - 1) | st.integers(0, 20), max_size=12)
 
@@ -28,5 +28,5 @@ def test_shards_add_up(shards: list[tuple[str, list[int]]]) -> None:
 
 @given(NUMBERS, NUMBERS)
 def test_known_pairs_are_found(pairs: list[int], known: list[int]) -> None:
-    found = is_among(np.array(pairs, np.uint64), np.unique(np.array(known, np.uint64)))
+    found = is_member(np.array(pairs, np.uint64), np.unique(np.array(known, np.uint64)))
     assert found.tolist() == [pair in known for pair in pairs]

@@ -160,6 +160,16 @@ def test_a_mixture_is_the_sum_and_reaches_every_weight(folders, kind):
     assert all(one.grad is not None for one in asked.model.parameters())
 
 
+def check_charged(asked, decoder, decoded, histories):
+    """Scores of the wanted items are what training on these histories charges for them."""
+    learned = asked.text.searches(histories, QUERIES, WANTED)
+    ranks = decoder.item_rank()[WANTED]
+    for row in range(3):
+        charged = asked.model.script_loss_sum(asked.batch(learned.take([row])))
+        slot = decoded.sid_rank[row].tolist().index(int(ranks[row]))
+        assert decoded.scores[row, slot] == pytest.approx(-float(charged), abs=1e-3)
+
+
 @torch.no_grad()
 def test_decoding_scores_what_training_charged(folders, kind):
     """The log-probabilities of all SIDs, of which training charged one."""
@@ -170,13 +180,8 @@ def test_decoding_scores_what_training_charged(folders, kind):
         batch_users=2,
     )  # fmt: skip
     decoded = decoder.decode(HISTORIES, QUERIES)
-    recent = asked.text.searches(HISTORIES.tail(2), QUERIES, WANTED)
-    ranks = decoder.item_rank()[WANTED]
-    for row in range(3):
-        charged = asked.model.script_loss_sum(asked.batch(recent.take([row])))
-        slot = decoded.sid_rank[row].tolist().index(int(ranks[row]))
-        assert decoded.scores[row, slot] == pytest.approx(-float(charged), abs=1e-3)
-        assert np.exp(decoded.scores[row]).sum() == pytest.approx(1, abs=1e-3)
+    check_charged(asked, decoder, decoded, HISTORIES.tail(2))
+    assert np.exp(decoded.scores).sum(1) == pytest.approx(1, abs=1e-3)
 
 
 @torch.no_grad()
@@ -206,12 +211,7 @@ def test_a_model_of_queries_alone_is_asked_without_the_history(folders, kind):
     )  # fmt: skip
     decoded = decoder.decode(HISTORIES, QUERIES)
     # As `QueryScripts` writes the rows of `query_to_sid`.
-    learned = asked.text.searches(HISTORIES.tail(0), QUERIES, WANTED)
-    ranks = decoder.item_rank()[WANTED]
-    for row in range(3):
-        charged = asked.model.script_loss_sum(asked.batch(learned.take([row])))
-        slot = decoded.sid_rank[row].tolist().index(int(ranks[row]))
-        assert decoded.scores[row, slot] == pytest.approx(-float(charged), abs=1e-3)
+    check_charged(asked, decoder, decoded, HISTORIES.tail(0))
     with pytest.raises(ConfigError, match="must be asked with queries"):
         decoder.decode(HISTORIES)
 
