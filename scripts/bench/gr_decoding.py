@@ -38,7 +38,7 @@ TABLE = Path(__file__).parents[3] / "shared" / "data" / "sid-cell-47k" / "rkmean
 SIZES, ITEMS = (256, 256, 256, 256), 47_593
 BEAMS, TOP, TURNS = 50, 20, 3
 HISTORIES = (20, 100)
-OUR_BATCHES, THEIR_BATCHES = (8, 16, 32, 64), (1, 4)
+OUR_BATCHES, THEIR_BATCHES = (8, 16, 32, 64), (1, 4, 16)
 CATALOGUES = (10_000, 100_000, 1_000_000)
 
 

@@ -38,7 +38,8 @@ def test_every_stage_is_measured_once(tmp_path: Path) -> None:
     large = found["sizes"][1]
     assert large["rows"]["items"] == 5000
     assert 40_000 < large["rows"]["interactions"] < 80_000
-    assert large["recommend"]["users"] == large["stages"]["recommend"]["rows"]
+    asked = large["stages"]["recommend"]["rows"]
+    assert 0.98 * asked < large["recommend"]["users"] < asked  # too few events: in no test split
     for name in ("synthesize", "index_and_order", "train", "recommend"):
         assert large["stages"][name]["driver_rss_mib"] > 50, name
         assert large["stages"][name]["largest_worker_own_mib"] > 20, name
