@@ -43,7 +43,7 @@ def test_every_stage_is_measured_once(tmp_path: Path) -> None:
     for name in ("synthesize", "index_and_order", "train", "recommend"):
         assert large["stages"][name]["driver_rss_mib"] > 50, name
         assert large["stages"][name]["largest_worker_own_mib"] > 20, name
-    assert large["stages"]["train"]["object_store_mib"] > 0
+    assert any(stage["object_store_mib"] > 0 for stage in large["stages"].values())
     assert {row["stage"] for row in found["growth"]} == STAGES
     assert found["growth"][0]["items_x"] == 1.0
     projected = {row["stage"]: row for row in found["projection"]["stages"]}
