@@ -72,13 +72,14 @@ DESIGNS: dict[str, Design] = {
     "codes, all codes compete": Design(FUSED, [*CODES, "model.softmax=full"]),
     "codes, padded": Design(FUSED, [*CODES, "model.packing=false", "data.window_batches=1"]),
     "codes, discrec": Design(FUSED, [*CODES, "model.discrec=true"]),
+    "encoder and decoder": Design(FUSED, [*CODES, "model.kind=t5"]),
     "parallel heads": Design(FUSED, [*ITEMS, "model.kind=parallel_heads", "max_steps=800"]),
 }
 GROUPS = {
     "best": ["best"],
     "items": [name for name in DESIGNS if name.startswith("items")],
     "codes": [name for name in DESIGNS if name.startswith("codes")],
-    "architectures": ["items", "codes", "parallel heads"],
+    "architectures": ["items", "codes", "encoder and decoder", "parallel heads"],
 }
 METRICS = ("ItemHit@10", "ItemNDCG@10")
 
