@@ -156,7 +156,7 @@ def test_a_training_goes_on_from_a_model_also_on_other_sids(
     # It begins where the other ended, not at the log of the codebook sizes.
     assert abs(kept.losses[0] - first.losses[-5:].mean()) < 0.15
     assert kept.losses[0] < first.losses[0] - 0.25
-    assert kept.artifact.manifest.parents == [dataset.key, tables[0].key, first.artifact.key]
+    assert kept.artifact.manifest.parents == (dataset.key, tables[0].key, first.artifact.key)
     with pytest.raises(ConfigError, match=r"initial\.codes must be fresh or mapped"):
         train("refused", tables[1], f"initial.model={ref}")
     begun = [f"initial.model={ref}", "initial.codes=mapped"]
