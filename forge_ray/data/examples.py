@@ -20,9 +20,10 @@ from numpy.typing import NDArray
 
 from forge_ray.data.ragged import Ragged
 
-ExampleMode = Literal["window", "prefix", "whole"]
+ExampleMode = Literal["window", "prefix", "last", "whole"]
 """`window`: rows are pieces of sequences, every item is a target; `prefix`: rows are histories that
-end in their target; `whole`: sequences are rows as they are."""
+end in their target, one for every item; `last`: likewise, one for each sequence, ending in its last
+item; `whole`: sequences are rows as they are."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +128,13 @@ def whole(sequences: Ragged) -> Pieces:
     return Pieces(sequences, sequences.offsets[:-1], sequences.lengths)
 
 
+def last_items(sequences: Ragged, max_items: int) -> Pieces:
+    """A row for each sequence of two items or more: its newest `max_items`, the target last."""
+    owner = np.flatnonzero(sequences.lengths > 1)
+    sizes = np.minimum(sequences.lengths[owner], max_items)
+    return Pieces(sequences, sequences.offsets[owner + 1] - sizes, sizes)
+
+
 def windows(sequences: Ragged, max_items: int, rng: np.random.Generator) -> Pieces:
     """Cuts sequences into consecutive pieces of at most `max_items`; every item is in one piece.
 
@@ -176,6 +184,8 @@ def segment_rows(
         rows = windows(sequences, plan.max_items, rng)
     elif plan.mode == "prefix":
         rows = Prefixes.of(sequences, plan.max_items)
+    elif plan.mode == "last":
+        rows = last_items(sequences, plan.max_items)
     else:
         rows = whole(sequences)
     batches = batch_order(

@@ -26,7 +26,7 @@ import queue
 import threading
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -48,6 +48,10 @@ _BLOCK_BYTES = 8 << 20
 class StreamConfig:
     """How sequence shards become batches."""
 
+    targets: Literal["all", "last"] = "all"
+    """Items of a train sequence that are answers, for models of one answer a row: a row for every
+    one after the first, or for the last one only. Models that learn every item of a row take `all`;
+    rows of queries and of the catalogue have their own answers."""
     segment_files: int = 16
     """Files that one task reads and shuffles together; it holds their items, 4 bytes each."""
     window_batches: int = 0
@@ -262,7 +266,7 @@ class SequenceStream:
             if num_barren >= self._num_segments:
                 raise DataError(
                     f"{self.files[0]} and the other shards must hold sequences, got no training "
-                    "row. Users need at least two training items for prefix examples."
+                    "row. Users need at least two training items where a row has one answer."
                 )
 
     @property

@@ -144,6 +144,7 @@ class GrConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}. Raise it.")
         self._check_workers()
+        self._check_targets()
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed must be in [0, 2^31), got {self.seed}. Use another seed.")
         if self.max_failures < 0:
@@ -195,6 +196,14 @@ class GrConfig:
                 "Leave it out."
             )
 
+    def _check_targets(self) -> None:
+        if self.data.targets == "last" and self.model.examples == "window":
+            raise ConfigError(
+                f"data.targets must be all for model.kind={self.model.kind}, which learns every "
+                "item of a row, got last. Leave it out; one answer a row have t5, pretrained_t5 "
+                "and, with model.targets=last, decoder and pretrained_decoder."
+            )
+
     @property
     def own_cpus(self) -> float:
         """CPUs that the calling process needs while it trains; otherwise its workers have them."""
@@ -206,7 +215,7 @@ class GrConfig:
         return BatchPlan(
             batch_rows=self.shares[ITEM_TASK],
             max_items=self.max_history + 1,
-            mode=self.model.examples,
+            mode="last" if self.data.targets == "last" else self.model.examples,
             window_batches=self.data.window_batches or (1 if self.model.packs else _SORTED_BATCHES),
             seed=self.seed,
         )
@@ -260,6 +269,8 @@ def without_execution(mapping: Mapping[str, Any]) -> dict[str, Any]:
         kept.pop("tasks", None)  # likewise
     if kept.get("published") == "best":
         kept.pop("published")  # likewise
+    if kept.get("data", {}).get("targets") == "all":
+        kept["data"] = {name: one for name, one in kept["data"].items() if name != "targets"}
     for part, running in _RUNNING_PARTS.items():
         if part in kept:
             given = kept[part].items()

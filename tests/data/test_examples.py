@@ -14,6 +14,7 @@ from forge_ray.data.examples import (
     Prefixes,
     batch_order,
     in_groups,
+    last_items,
     segment_rows,
     whole,
     windows,
@@ -67,6 +68,16 @@ def test_any_prefixes_are_those_written_out(lengths, max_items, seed):
     assert found.lengths.tolist() == rows.lengths(order).tolist()
 
 
+@given(lengths=LENGTHS, max_items=st.integers(2, 12))
+@settings(max_examples=60, deadline=None)
+def test_last_items_are_a_row_for_each_sequence_that_has_a_history(lengths, max_items):
+    sequences = counted(lengths)
+    rows = last_items(sequences, max_items)
+    expected = [row[-max_items:].tolist() for row in sequences if len(row) > 1]
+    assert [row.tolist() for row in all_of(rows)] == expected
+    assert rows.lengths(np.arange(len(rows))).tolist() == [len(row) for row in expected]
+
+
 @given(num=st.integers(0, 200), batch=st.integers(1, 9), window=st.integers(1, 5))
 @settings(max_examples=40, deadline=None)
 def test_batches_hold_every_row_once(num, batch, window):
@@ -100,6 +111,7 @@ GOLDEN = {
         [16, 17, 18, 19],
     ],
     "window": [[15, 16, 17, 18, 11, 12, 13, 14, 2, 3, 4, 5], [10, 19, 7, 8, 9], [6, 0, 1]],
+    "last": [[7, 8, 9, 16, 17, 18, 19, 3, 4, 5, 6]],
     "whole": [[0, 1, 2, 3, 4, 5, 6, *range(11, 20)], [10, 7, 8, 9]],
 }
 
@@ -125,7 +137,7 @@ def test_groups_are_all_batches_in_order_and_small(lengths, batch, num_values):
         assert len(group) == 1 or sum(rows.lengths(one).sum() for one in group) <= num_values
 
 
-@pytest.mark.parametrize("mode", ["prefix", "window", "whole"])
+@pytest.mark.parametrize("mode", ["prefix", "last", "window", "whole"])
 def test_an_item_takes_a_few_bytes_whatever_rows_it_is_in(mode):
     """A row for every item, with a history of up to fifty: 200 bytes an item where all are held."""
     plan = BatchPlan(batch_rows=128, max_items=51, mode=mode, window_batches=8, seed=0)

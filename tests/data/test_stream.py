@@ -112,7 +112,7 @@ def test_prefetch_keeps_order_and_raises_errors_of_its_thread():
         next(ready)
 
 
-@pytest.mark.parametrize("mode", ["prefix", "window"])
+@pytest.mark.parametrize("mode", ["prefix", "last", "window"])
 def test_every_cursor_resumes_exactly_on_another_number_of_workers(shards, mode):
     config = StreamConfig(segment_files=2, segments_per_execution=4)
 
@@ -180,8 +180,9 @@ class TestWithRay:
         firsts = {int(row[0]) for table in tables for row in table}
         assert targets == [item for item in all_items(shards) if item not in firsts]
 
-    def test_shards_without_examples_are_an_error(self, tmp_path):
+    @pytest.mark.parametrize("mode", ["prefix", "last"])
+    def test_shards_without_examples_are_an_error(self, tmp_path, mode):
         path = tmp_path / "part-00000.parquet"
         pq.write_table(pa.table({"items": pa.array([[1], [2]], pa.list_(pa.int32()))}), path)
         with pytest.raises(DataError, match="got no training"):
-            next(stream([str(path)], mode="prefix").batches(Cursor()))
+            next(stream([str(path)], mode=mode).batches(Cursor()))

@@ -164,6 +164,21 @@ def test_stopped_at_every_check_up_a_run_comes_to_the_same_end(
     assert rows(job) == rows(reference)
 
 
+def test_a_run_on_one_row_a_sequence_reads_each_once_an_epoch_and_goes_on(dataset, tmp_path):
+    """600 sequences in two segments of ten batches: sixty steps are three epochs."""
+    given = ["model.targets=last", "data.targets=last"]
+    whole, cut = (make_job(dataset, tmp_path / name, *given) for name in ("whole", "cut"))
+    run(whole)
+    for step in (10, 20, 30):
+        ending, loop = run(cut, Outside(["stop"]))
+        assert (ending.kind, loop._progress.step) == ("stopped", step)
+    run(cut)
+    assert losses(cut) == losses(whole)
+    assert rows(cut) == rows(whole)
+    levels = len(whole.codebook_sizes)
+    assert [row["train_tokens"] for row in rows(whole)] == [n * 600 * levels for n in (1, 2, 3)]
+
+
 def test_a_finished_run_that_was_not_published_only_validates(dataset, tmp_path, reference):
     """The driver died between the last checkpoint and the model."""
     job = make_job(dataset, tmp_path)

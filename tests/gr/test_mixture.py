@@ -80,7 +80,7 @@ class World:
         if self._model is None:
             self._model = config.model.resolved()
             self._text = self._model.task_text(config.tasks)
-        return replace(config, model=self._model)
+        return replace(config, model=replace(self._model, targets=config.model.targets))
 
     @property
     def data(self) -> TextData:
@@ -168,6 +168,22 @@ def test_an_epoch_of_a_task_reads_every_row_once(world):
         scripts = text.searches(batch.items.tail(20), batch.queries, batch.targets.values)
         expected.update(row for row in listed(scripts) if kind_of(row) == "search")
     assert found == expected
+
+
+def test_one_row_a_sequence_concerns_the_next_item_alone(world):
+    """Rows of queries and of the catalogue have one answer anyway: they stay what they are."""
+    every, last = (
+        world.config("model.targets=last", f"data.targets={targets}") for targets in ("all", "last")
+    )
+    batches = world.batches(last, 80)
+    epoch = [one for one in batches if one.following[ITEM_TASK].epoch == 0]
+    assert len(epoch) < len(batches)
+    found = sorted(row.tolist() for one in epoch for row in one.items.rows)
+    users = [row for batch in world.dataset.sequence_batches("train") for row in batch.items]
+    assert found == sorted(row[-21:].tolist() for row in users if len(row) > 1)
+    assert [listed(one.scripts) for one in batches[:10]] == [
+        listed(one.scripts) for one in world.batches(every, 10)
+    ]
 
 
 def test_workers_share_what_one_reads(world):

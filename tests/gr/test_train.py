@@ -25,7 +25,7 @@ from forge_ray.config import load_config
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError, StoppedError, TrainingError
 from forge_ray.gr.checkpoint import load_generator, model_config
-from forge_ray.gr.config import GrConfig
+from forge_ray.gr.config import GrConfig, without_execution
 from forge_ray.gr.run_folder import RunFolder, checkpoint_name
 from forge_ray.gr.train import (
     TrainResult,
@@ -399,6 +399,31 @@ def test_an_ending_names_the_newest_checkpoint_that_is_whole(tmp_path):
         (half / "half").write_bytes(b"x")
     with pytest.raises(TrainingError, match=r"intact: .*/checkpoints/step_00000005\."):
         _check_outcome(diverged, job, name="run", command="")
+
+
+class TestAnswersOfSequences:
+    """`data.targets`: a row for every item of a sequence, or for the last one only."""
+
+    ONE_ANSWER = ["model.kind=t5"], ["model.targets=last"], ["model.kind=pretrained_t5"]
+
+    @pytest.mark.parametrize("model", ONE_ANSWER)
+    def test_models_of_one_answer_a_row_have_the_choice(self, model):
+        assert load_config(GrConfig, overrides=model).plan.mode == "prefix"
+        assert load_config(GrConfig, overrides=[*model, "data.targets=last"]).plan.mode == "last"
+
+    @pytest.mark.parametrize(
+        "kind", ["decoder", "rq_transformer", "parallel_heads", "pretrained_decoder"]
+    )
+    def test_models_that_learn_every_item_refuse_it(self, kind):
+        with pytest.raises(ConfigError, match=rf"data\.targets must be all for model\.kind={kind}"):
+            load_config(GrConfig, overrides=[f"model.kind={kind}", "data.targets=last"])
+
+    def test_keys_of_runs_from_before_stay(self):
+        assert "targets" not in small("model.kind=t5").identity()["data"]
+        given = {"data": {"targets": "all", "window_batches": 8}}
+        assert without_execution(given) == {"data": {"window_batches": 8}}
+        changed = load_config(GrConfig, overrides=["model.kind=t5", "data.targets=last"]).identity()
+        assert changed["data"]["targets"] == "last"
 
 
 @pytest.mark.parametrize("widths", ["[0,20]", "[20,9]"])

@@ -46,7 +46,8 @@ class DecoderConfig(SizedConfig):
 
     targets: Literal["all", "last"] = "all"
     """Items of a training row that are targets. `all` reads every sequence once an epoch; `last`
-    reads it once per item, each time with that item last, as T5 does."""
+    reads it once per item, each time with that item last, as T5 does (`data.targets=last`: once,
+    up to its last item)."""
     packing: bool = True
     """Whether training rows are laid end to end instead of padded to the longest; the loss is the
     same. Eager attention always pads."""

@@ -40,7 +40,7 @@ class PretrainedDecoderConfig(PretrainedConfig):
     """Share of the inputs dropped while training; the checkpoint's own attention dropout stays."""
     targets: Literal["all", "last"] = "all"
     """Items of a training row that are targets; a prompt takes `last`, which reads a sequence once
-    per item."""
+    per item, or once with `data.targets=last`."""
     packing: bool = True
     """See `DecoderConfig.packing`; rows with a prompt are padded."""
 

@@ -1,8 +1,9 @@
 """Encoder-decoder generator: T5 reads a history and writes the codes of the next item.
 
 A training row is one history with one target, its last item; the stream expands a sequence of n
-items into its n - 1 prefixes, so that every position but the first is a target once an epoch. Knows
-nothing about items or files. The blocks are those of transformers, initialised from scratch.
+items into its n - 1 prefixes, so that every position but the first is a target once an epoch, or
+with `data.targets=last` takes the longest alone. Knows nothing about items or files. The blocks are
+those of transformers, initialised from scratch.
 
 Source: TIGER (arXiv 2305.05065) in LETTER's form, and FORGE's T5 recipe (arXiv 2509.20904). We
 differ in omitting the end token (every SID has L codes) and, by default, in a softmax over one
