@@ -24,6 +24,7 @@ from torch import Tensor
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import to_mapping
+from forge_ray.data.examples import last_items
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.gr.checkpoint import (
@@ -157,9 +158,27 @@ def _of_other_sids(
     )
     # The old model's own events: those to be trained on have not happened yet. Items that never
     # occurred count a little: their codes would stay fresh otherwise.
-    counts = source.dataset.train_counts()[np.maximum(rows, 0)]
+    counts = trained_counts(source)[np.maximum(rows, 0)]
     weights = np.where(rows >= 0, counts + 1.0, 0.0)
     return transplant(old, new, is_mapped=config.codes == "mapped", weights=weights)
+
+
+def trained_counts(source: ModelSource) -> NDArray[np.int64]:
+    """How often each item of a model's dataset occurred in its training, int64 [num_items].
+
+    Args:
+        source: the model; with rows for the last items alone the train sequences are read.
+    """
+    dataset, config = source.dataset, model_config(source.artifact)
+    if config.data.targets == "all":
+        return dataset.train_counts()
+    # Events before the newest `max_history` and sequences of one item were in no row.
+    counts = np.zeros(dataset.num_items, dtype=np.int64)
+    for batch in dataset.sequence_batches("train"):
+        rows = last_items(batch.items, config.plan.max_items)
+        read = rows.take(np.arange(len(rows)))
+        counts += np.bincount(read.values, minlength=len(counts))
+    return counts
 
 
 def _rows_of(dataset: Dataset, other: Dataset) -> NDArray[np.int64]:

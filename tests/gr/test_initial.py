@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -11,12 +12,20 @@ import torch
 from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
+from forge_ray.data.stream import StreamConfig
 from forge_ray.errors import ConfigError
 from forge_ray.gr import initial
 from forge_ray.gr.config import GrConfig, InitialConfig
-from forge_ray.gr.initial import Speaker, initial_generator, resolved_initial, transplant
+from forge_ray.gr.initial import (
+    Speaker,
+    initial_generator,
+    resolved_initial,
+    trained_counts,
+    transplant,
+)
 from forge_ray.gr.models.decoder import DecoderConfig
 from forge_ray.gr.models.rq_transformer import RqTransformerConfig
+from forge_ray.gr.source import ModelSource
 from forge_ray.gr.train import TrainResult, train_generator
 from forge_ray.gr.vocab import Vocab
 from forge_ray.sid.table import SidTable
@@ -128,6 +137,22 @@ def test_mapped_codes_are_weighted_by_the_old_models_events(
     )
     initial_generator(config, store, later, other)
     assert set(seen["weights"]) == {8.0}
+
+
+def test_events_that_no_row_of_the_old_model_held_weigh_nothing(store: ArtifactStore) -> None:
+    """One row a sequence: its newest `max_history` items and the answer, where there is one."""
+    dataset, table = tiny_dataset(store), SidTable.open(publish_table(store))
+    model = DecoderConfig(
+        hidden_size=16, num_layers=1, num_heads=2, intermediate_size=32, targets="last"
+    )
+    config = GrConfig(model=model, max_history=4, data=StreamConfig(targets="last"))
+    published = publish_model(store, dataset, table, config)
+    users = [row for batch in dataset.sequence_batches("train") for row in batch.items]
+    expected = Counter(item for row in users if len(row) > 1 for item in row[-5:].tolist())
+    counts = trained_counts(ModelSource.open(store, published.key))
+    assert counts.tolist() == [expected[item] for item in range(dataset.num_items)]
+    every = publish_model(store, dataset, table)
+    assert (trained_counts(ModelSource.open(store, every.key)) == dataset.train_counts()).all()
 
 
 @pytest.mark.ray

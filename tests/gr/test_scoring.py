@@ -46,10 +46,12 @@ def publish_table(store: ArtifactStore, *, seed: int = 0) -> Artifact:
     return store.build("sids", "random", {"seed": seed}, parents=parents, produce=table.save)
 
 
-def publish_model(store: ArtifactStore, dataset: Dataset, table: SidTable) -> Artifact:
+def publish_model(
+    store: ArtifactStore, dataset: Dataset, table: SidTable, config: GrConfig | None = None
+) -> Artifact:
     """An untrained decoder in the form that training publishes."""
     size = {"hidden_size": 16, "num_layers": 1, "num_heads": 2, "intermediate_size": 32}
-    config = GrConfig(model=DecoderConfig(**size), max_history=4)
+    config = config or GrConfig(model=DecoderConfig(**size), max_history=4)
 
     def produce(writer: ArtifactWriter) -> None:
         torch.manual_seed(0)
