@@ -62,6 +62,9 @@ class StagesConfig:
                 "stage and those from scratch begin afresh, the others with the stage before."
             )
         check_tasks(self.train)
+        for model in self.backbones.values():
+            # What a backbone cannot train on is refused before the first one is trained.
+            replace(self.train, model=model)
 
     def models(self) -> dict[str, GeneratorConfig]:
         """The backbones by name."""

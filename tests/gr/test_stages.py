@@ -108,6 +108,14 @@ def test_trials_leave_the_figures_of_one_process(
             ],
             "tasks.validate must be a task that is learned",
         ),
+        (
+            [
+                "train.model.kind=t5",
+                "train.data.targets=last",
+                "backbones={one: {kind: t5}, all: {kind: decoder}}",
+            ],
+            "data.targets must be all for model.kind=decoder",
+        ),
     ],
 )
 def test_settings_that_no_chain_can_have_are_refused(overrides: list[str], message: str) -> None:
