@@ -7,11 +7,15 @@ import re
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pytest
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import load_config
+from forge_ray.data.examples import segment_rows
 from forge_ray.data.ragged import Ragged
+from forge_ray.data.sequences import events_of
+from forge_ray.data.splits import PublishedStage, published
 from forge_ray.errors import ConfigError
 from forge_ray.gr.checkpoint import load_generator, model_config
 from forge_ray.gr.config import GrConfig
@@ -71,8 +75,35 @@ def test_published_settings(name, learning_rate, schedule, max_steps):
     assert engine.learning_rate_at(1, max_steps) == pytest.approx(learning_rate, rel=1e-4)
     assert config.validation.widths == [200, 400, 1200]
     assert (config.max_history, config.seed) == (100, 42)
-    assert config.model.examples == "prefix"
+    assert config.plan.mode == "last"
     assert (config.model.softmax, config.model.end_token) == ("full", True)
+
+
+def published_rows(num: int) -> tuple[list[list[str]], pa.RecordBatch]:
+    """Histories of up to 120 items and a target, each as one list and as an import has them."""
+    rng = np.random.default_rng(0)
+    whole = [[str(item) for item in rng.integers(0, 500, rng.integers(2, 122))] for _ in range(num)]
+    columns = {"history": [row[:-1] for row in whole], "targets": [row[-1:] for row in whole]}
+    return whole, pa.RecordBatch.from_pydict(columns)
+
+
+@pytest.mark.parametrize("name", sorted(CHECKPOINTS))
+def test_a_published_row_is_one_training_row(name):
+    """So a step of 1,280 rows reads as many published rows, and steps and epochs are FORGE's."""
+    written, batch = published_rows(300)
+    events = events_of(batch, first_row=0, prefix="s1:", file=0)
+    sizes = np.array([len(row) for row in written])
+    items, times = (
+        Ragged.from_lengths(events[column].cast(pa.int64()).to_numpy(), sizes)
+        for column in ("item_id", "timestamp")
+    )
+    stage = PublishedStage(1, train=(0,), validation=(), test=(1,))
+    train = published(items, times, stage=stage, is_validation=np.zeros(len(sizes), bool)).train
+    config = recipe(name, "engine.global_batch=64")
+    rows, batches = segment_rows(train.items, config.plan, epoch=0, segment=0)
+    read = [row.tolist() for numbers in batches for row in rows.take(numbers)]
+    # The answer, and the newest hundred before it.
+    assert sorted(read) == sorted([int(item) for item in row[-101:]] for row in written)
 
 
 def test_the_wording_is_that_of_released_rows(shared_data):
@@ -132,7 +163,8 @@ def test_two_steps_from_a_checkpoint(ray_local, tmp_path, name):
     """The published settings but for the machine; the model then decodes without the checkpoint."""
     folder = CHECKPOINTS[name](tmp_path / "checkpoint")
     store = ArtifactStore(tmp_path / "store")
-    dataset, table = chain_dataset(store), three_levels()
+    # As many rows as users: ten batches of 64.
+    dataset, table = chain_dataset(store, num_users=640), three_levels()
     config = recipe(name, f"model.pretrained={folder}", *ONE_CPU)
     result = train_generator(
         config, dataset, table, store=store, run_dir=str(tmp_path / "runs"), name=name
