@@ -80,10 +80,14 @@ def test_published_settings(name, learning_rate, schedule, max_steps):
 
 
 def published_rows(num: int) -> tuple[list[list[str]], pa.RecordBatch]:
-    """Histories of up to 120 items and a target, each as one list and as an import has them."""
+    """Up to 120 items and one to three targets, each as one list and as an import has them."""
     rng = np.random.default_rng(0)
-    whole = [[str(item) for item in rng.integers(0, 500, rng.integers(2, 122))] for _ in range(num)]
-    columns = {"history": [row[:-1] for row in whole], "targets": [row[-1:] for row in whole]}
+    whole = [[str(item) for item in rng.integers(0, 500, rng.integers(1, 122))] for _ in range(num)]
+    starts = [max(0, len(row) - int(rng.integers(1, 4))) for row in whole]
+    columns = {
+        "history": [row[:start] for row, start in zip(whole, starts, strict=True)],
+        "targets": [row[start:] for row, start in zip(whole, starts, strict=True)],
+    }
     return whole, pa.RecordBatch.from_pydict(columns)
 
 
@@ -102,8 +106,10 @@ def test_a_published_row_is_one_training_row(name):
     config = recipe(name, "engine.global_batch=64")
     rows, batches = segment_rows(train.items, config.plan, epoch=0, segment=0)
     read = [row.tolist() for numbers in batches for row in rows.take(numbers)]
-    # The answer, and the newest hundred before it.
-    assert sorted(read) == sorted([int(item) for item in row[-101:]] for row in written)
+    # The last target is the answer; before it the newest hundred, other targets among them.
+    expected = [[int(item) for item in row[-101:]] for row in written if len(row) > 1]
+    assert len(expected) < len(written)
+    assert sorted(read) == sorted(expected)
 
 
 def test_the_wording_is_that_of_released_rows(shared_data):
