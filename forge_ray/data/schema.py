@@ -183,6 +183,17 @@ class Dataset:
         """Users with at least one interaction."""
         return self.artifact.manifest.rows["users"]
 
+    def users_file(self, shard: str) -> str:
+        """Path of the users whose rows a shard of sequences has.
+
+        All shards of the same users have one name: those of the splits, of query sets and of
+        `users/` (columns as in `USERS_SCHEMA`, in index order).
+
+        Args:
+            shard: path of a shard of any of them.
+        """
+        return self.artifact.path("users", shard.rsplit("/", 1)[-1])
+
     # ---- items ----
 
     def items(self, columns: Sequence[str] | None = None) -> pa.Table:

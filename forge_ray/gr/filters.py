@@ -21,7 +21,7 @@ def allowed_items(
     """The items that both lists let through.
 
     Args:
-        item_ids: string [N], ids in index order.
+        item_ids: string or large_string [N], ids in index order.
         allow: path or URI of a text file, one id a line: only these; None allows all.
         deny: the same: none of these, even where `allow` names them.
 
@@ -49,13 +49,15 @@ def allowed_items(
 
 def _is_listed(item_ids: pa.Array, path: str, name: str) -> NDArray[np.bool_]:
     listed = pa.array(_read(path, name), item_ids.type)
-    unknown = listed.filter(pc.invert(pc.is_in(listed, value_set=item_ids)))
+    is_listed = pc.is_in(item_ids, value_set=listed)
+    # Searched among what was found: a hash table of all ids would take as much memory again.
+    unknown = listed.filter(pc.invert(pc.is_in(listed, value_set=item_ids.filter(is_listed))))
     if len(unknown):
         raise DataError(
             f"{name} must hold item ids of the dataset, got {len(unknown)} unknown ones in {path}, "
             f"e.g. {unknown[0].as_py()!r}. Remove them."
         )
-    return np.asarray(pc.is_in(item_ids, value_set=listed).to_numpy(zero_copy_only=False), bool)
+    return np.asarray(is_listed.to_numpy(zero_copy_only=False), bool)
 
 
 def _read(path: str, name: str) -> list[str]:

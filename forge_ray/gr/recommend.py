@@ -378,7 +378,8 @@ class _PartWriter:
             seen=histories if self._job.config.exclude_seen else None,
             affinity=self._order.profiles(histories) if self._order else None,
         )
-        table = _table(users, lists, self._item_ids, _user_ids(self._job.dataset, users))
+        user_ids = _user_ids(self._job.dataset, part, users)
+        table = _table(users, lists, self._item_ids, user_ids)
         stats = json.dumps(_part_stats(decoded, lists)).encode()
         table = table.replace_schema_metadata({_STATS_KEY: stats})
         folder = f"{self._root}/{_PARTS_FOLDER}"
@@ -388,8 +389,9 @@ class _PartWriter:
         self._filesystem.move(partial, f"{folder}/{_file(part)}")
 
 
-def _item_ids(dataset: Dataset) -> pa.Array:
-    return dataset.items(["item_id"])["item_id"].combine_chunks()
+def _item_ids(dataset: Dataset) -> pa.LargeStringArray:
+    # More than 2 GiB of them do not fit a `string` array.
+    return dataset.items(["item_id"])["item_id"].cast(pa.large_string()).combine_chunks()
 
 
 def _known(users: SequenceBatch, *, append_targets: bool) -> Ragged:
@@ -402,12 +404,14 @@ def _known(users: SequenceBatch, *, append_targets: bool) -> Ragged:
     return Ragged.from_lengths(values[order], users.items.lengths + users.targets.lengths)
 
 
-def _user_ids(dataset: Dataset, users: SequenceBatch) -> pa.Array:
-    """The users' own ids, in row order; the range filter lets Parquet skip foreign shards."""
+def _user_ids(dataset: Dataset, part: Part, users: SequenceBatch) -> pa.Array:
+    """The users' own ids, in row order; the range filter lets Parquet skip foreign row groups."""
     index = users.user_index
+    if not len(index):
+        return pa.array([], pa.string())
     column = pc.field("user_index")
     found = pads.dataset(
-        dataset.artifact.files("users/"), filesystem=dataset.filesystem, format="parquet"
+        dataset.users_file(part.shard), filesystem=dataset.filesystem, format="parquet"
     ).to_table(filter=(column >= int(index.min())) & (column <= int(index.max())))
     order = np.argsort(found["user_index"].to_numpy())
     known = found["user_index"].to_numpy()[order]
@@ -419,10 +423,11 @@ def _user_ids(dataset: Dataset, users: SequenceBatch) -> pa.Array:
 
 
 def _table(
-    users: SequenceBatch, lists: RankedItems, item_ids: pa.Array, user_ids: pa.Array
+    users: SequenceBatch, lists: RankedItems, item_ids: pa.LargeStringArray, user_ids: pa.Array
 ) -> pa.Table:
     is_item = lists.items >= 0
     items = Ragged.from_lengths(lists.items[is_item].astype(np.int32), lists.lengths)
+    named = item_ids.take(pa.array(items.values)).cast(pa.string())
     offsets = pa.array(items.offsets.astype(np.int32))
     asked = {} if users.queries is None else {"query": pa.array(users.queries, pa.string())}
     return pa.table(
@@ -431,7 +436,7 @@ def _table(
             "user_id": user_ids,
             **asked,
             "items": items.to_arrow(),
-            "item_ids": pa.ListArray.from_arrays(offsets, item_ids.take(pa.array(items.values))),
+            "item_ids": pa.ListArray.from_arrays(offsets, named),
             "scores": Ragged(lists.scores[is_item], items.offsets).to_arrow(),
         }
     )

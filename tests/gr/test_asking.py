@@ -92,7 +92,7 @@ def test_lists_are_asked_for_in_the_form_of_the_training(
     publish, queries, tmp_path, asked, monkeypatch
 ):
     monkeypatch.setattr(module, "_run", _write_here)
-    monkeypatch.setattr(module, "_user_ids", lambda dataset, users: pa.nulls(len(users)))
+    monkeypatch.setattr(module, "_user_ids", lambda dataset, part, users: pa.nulls(len(users)))
     config = RecommendConfig(split="validation", max_users=8, top_k=5)
     for weights, newest in ((MIXED, 4), (ALONE, 0)):
         asked.clear()

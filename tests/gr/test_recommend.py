@@ -12,10 +12,11 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
+import pyarrow.parquet as pq
 import pytest
 
 from forge_ray.artifacts import ArtifactStore
-from forge_ray.data.parts import plan_parts
+from forge_ray.data.parts import plan_parts, read_part
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError, DataError, TrainingError
@@ -89,6 +90,22 @@ def test_lists_for_some_users_are_those_of_all(dataset: Dataset, tmp_path: Path)
     assert report.users == 25
     everyone = {row["user_index"]: row for row in read(tmp_path / "all")}
     assert all(row == everyone[row["user_index"]] for row in read(tmp_path / "some"))
+
+
+def _lists_of_test(dataset: Dataset, out: Path) -> Path:
+    (out / "lists").mkdir(parents=True)
+    job = module._Job(config_of(), HashSource(), dataset, str(out), None)
+    module._PartWriter(job)._write(next(iter(plan_parts(dataset, "test", rows_per_part=9))))
+    (file,) = (out / "lists").iterdir()
+    return file
+
+
+def test_item_ids_may_be_more_than_a_string_array_holds(dataset: Dataset, tmp_path: Path) -> None:
+    ids = module._item_ids(dataset)
+    assert ids.type == pa.large_string()
+    assert ids.to_pylist() == [f"item-{item}" for item in range(200)]
+    schema = pq.read_schema(_lists_of_test(dataset, tmp_path))
+    assert schema.field("item_ids").type == pa.list_(pa.string())
 
 
 def test_seen_items_do_not_shorten_lists(
@@ -235,13 +252,22 @@ def test_lists_of_another_model_are_not_mixed_in(dataset: Dataset, tmp_path: Pat
         recommend(HashSource(), dataset, config_of(), out=str(out))
 
 
-def test_user_ids_are_found_whatever_the_order(dataset: Dataset) -> None:
-    batch = next(dataset.sequence_batches("test"))
+def test_user_ids_are_found_whatever_the_order(
+    dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    part = list(plan_parts(dataset, "test", rows_per_part=30))[1]
+    batch = read_part(dataset, part)
     shuffled = replace(batch, user_index=batch.user_index[::-1].copy())
-    assert module._user_ids(dataset, shuffled).to_pylist() == [
+    opened: list[str] = []
+    real = pads.dataset
+    monkeypatch.setattr(
+        module.pads, "dataset", lambda path, **kw: opened.append(path) or real(path, **kw)
+    )
+    assert module._user_ids(dataset, part, shuffled).to_pylist() == [
         f"user-{user}" for user in shuffled.user_index
     ]
-    assert isinstance(module._user_ids(dataset, batch), pa.StringArray)
+    assert isinstance(module._user_ids(dataset, part, batch), pa.StringArray)
+    assert {path.rsplit("/", 2)[-2:] == ["users", "part-1.parquet"] for path in opened} == {True}
 
 
 @pytest.mark.parametrize(
