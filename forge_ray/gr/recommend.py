@@ -93,7 +93,8 @@ class RecommendConfig:
     rows_per_part: int = 8192
     """Users of one output file, the unit that a killed run repeats."""
     num_actors: int | None = None
-    """Decoding processes; by default as many as the cluster's CPUs (or GPUs) allow."""
+    """Most decoding processes; by default as many as the cluster's CPUs (or GPUs) allow, those that
+    it adds meanwhile too."""
     cpus_per_actor: float = 1.0
     """CPUs, and so threads, of one process."""
     use_gpu: bool = False
@@ -307,9 +308,7 @@ def _run(job: _Job, parts: list[Part]) -> None:
         fn_constructor_args=(job,),
         batch_size=1,
         batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=min(len(rows), _num_actors(config))
-        ),
+        compute=_pool(config, num_parts=len(rows)),
         num_cpus=config.cpus_per_actor,
         num_gpus=1 if config.use_gpu else 0,
     )
@@ -319,13 +318,11 @@ def _run(job: _Job, parts: list[Part]) -> None:
         logger.info("recommend: %d of %d parts", done, len(rows))
 
 
-def _num_actors(config: RecommendConfig) -> int:
-    if config.num_actors is not None:
-        return config.num_actors
-    resources = ray.cluster_resources()
-    by_cpu = resources.get("CPU", 1.0) / max(config.cpus_per_actor, 1e-3)
-    by_gpu = resources.get("GPU", 0.0) if config.use_gpu else by_cpu
-    return max(1, int(min(by_cpu, by_gpu)))
+def _pool(config: RecommendConfig, *, num_parts: int) -> ray.data.ActorPoolStrategy:
+    # Ray Data starts no more actors than the cluster has room for, and more when nodes join. A
+    # bound by what it has now would last where a cluster begins with its head alone.
+    most = min(num_parts, config.num_actors or num_parts)
+    return ray.data.ActorPoolStrategy(min_size=1, max_size=most)
 
 
 class _PartWriter:

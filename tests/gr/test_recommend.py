@@ -92,6 +92,11 @@ def test_lists_for_some_users_are_those_of_all(dataset: Dataset, tmp_path: Path)
     assert all(row == everyone[row["user_index"]] for row in read(tmp_path / "some"))
 
 
+def test_the_pool_grows_with_the_cluster_up_to_the_parts() -> None:
+    pools = [module._pool(config_of(num_actors=n), num_parts=6) for n in (None, 2, 9)]
+    assert [(pool.min_size, pool.max_size) for pool in pools] == [(1, 6), (1, 2), (1, 6)]
+
+
 def _lists_of_test(dataset: Dataset, out: Path) -> Path:
     (out / "lists").mkdir(parents=True)
     job = module._Job(config_of(), HashSource(), dataset, str(out), None)
