@@ -32,6 +32,15 @@ Queries = Annotated[
 ]
 SplitName = Annotated[str | None, typer.Option(help="validation or test.")]
 
+ListedUsers = Annotated[
+    str | None,
+    typer.Option(
+        "--split",
+        help="all (default): every user with all its events; train, validation or test: the rows "
+        "of that split. With --queries test, train or validation.",
+    ),
+]
+
 Output = Annotated[
     str | None, typer.Option(help="Folder or URI; default ./recommendations/<model>-<split>.")
 ]
@@ -101,7 +110,7 @@ def recommend(
     overrides: Overrides = None,
     out: Output = None,
     config: ConfigFile = None,
-    split: SplitName = None,
+    split: ListedUsers = None,
     allow: AllowedItems = None,
     deny: DeniedItems = None,
     queries: Queries = None,
@@ -110,9 +119,11 @@ def recommend(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Write item lists for every user of a split as Parquet; the same command resumes.
+    """Write an item list for every user as Parquet; the same command resumes.
 
-    With --queries, for every row of a query set, which a column `query` tells.
+    Each list follows all events that the dataset holds of the user. With --split test (validation,
+    train), the rows of that split get lists instead, as if their held-out events had not happened.
+    With --queries, every row of the query set's test split does, which a column `query` tells.
 
     Settings: split, append_targets, max_users, top_k, widths, exclude_seen, allow, deny,
     bucket_order (popularity, dense), space, batch_users, rows_per_part, num_actors, cpus_per_actor,
@@ -126,9 +137,10 @@ def recommend(
 
     named = {"split": split, "allow": allow, "deny": deny}
     values = {name: value for name, value in named.items() if value}
-    settings = load_config(RecommendConfig, path=config, overrides=overrides or (), values=values)
+    given = load_config(RecommendConfig, path=config, overrides=overrides or (), values=values)
+    settings = given.completed(has_queries=queries is not None)
     source = ModelSource.open(open_store(store), model, sids=sids)
-    words = [source.name, settings.split, *(["search"] if queries else [])]
+    words = [source.name, str(settings.split), *(["search"] if queries else [])]
     target = out or f"./recommendations/{'-'.join(words)}"
     stderr.print(f"lists go to {target}; the same command continues an interrupted run")
     asked = None if queries is None else QuerySet.open(open_store(store), queries)

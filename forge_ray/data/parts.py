@@ -1,4 +1,4 @@
-"""Ranges of rows of the shards of a split: the units in which held-out users are worked on.
+"""Ranges of rows of shards: the units in which users are worked on.
 
 A part is small enough to hold and to repeat; only the row groups that contain it are read. Knows
 the layout of a dataset; knows nothing about what is done with the users.
@@ -6,18 +6,23 @@ the layout of a dataset; knows nothing about what is done with the users.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
 from forge_ray.data.schema import SequenceBatch, Split, Users, sequence_batch
 
+if TYPE_CHECKING:
+    from pyarrow.fs import FileSystem
+
 
 @dataclass(frozen=True)
 class Part:
-    """Rows ``start .. start + rows`` of a sequence shard."""
+    """Rows ``start .. start + rows`` of a shard."""
 
     number: int
     """Of the shard, in file order."""
@@ -43,11 +48,27 @@ def plan_parts(
         rows_per_part: most users of a part.
         limit: stop after this many users, which are a fixed random sample; None takes all.
     """
+    return cut_shards(
+        users.sequence_files(split), users.filesystem, rows_per_part=rows_per_part, limit=limit
+    )
+
+
+def cut_shards(
+    shards: Iterable[str], filesystem: FileSystem, *, rows_per_part: int, limit: int | None = None
+) -> Iterator[Part]:
+    """Cut shards into parts; reads footers only, up to the limit.
+
+    Args:
+        shards: paths of Parquet files.
+        filesystem: of the paths.
+        rows_per_part: most rows of a part.
+        limit: stop after this many rows; None takes all.
+    """
     left = limit
-    for number, shard in enumerate(users.sequence_files(split)):
+    for number, shard in enumerate(shards):
         if left == 0:
             return
-        rows = pq.read_metadata(shard, filesystem=users.filesystem).num_rows
+        rows = pq.read_metadata(shard, filesystem=filesystem).num_rows
         rows = rows if left is None else min(rows, left)
         left = None if left is None else left - rows
         for start in range(0, rows, rows_per_part):
@@ -56,8 +77,13 @@ def plan_parts(
 
 def read_part(users: Users, part: Part) -> SequenceBatch:
     """Read the users of a part, and no row group without them."""
+    return sequence_batch(read_rows(users.filesystem, part))
+
+
+def read_rows(filesystem: FileSystem, part: Part) -> pa.Table:
+    """Read the rows of a part but their times, in one chunk, and no row group without them."""
     stop = part.start + part.rows
-    with users.filesystem.open_input_file(part.shard) as handle:
+    with filesystem.open_input_file(part.shard) as handle:
         file = pq.ParquetFile(handle)
         counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
         ends = np.cumsum(counts)
@@ -66,4 +92,4 @@ def read_part(users: Users, part: Part) -> SequenceBatch:
         columns = [name for name in file.schema_arrow.names if name != "timestamps"]
         table = file.read_row_groups(groups.tolist(), columns=columns)
     first = part.start - int(starts[groups[0]])
-    return sequence_batch(table.slice(first, part.rows).combine_chunks())
+    return table.slice(first, part.rows).combine_chunks()

@@ -147,6 +147,13 @@ class Ragged:
         """Keep the first ``count`` values of each row (all of them in shorter rows)."""
         return self.slices(self.offsets[:-1], np.minimum(self.lengths, max(count, 0)))
 
+    def followed_by(self, other: Ragged) -> Ragged:
+        """Put each row of another ``[B]`` behind the row here of the same number."""
+        rows = np.concatenate([self.row_ids, other.row_ids])
+        order = np.argsort(rows, kind="stable")
+        values = np.concatenate([self.values, other.values])
+        return Ragged.from_lengths(values[order], self.lengths + other.lengths)
+
     def filter(self, mask: NDArray[np.bool_]) -> Ragged:
         """Keep the values where ``mask`` ``[T]`` holds; rows stay, possibly empty."""
         kept = np.zeros(len(self.values) + 1, dtype=np.int64)

@@ -1,4 +1,4 @@
-"""Item lists for every user of a split: Ray Data actors decode parts of the sequence shards.
+"""Item lists for every user, or for those of a split: Ray Data actors decode parts of the shards.
 
 A *part* is a range of rows of one shard. An actor loads the model once, then reads, decodes and
 writes one part after another; no process holds more users than a part. A part's Parquet file
@@ -16,7 +16,7 @@ import json
 import logging
 import uuid
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any, Literal
@@ -34,6 +34,7 @@ from pyarrow.fs import FileSelector, FileSystem
 from forge_ray.artifacts import open_filesystem
 from forge_ray.config import to_mapping
 from forge_ray.data import tasks
+from forge_ray.data.everyone import plan_everyone, read_everyone
 from forge_ray.data.parts import Part, plan_parts, read_part
 from forge_ray.data.queries.query_set import QuerySet
 from forge_ray.data.ragged import Ragged
@@ -57,6 +58,7 @@ logger = logging.getLogger(__name__)
 
 REQUEST_FILE = "request.json"
 SUMMARY_FILE = "summary.json"
+EVERYONE = "all"
 _PARTS_FOLDER = "lists"
 _STATS_KEY = b"forge_ray"
 
@@ -65,12 +67,15 @@ _STATS_KEY = b"forge_ray"
 class RecommendConfig:
     """Who gets lists, how long, and how hard the search tries."""
 
-    split: str = "test"
-    """Whose histories to read: `train`, `validation` or `test`."""
+    split: str | None = None
+    """`all`: every user once, with all the events that the dataset holds. `train`, `validation` or
+    `test`: the rows of that split, whose histories end before the events held out there. By default
+    `all`, with queries `test`."""
     append_targets: bool = False
     """Whether the held-out items of the split count as known history too."""
     max_users: int = 0
-    """Users who get a list, the same random ones every time; 0 means all."""
+    """Users who get a list, the same random ones every time; 0 means all. With `split=all`
+    users without an event in the dataset count, and get none."""
     top_k: int = 100
     """Items of a list."""
     widths: list[int] | None = None
@@ -102,9 +107,10 @@ class RecommendConfig:
 
     def __post_init__(self) -> None:
         """Check the values."""
-        if self.split not in SPLITS:
+        if self.split not in (None, EVERYONE, *SPLITS):
             raise ConfigError(
-                f"split must be one of {list(SPLITS)}, got {self.split!r}. Name an existing split."
+                f"split must be one of {[EVERYONE, *SPLITS]}, got {self.split!r}. "
+                "Name an existing split, or leave it out."
             )
         for name in ("top_k", "batch_users", "rows_per_part"):
             if getattr(self, name) < 1:
@@ -124,11 +130,16 @@ class RecommendConfig:
             raise ConfigError(
                 f"max_users must be >= 0, got {self.max_users}. Use 0 for all users of the split."
             )
-        if self.append_targets and self.split == "train":
+        if self.append_targets and self.split in ("train", EVERYONE):
+            why = "has no targets" if self.split == "train" else "reads all events as it is"
             raise ConfigError(
-                "append_targets must be false for split=train, got true. "
-                "The train split has no targets: use validation or test."
+                f"append_targets must be false for split={self.split}, got true. "
+                f"That split {why}: leave it out, or use split=validation or test."
             )
+
+    def completed(self, *, has_queries: bool) -> RecommendConfig:
+        """The same with its split by name."""
+        return replace(self, split=self.split or ("test" if has_queries else EVERYONE))
 
 
 @dataclass(frozen=True)
@@ -172,6 +183,20 @@ class _Job:
         """Whose rows get lists."""
         return self.queries or self.dataset
 
+    def plan(self) -> list[Part]:
+        """The units of work, in order; reads footers only."""
+        rows, limit = self.config.rows_per_part, self.config.max_users or None
+        if self.config.split == EVERYONE:
+            return list(plan_everyone(self.dataset, rows_per_part=rows, limit=limit))
+        split: Any = self.config.split
+        return list(plan_parts(self.users, split, rows_per_part=rows, limit=limit))
+
+    def read(self, part: Part) -> SequenceBatch:
+        """The users of one of them."""
+        if self.config.split == EVERYONE:
+            return read_everyone(self.dataset, part)
+        return read_part(self.users, part)
+
 
 def recommend(
     source: GeneratorSource,
@@ -181,7 +206,7 @@ def recommend(
     out: str,
     queries: QuerySet | None = None,
 ) -> RecommendReport:
-    """Write a list of items for every user of a split; needs a running Ray.
+    """Write a list of items for every user, or for those of a split; needs a running Ray.
 
     Args:
         source: the model.
@@ -190,7 +215,8 @@ def recommend(
         out: folder or URI for ``lists/*.parquet`` (`user_index`, `user_id`, `items`, `item_ids`,
             `scores`), with `request.json` and, at the end, `summary.json`. The same call continues
             a run that was killed.
-        queries: a query set of the dataset; a list for every row of it, with a column `query`.
+        queries: a query set of the dataset; a list for every row of the split, with a column
+            `query`.
 
     Raises:
         ConfigError: ``out`` holds the lists of another request, no item is allowed, or the model
@@ -198,6 +224,7 @@ def recommend(
         DataError: a list of items does not fit the dataset, or it has no such vectors.
     """
     started = perf_counter()
+    config = config.completed(has_queries=queries is not None)
     source.prompts.check(has_queries=queries is not None)
     if "://" not in out:
         out = str(Path(out).resolve())  # actors may run in another directory
@@ -212,24 +239,24 @@ def recommend(
     job = _Job(config, source, dataset, out, allowed, queries)
     _check_search(source, config)
     _claim(filesystem, root, _request(job))
-    split: Any = config.split
-    limit = config.max_users or None
-    parts = list(plan_parts(job.users, split, rows_per_part=config.rows_per_part, limit=limit))
+    parts = job.plan()
     finished = _finished(filesystem, root)
     pending = [part for part in parts if _file(part) not in finished]
     logger.info(
         "recommend: %d parts, %d finished before; writing to %s", len(parts), len(finished), out
     )
     _run(job, pending)
-    stats = [_stats(filesystem, root, part) for part in parts]
-    written = sum(part.rows for part in pending)
+    stats = {part: _stats(filesystem, root, part) for part in parts}
+    written = sum(stats[part]["users"] for part in pending)
     report = _report(
-        stats,
+        list(stats.values()),
         out=out,
         parts_resumed=len(parts) - len(pending),
         users_per_s=written / (perf_counter() - started),
     )
     _write_json(filesystem, f"{root}/{SUMMARY_FILE}", asdict(report))
+    if absent := sum(part.rows for part in parts) - report.users:
+        logger.info("recommend: %d users have no event in the dataset, and no list", absent)
     return report
 
 
@@ -246,6 +273,12 @@ def _check_search(source: GeneratorSource, config: RecommendConfig) -> None:
 
 def _check_queries(queries: QuerySet, dataset: Dataset, config: RecommendConfig) -> None:
     queries.check_dataset(dataset)
+    if config.split == EVERYONE:
+        raise ConfigError(
+            f"split must be one of {list(SPLITS)} with --queries, got {EVERYONE!r}. Each row of a "
+            "query set is a question of its own, and users may have several: leave split out for "
+            "those of test."
+        )
     if config.append_targets:
         raise ConfigError(
             "append_targets must be false with --queries, got true. What a query asks for is no "
@@ -365,7 +398,7 @@ class _PartWriter:
         return pa.table({"name": [_file(part) for part in parts]})
 
     def _write(self, part: Part) -> None:
-        users = read_part(self._job.users, part)
+        users = self._job.read(part)
         histories = _known(users, append_targets=self._job.config.append_targets)
         decoded = self._decoder.decode(histories, users.queries)
         lists = self._buckets.expand(
@@ -395,10 +428,7 @@ def _known(users: SequenceBatch, *, append_targets: bool) -> Ragged:
     """Histories, with the held-out items behind them when those are known too."""
     if not append_targets or users.targets is None:
         return users.items
-    rows = np.concatenate([users.items.row_ids, users.targets.row_ids])
-    values = np.concatenate([users.items.values, users.targets.values])
-    order = np.argsort(rows, kind="stable")
-    return Ragged.from_lengths(values[order], users.items.lengths + users.targets.lengths)
+    return users.items.followed_by(users.targets)
 
 
 def _user_ids(dataset: Dataset, part: Part, users: SequenceBatch) -> pa.Array:

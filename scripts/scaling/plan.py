@@ -107,7 +107,8 @@ def _use(folder: Path, size: Size) -> Iterator[Command]:
     )
     out = folder / "lists"
     users = min(USERS, size.users)
-    words = [*LISTS, f"max_users={users}", "rows_per_part=5000", "--out", str(out)]
+    words = [*LISTS, f"max_users={users}", "rows_per_part=5000"]
+    words += ["--split", "test", "--out", str(out)]
     done = _seen(out, "summary.json")
     yield (
         [*CLI, "gr", "recommend", MODEL, *words, *where],

@@ -12,6 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from forge_ray.cli.gr import app
+from forge_ray.data.queries.query_set import QuerySet
 from forge_ray.gr.recommend import RecommendReport
 from forge_ray.gr.source import ModelSource
 
@@ -21,7 +22,9 @@ REPORT = RecommendReport(
 )  # fmt: skip
 
 
-def test_options_reach_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def told(monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """What the stage is called with; no model is opened and no Ray started."""
     source = SimpleNamespace(name="chain-model", dataset="chains")
     told: dict[str, Any] = {}
 
@@ -32,6 +35,10 @@ def test_options_reach_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr("forge_ray.launch.connect.connected", lambda **_: nullcontext())
     monkeypatch.setattr("forge_ray.gr.recommend.recommend", stage)
     monkeypatch.setattr(ModelSource, "open", lambda *_, **__: source)
+    return told
+
+
+def test_options_reach_the_stage(tmp_path: Path, told: dict[str, Any]) -> None:
     words = ["recommend", "chain-model", "top_k=5", "bucket_order=dense", "widths=[200,400,1200]"]
     options = ["--allow", "in.txt", "--deny", "out.txt", "--split", "validation", "--json"]
     done = CliRunner().invoke(app, [*words, *options, "--store", str(tmp_path)])
@@ -42,6 +49,24 @@ def test_options_reach_the_stage(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert (config.allow, config.deny, config.split) == ("in.txt", "out.txt", "validation")
     assert (config.top_k, config.bucket_order) == (5, "dense")
     assert config.widths == [200, 400, 1200]
-    assert (told["source"], told["dataset"]) == (source, "chains")
+    assert (told["source"].name, told["dataset"]) == ("chain-model", "chains")
     assert told["out"] == "./recommendations/chain-model-validation"
     assert told["queries"] is None
+
+
+def test_everybody_gets_a_list_by_default(tmp_path: Path, told: dict[str, Any]) -> None:
+    done = CliRunner().invoke(app, ["recommend", "chain-model", "--store", str(tmp_path)])
+    assert done.exit_code == 0, done.output
+    assert told["config"].split == "all"
+    assert told["out"] == "./recommendations/chain-model-all"
+
+
+def test_queries_of_test_get_lists_by_default(
+    tmp_path: Path, told: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(QuerySet, "open", lambda store, ref: ref)
+    words = ["recommend", "chain-model", "--queries", "asked", "--store", str(tmp_path)]
+    done = CliRunner().invoke(app, words)
+    assert done.exit_code == 0, done.output
+    assert (told["config"].split, told["queries"]) == ("test", "asked")
+    assert told["out"] == "./recommendations/chain-model-test-search"

@@ -57,6 +57,12 @@ def test_take_filter_map(rows: list[list[int]], data: st.DataObject) -> None:
     assert as_lists(Ragged.concatenate([ragged, ragged])) == rows + rows
 
 
+def test_rows_follow_those_of_the_same_number() -> None:
+    first = Ragged.from_lists([[1, 2], [], [3]], np.int32)
+    second = Ragged.from_lists([[4], [5, 6], []], np.int32)
+    assert first.followed_by(second) == Ragged.from_lists([[1, 2, 4], [5, 6], [3]], np.int32)
+
+
 def test_arrow_slices_and_fixed_size_lists() -> None:
     column = pa.chunked_array([pa.array([[1], [2, 3]]), pa.array([[4, 5, 6]])])
     assert as_lists(Ragged.from_arrow(column)) == [[1], [2, 3], [4, 5, 6]]

@@ -8,6 +8,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from forge_ray.artifacts import ArtifactStore
+from forge_ray.data.everyone import plan_everyone
 from forge_ray.data.parts import plan_parts, read_part
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
@@ -26,6 +28,7 @@ from forge_ray.gr.buckets import ItemBuckets
 from forge_ray.gr.decoding import SidDecoder
 from forge_ray.gr.recommend import RecommendConfig, recommend
 from forge_ray.sid.table import SidTable
+from tests.data.split_datasets import random_log, split_dataset, temporal_cut
 from tests.gr.datasets import tiny_dataset
 from tests.gr.generators import HashGenerator
 from tests.gr.sources import HashSource
@@ -37,7 +40,8 @@ def dataset(store: ArtifactStore) -> Dataset:
 
 
 def config_of(**changes) -> RecommendConfig:
-    return RecommendConfig(**{"top_k": 7, "rows_per_part": 20, "num_actors": 1, **changes})
+    given = {"split": "test", "top_k": 7, "rows_per_part": 20, "num_actors": 1, **changes}
+    return RecommendConfig(**given)
 
 
 def read(out: Path) -> list[dict]:
@@ -92,9 +96,59 @@ def test_lists_for_some_users_are_those_of_all(dataset: Dataset, tmp_path: Path)
     assert all(row == everyone[row["user_index"]] for row in read(tmp_path / "some"))
 
 
-def test_the_pool_grows_with_the_cluster_up_to_the_parts() -> None:
-    pools = [module._pool(config_of(num_actors=n), num_parts=6) for n in (None, 2, 9)]
-    assert [(pool.min_size, pool.max_size) for pool in pools] == [(1, 6), (1, 2), (1, 6)]
+@pytest.mark.ray
+@pytest.mark.usefixtures("ray_local")
+def test_by_default_every_user_has_a_list_after_all_events(
+    dataset: Dataset, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    config = config_of(split=None, num_actors=None)
+    recommend(HashSource(), dataset, config, out=str(out))
+    histories, targets = all_users(dataset)
+    rows = read(out)
+    expected = expected_lists(dataset, histories.followed_by(targets), 7)
+    assert [row["items"] for row in rows] == expected
+    assert [row["user_id"] for row in rows] == [f"user-{user}" for user in range(90)]
+    assert json.loads((out / "request.json").read_text())["config"]["split"] == "all"
+    lost = sorted((out / "lists").iterdir())[1]
+    lost.unlink()
+    report = recommend(HashSource(), dataset, config_of(split="all"), out=str(out))
+    assert (report.users, report.parts_resumed) == (90, 5)
+    assert read(out) == rows
+
+
+def test_users_without_an_event_have_no_list(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "_run", _write_here)
+    items, times = random_log()
+    dataset = split_dataset(store, items, times, temporal_cut("each"), name="stage")
+    config = config_of(split="all", rows_per_part=1, bucket_order="popularity")
+    report = recommend(HashSource(), dataset, config, out=str(tmp_path))
+    assert report.parts == 60
+    assert 30 < report.users < 60
+    rows = read(tmp_path)
+    assert len(rows) == report.users == len({row["user_id"] for row in rows})
+    assert all(row["user_id"] == f"user-{row['user_index']}" for row in rows)
+
+
+def _write_here(job: module._Job, parts: list) -> None:
+    writer = module._PartWriter(job)
+    for part in parts:
+        writer._write(part)
+
+
+def test_a_part_without_events_is_a_file_without_rows(store: ArtifactStore, tmp_path: Path) -> None:
+    items, times = random_log(num_users=9)
+    late = Ragged(times.values + 100, times.offsets)
+    dataset = split_dataset(store, items, late, temporal_cut("all"), name="late")
+    (tmp_path / "lists").mkdir()
+    job = module._Job(config_of(split="all"), HashSource(), dataset, str(tmp_path), None)
+    module._PartWriter(job)._write(next(iter(plan_everyone(dataset, rows_per_part=9))))
+    (file,) = (tmp_path / "lists").iterdir()
+    full = _lists_of_test(tiny_dataset(store), tmp_path / "other")
+    assert pq.read_table(file).num_rows == 0
+    assert pq.read_schema(file) == pq.read_schema(full)
 
 
 def _lists_of_test(dataset: Dataset, out: Path) -> Path:
@@ -103,6 +157,44 @@ def _lists_of_test(dataset: Dataset, out: Path) -> Path:
     module._PartWriter(job)._write(next(iter(plan_parts(dataset, "test", rows_per_part=9))))
     (file,) = (out / "lists").iterdir()
     return file
+
+
+def test_a_request_without_all_is_what_it_was(dataset: Dataset, tmp_path: Path) -> None:
+    """A folder that was begun before there was `all` goes on with its split named."""
+    job = module._Job(config_of(), HashSource(), dataset, str(tmp_path), None)
+    assert module._request(job) == {
+        "model": "hash-model",
+        "dataset": dataset.key,
+        "config": {
+            "split": "test",
+            "append_targets": False,
+            "top_k": 7,
+            "widths": None,
+            "exclude_seen": True,
+            "bucket_order": "popularity",
+            "space": "default",
+            "rows_per_part": 20,
+        },
+    }
+
+
+def test_the_split_follows_what_is_asked() -> None:
+    assert config_of(split=None).completed(has_queries=False).split == "all"
+    assert config_of(split=None).completed(has_queries=True).split == "test"
+    assert config_of(split="train").completed(has_queries=False).split == "train"
+    with pytest.raises(ConfigError, match=r"append_targets must be false for split=all"):
+        config_of(split=None, append_targets=True).completed(has_queries=False)
+
+
+def test_rows_of_a_query_set_are_no_everybody(dataset: Dataset) -> None:
+    queries = SimpleNamespace(check_dataset=lambda dataset: None)
+    with pytest.raises(ConfigError, match=r"split must be one of .* with --queries, got 'all'"):
+        module._check_queries(queries, dataset, config_of(split="all"))
+
+
+def test_the_pool_grows_with_the_cluster_up_to_the_parts() -> None:
+    pools = [module._pool(config_of(num_actors=n), num_parts=6) for n in (None, 2, 9)]
+    assert [(pool.min_size, pool.max_size) for pool in pools] == [(1, 6), (1, 2), (1, 6)]
 
 
 def test_item_ids_may_be_more_than_a_string_array_holds(dataset: Dataset, tmp_path: Path) -> None:
@@ -281,6 +373,7 @@ def test_user_ids_are_found_whatever_the_order(
         ({"split": "tests"}, "split must be one of"),
         ({"top_k": 0}, "top_k must be >= 1, got 0"),
         ({"split": "train", "append_targets": True}, "append_targets must be false"),
+        ({"split": "all", "append_targets": True}, "reads all events as it is: leave it out"),
         ({"num_actors": 0}, "num_actors must be >= 1"),
         ({"cpus_per_actor": -1.0}, "cpus_per_actor must be > 0"),
         ({"widths": [5, 5, 5]}, "end in at least top_k=7"),
@@ -301,7 +394,7 @@ from tests.gr.sources import HashSource
 
 connect(address="local", num_cpus=1, dashboard=False)
 dataset = Dataset.open(ArtifactStore(sys.argv[1]), sys.argv[2])
-config = RecommendConfig(top_k=7, rows_per_part=1, num_actors=1)
+config = RecommendConfig(split="test", top_k=7, rows_per_part=1, num_actors=1)
 recommend(HashSource(), dataset, config, out=sys.argv[3])
 """
 

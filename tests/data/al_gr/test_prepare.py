@@ -20,6 +20,7 @@ from forge_ray.data.splits import LeaveOneOutConfig, PublishedConfig, TemporalCo
 from forge_ray.data.validate import validate_dataset
 from forge_ray.errors import ConfigError, DataError
 from tests.data.al_gr import files
+from tests.data.test_everyone import everyone_in
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
 
@@ -142,6 +143,11 @@ def test_published_stages_stay_what_they_are(tmp_path: Path) -> None:
         assert sorted(rows_in(dataset, "train")) == sorted(train)
         held_out = [*rows_in(dataset, "validation"), *rows_in(dataset, "test")]
         assert sorted(held_out) == sorted(written[number, "test"])
+        # Rows are users: each is there once, and none of another stage's.
+        names = np.array(dataset.item_ids())
+        everyone = [names[items].tolist() for items in everyone_in(dataset).values()]
+        every = written[number, "train"] + written[number, "test"]
+        assert sorted(everyone) == sorted(history + targets for history, targets in every)
         assert dataset.has_items_of(stages[0])
         assert validate_dataset(dataset) == []
     # Another share is another dataset of the same log; the same settings build nothing anew.
