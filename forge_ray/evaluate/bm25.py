@@ -4,13 +4,12 @@ Equal scores are ordered by train count, then item index. Items without a word o
 by popularity, as in every baseline whose lists come out short.
 
 Source: Robertson and Zaragoza 2009, as the library `bm25s` has it (arXiv 2407.03618), with its
-constants k1 = 1.5 and b = 0.75. Words are runs of letters and digits in lower case; none is left
-out and none is stemmed.
+constants k1 = 1.5 and b = 0.75. Words are those of `data.queries.text.words`; none is left out and
+none is stemmed.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from time import perf_counter
@@ -23,6 +22,7 @@ import scipy.sparse as sp
 
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.data.queries.query_set import QuerySet
+from forge_ray.data.queries.text import words
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
 from forge_ray.data.sorted_arrays import is_member
@@ -33,15 +33,11 @@ from forge_ray.evaluate.evaluator import Evaluation, Ready, evaluated
 from forge_ray.evaluate.popularity import fill_popular, popularity_order
 from forge_ray.evaluate.ranking import list_places
 
-_WORD = re.compile(r"\w+")
+_WORDS_VERSION = 2
+"""2: scripts without spaces in pairs of characters."""
 _BLOCK_MATCHES = 1 << 20
 """Scored pairs of query and item at a time: 60 MB."""
 _NOTHING = np.uint64(0xFFFFFFFFFFFFFFFF)
-
-
-def words(text: str) -> list[str]:
-    """Words of a text."""
-    return _WORD.findall(text.lower())
 
 
 @dataclass(frozen=True)
@@ -231,7 +227,7 @@ def evaluate_bm25(
         ),
         queries,
         config,
-        identity={"baseline": "bm25", "column": column},
+        identity={"baseline": "bm25", "column": column, "words": _WORDS_VERSION},
         parents=(queries.dataset.key,),
         store=store,
     )

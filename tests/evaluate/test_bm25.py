@@ -12,10 +12,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from forge_ray.data.queries.text import words
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError
 from forge_ray.evaluate import bm25 as module
-from forge_ray.evaluate.bm25 import Bm25, Bm25Ranker, words
+from forge_ray.evaluate.bm25 import Bm25, Bm25Ranker
 from forge_ray.evaluate.popularity import fill_popular, popularity_order
 
 TEXTS = ["Toy Story", "The Matrix", "Toy Soldiers: a toy war", None, "Matrix, the sequel", "Heat"]
@@ -71,7 +72,7 @@ class OneByOne:
         return fill_popular(found, histories, self.order)
 
 
-WORDS = st.sampled_from(["red", "soap", "cup", "a", "of", "Toy", "никто"])
+WORDS = st.sampled_from(["red", "soap", "cup", "a", "of", "Toy", "никто", "红色连衣裙"])
 PHRASES = st.lists(WORDS, max_size=6).map(" ".join)
 
 
@@ -95,6 +96,14 @@ def test_batches_score_and_order_as_one_query_at_a_time(data):
             whole = bm25.recommend(histories, queries, k, exclude_seen=False)
         assert found.tolist() == expected.recommend(histories, queries, k).tolist()
         assert whole.tolist() == expected.recommend(nothing, queries, k).tolist()
+
+
+def test_any_part_of_a_title_without_spaces_finds_it():
+    texts = ["红色连衣裙夏季新款", "蓝色牛仔裤", "苹果手机壳", "東京タワー", "กระเป๋าหนัง"]
+    bm25 = Bm25.fit(texts, np.array([0, 1, 2, 3, 4]))
+    queries = ["连衣裙", "牛仔", "手机壳", "タワー", "หนัง"]
+    lists = bm25.recommend(Ragged.from_lists([[]] * 5, dtype=np.int32), queries, 1)
+    assert lists[:, 0].tolist() == [0, 1, 2, 3, 4]
 
 
 def test_blocks_are_as_many_queries_as_have_so_many_matches(monkeypatch):

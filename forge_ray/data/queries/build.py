@@ -51,6 +51,8 @@ from forge_ray.errors import ConfigError, DataError
 
 REPEATED = "repeated_query"
 WORDLESS = "no_text"
+_SCHEMA_VERSION = 2
+"""2: pairs of characters in scripts without spaces."""
 
 
 @dataclass(kw_only=True)
@@ -102,6 +104,7 @@ def build_queries(config: QueriesConfig, dataset: Dataset, store: ArtifactStore)
         parents=[dataset.key],
         produce=lambda writer: _produce(config, files, dataset, writer),
         command=shlex.join([*words, *to_overrides(located)]),
+        schema_version=_SCHEMA_VERSION,
     )
     return QuerySet(artifact, dataset)
 

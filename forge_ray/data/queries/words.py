@@ -5,6 +5,10 @@ error. Which ones is a hash of the seed, the user and the place in the user's hi
 depends on another. Such queries are *synthetic*: they only use words that stand in the text, which
 real ones do not, and whatever is measured on them is labelled so.
 
+Where a script puts no space between words, a query is of pairs of characters (`text.words`), those
+that overlap in the text written as one piece, and of at most half of them: never the whole text,
+but where that is one pair.
+
 Knows texts and hashes; knows nothing about files.
 """
 
@@ -13,15 +17,16 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from forge_ray.data.hashing import unit_uniform
+from forge_ray.data.queries.text import word_runs
 from forge_ray.errors import ConfigError
 
-_WORD = re.compile(r"\w+")
 _MOST_WORDS = 24
 """Words of a text that a query is drawn from."""
 _BLOCK_ROWS = 65536
@@ -64,6 +69,42 @@ class DeriveConfig:
             ) from error
 
 
+@dataclass(frozen=True, slots=True)
+class _Words:
+    """A text as queries are drawn from it.
+
+    Attributes:
+        words: W of them.
+        overlaps: whether each begins with the last character of the one before it.
+    """
+
+    words: list[str]
+    overlaps: list[bool]
+
+    @classmethod
+    def of(cls, text: str) -> _Words:
+        runs = word_runs(text)
+        words = [word for run in runs for word in run]
+        overlaps = [at > 0 for run in runs for at in range(len(run))]
+        return cls(words[:_MOST_WORDS], overlaps[:_MOST_WORDS])
+
+    @property
+    def most(self) -> int:
+        """Words of the longest query.
+
+        A run of n pairs has n + 1 characters, and half of the pairs have at most n of them.
+        """
+        count = len(self.words)
+        return max(1, count // 2) if any(self.overlaps) else count
+
+    def written(self, chosen: list[int], words: list[str]) -> str:
+        """The chosen words, as they stand here or mistyped, as one text."""
+        text = "".join(words[:1])
+        for word, (before, at) in zip(words[1:], pairwise(chosen), strict=True):
+            text += word[1:] if self.overlaps[at] and at == before + 1 else f" {word}"
+        return text
+
+
 class QueryMaker:
     """Makes queries; splits every text once."""
 
@@ -77,7 +118,7 @@ class QueryMaker:
         self._texts = texts
         self._config = config
         self._ignored = re.compile(config.ignore) if config.ignore else None
-        self._words: dict[int, list[str]] = {}
+        self._words: dict[int, _Words] = {}
 
     def queries(self, items: NDArray[np.integer[Any]], keys: NDArray[np.int64]) -> list[str]:
         """One query for each row, empty where the item's text has no word.
@@ -98,21 +139,22 @@ class QueryMaker:
         order = np.stack([unit_uniform(keys, salt=salt + 4 + one) for one in range(_MOST_WORDS)], 1)
         found = []
         for row, item in enumerate(items.tolist()):
-            words = self._split(item)
-            kept = min(len(words), 1 + int(count[row] * config.max_words))
-            chosen = np.sort(np.argsort(order[row, : len(words)], kind="stable")[:kept])
-            query = [words[one] for one in chosen.tolist()]
+            text = self._split(item)
+            kept = min(text.most, 1 + int(count[row] * config.max_words))
+            drawn = np.argsort(order[row, : len(text.words)], kind="stable")[:kept]
+            chosen = np.sort(drawn).tolist()
+            query = [text.words[one] for one in chosen]
             if query and typo[row] < config.typo_rate:
                 query = _mistyped(query, drops=bool(kind[row] < 0.5), place=float(place[row]))
-            found.append(" ".join(query))
+            found.append(text.written(chosen, query))
         return found
 
-    def _split(self, item: int) -> list[str]:
+    def _split(self, item: int) -> _Words:
         if item not in self._words:
             text = (self._texts[item] or "").lower()
             bare = self._ignored.sub(" ", text) if self._ignored else text
-            words = _WORD.findall(bare) or _WORD.findall(text)
-            self._words[item] = words[:_MOST_WORDS]
+            found = _Words.of(bare)
+            self._words[item] = found if found.words else _Words.of(text)
         return self._words[item]
 
 

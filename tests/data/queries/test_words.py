@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from forge_ray.data.queries import words as module
+from forge_ray.data.queries.text import words as words_of
 from forge_ray.data.queries.words import DeriveConfig, QueryMaker
 from forge_ray.errors import ConfigError
 
@@ -96,3 +97,27 @@ def test_blocks_of_rows_change_nothing(monkeypatch):
     monkeypatch.setattr(module, "_BLOCK_ROWS", 7)
     assert QueryMaker(TEXTS, DeriveConfig()).queries(ITEMS, KEYS) == whole
     assert len(whole) > 7
+
+
+RUN = st.text("红色连衣裙夏季新款手机", min_size=2, max_size=9)
+TITLE = st.lists(RUN | st.sampled_from(["iphone", "4k", "xl"]), min_size=1, max_size=4)
+
+
+@given(TITLE.map(" ".join), st.integers(0, 2**40), st.integers(1, 9))
+def test_titles_without_spaces_give_a_part_of_them(title, key, most):
+    config = DeriveConfig(typo_rate=0, max_words=most)
+    (query,) = QueryMaker([title], config).queries(np.zeros(1, np.int64), np.array([key]))
+    place = 0
+    for part in query.split():
+        place = title.index(part, place)
+    assert 1 <= len(words_of(query)) <= most
+    if len(words_of(title)) > 1 and any(len(word) > 2 and word[0] > "z" for word in title.split()):
+        assert len(query.replace(" ", "")) < len(title.replace(" ", ""))
+
+
+def test_pairs_that_overlap_are_written_as_one_piece():
+    keys = np.arange(200)
+    maker = QueryMaker(["红色连衣裙夏季"], DeriveConfig(typo_rate=0))
+    found = set(maker.queries(np.zeros(200, np.int64), keys))
+    assert {"连衣", "连衣裙", "红色连衣", "红色 裙夏"} <= found
+    assert all(1 <= len(words_of(query)) <= 3 for query in found)
