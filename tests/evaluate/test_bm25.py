@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import math
+import tracemalloc
 
 import bm25s
 import numpy as np
@@ -98,6 +98,37 @@ def test_batches_score_and_order_as_one_query_at_a_time(data):
         assert whole.tolist() == expected.recommend(nothing, queries, k).tolist()
 
 
+@settings(max_examples=60)
+@given(st.lists(PHRASES | st.none(), max_size=20), st.integers(1, 7))
+def test_the_index_is_that_of_the_library(texts, size):
+    texts = [*texts, "red soap"]
+    counts = np.arange(len(texts)) % 3
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_BLOCK_ITEMS", size)
+        bm25 = Bm25.fit(texts, counts)
+    known = {word for text in texts for word in words(text or "")}
+    assert set(bm25.vocabulary) == known
+    expected = OneByOne(texts, counts)
+    for word, row in bm25.vocabulary.items():
+        assert bm25.scores[[row]].toarray()[0].tolist() == expected.scores(word).tolist()
+    assert bm25.scores.has_sorted_indices
+    assert bm25.scores.data.dtype == np.float32
+
+
+def test_the_index_is_made_of_little_more_than_it_keeps(monkeypatch):
+    monkeypatch.setattr(module, "_BLOCK_ITEMS", 256)
+    draws = np.random.default_rng(0).zipf(1.3, (6000, 10)).clip(max=500)
+    texts = [" ".join(f"w{word}" for word in row) for row in draws.tolist()]
+    tracemalloc.start()
+    try:
+        bm25 = Bm25.fit(texts, np.zeros(len(texts), np.int64))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    kept = sum(part.nbytes for part in (bm25.scores.data, bm25.scores.indices, bm25.order))
+    assert peak < 4 * kept
+
+
 def test_any_part_of_a_title_without_spaces_finds_it():
     texts = ["红色连衣裙夏季新款", "蓝色牛仔裤", "苹果手机壳", "東京タワー", "กระเป๋าหนัง"]
     bm25 = Bm25.fit(texts, np.array([0, 1, 2, 3, 4]))
@@ -148,16 +179,3 @@ def test_targets_are_found_in_the_lists():
 def test_texts_without_words_are_refused():
     with pytest.raises(ConfigError, match="items with words"):
         Bm25.fit([None, "?"], np.array([1, 1]))
-
-
-def test_the_missing_library_is_named(monkeypatch):
-    real = builtins.__import__
-
-    def without(name, *args, **options):
-        if name == "bm25s":
-            raise ImportError(name)
-        return real(name, *args, **options)
-
-    monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r"forge-ray\[search\]"):
-        Bm25.fit(TEXTS, COUNTS)
