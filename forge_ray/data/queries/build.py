@@ -52,7 +52,7 @@ from forge_ray.errors import ConfigError, DataError
 REPEATED = "repeated_query"
 WORDLESS = "no_text"
 _SCHEMA_VERSION = 2
-"""2: pairs of characters in scripts without spaces."""
+"""2: pairs of characters in scripts without spaces; equal words in another case are the same."""
 
 
 @dataclass(kw_only=True)
@@ -68,8 +68,8 @@ class QueriesConfig:
     max_history: int = 50
     """Newest items kept before a train query; held-out queries keep the whole history."""
     repeats: Literal["drop", "keep"] = "drop"
-    """What happens to train queries for the item of a held-out query in the same words. `keep` is
-    how a running search meets them, and measures memory too."""
+    """What happens to train queries for the item of a held-out query in the same words, case and
+    spaces aside. `keep` is how a running search meets them, and measures memory too."""
 
     def __post_init__(self) -> None:
         """Checks the range."""

@@ -3,7 +3,7 @@
 A query belongs to the interaction that it led to: the same user took the same item, the occurrence
 nearest in time where times are given. Its history is what the user had taken before, its split that
 of the interaction. Queries without a user have no history; a hash of their words places them, so
-that equal words never stand on both sides of a split.
+that equal words, in whatever case and spacing, never stand on both sides of a split.
 
 Files are read in chunks and brought to the users' shards in two exchanges; no process holds more
 than one shard of queries, and the ids of all items lie once in the object store of a node. Ray must
@@ -39,6 +39,7 @@ from forge_ray.data.log import shard_of, unit_of
 from forge_ray.data.queries.matching import Taken, match_queries
 from forge_ray.data.queries.output import WRITTEN, Target
 from forge_ray.data.queries.rows import Asked, asked_of, pair_hashes
+from forge_ray.data.queries.text import folded
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import SPLITS, Dataset, Split, sequence_batch
 from forge_ray.errors import ConfigError, DataError
@@ -246,7 +247,7 @@ def _read_queries(job: _Job, file: RawFile, items: _Items, shards: int) -> Itera
         nobody = is_empty(users)
         users = pc.if_else(pa.array(nobody), pa.scalar(None, pa.string()), users)
         keep = screen.keep
-        # A query of nobody is at home where the hash of its words puts it.
+        # A query of nobody is at home where the hash of its text puts it.
         homes = pc.if_else(pa.array(nobody), texts, users)
         mask = pa.array(keep)
         columns = {
@@ -381,7 +382,7 @@ def _taken(job: _Job, split: Split, name: str) -> Taken:
 def _of_nobody(job: _Job, table: pa.Table, split: Split) -> pa.Table:
     """Those queries without a user that belong to a split, as rows of a query set."""
     texts = table["query"].to_pylist()
-    hashes = hash_ids(np.array(texts, dtype=object))
+    hashes = hash_ids(np.array([folded(text) for text in texts], dtype=object))
     # The low bits chose the shard.
     draw = (hashes >> np.uint64(32)).astype(np.float64) / 2.0**32
     share = job.config.held_out_share

@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from forge_ray.data.hashing import hash_ids
 from forge_ray.data.queries.query_set import QUERY_SCHEMA
+from forge_ray.data.queries.text import folded
 from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import SequenceBatch, Split
 
@@ -96,9 +97,9 @@ def asked_when_held_out(users: SequenceBatch) -> Asked:
 
 
 def pair_hashes(targets: NDArray[np.integer[Any]], queries: list[str]) -> NDArray[np.uint64]:
-    """One number for each pair of item and query, uint64 [R]."""
+    """One number for each pair of item and query, `folded`, uint64 [R]."""
     pairs = zip(targets.tolist(), queries, strict=True)
-    return hash_ids(np.array([f"{item} {query}" for item, query in pairs], dtype=object))
+    return hash_ids(np.array([f"{item} {folded(query)}" for item, query in pairs], dtype=object))
 
 
 def asked_of(users: SequenceBatch, split: Split, *, max_history: int) -> Asked:

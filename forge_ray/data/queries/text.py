@@ -1,8 +1,9 @@
-"""What counts as a word of a text. Knows only strings."""
+"""What counts as a word of a text, and which texts ask the same. Knows only strings."""
 
 from __future__ import annotations
 
 import re
+import unicodedata
 
 _HAN = "\u3005\u3007\u3021-\u3029\u3038-\u303b\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
 _RARE_HAN = "\U00020000-\U0003fffd"
@@ -23,6 +24,14 @@ def words(text: str) -> list[str]:
     Source: the bigrams of Lucene's CJKBigramFilter, which leaves Thai to a dictionary.
     """
     return [word for run in word_runs(text) for word in run]
+
+
+def folded(text: str) -> str:
+    """What texts have in common that ask the same in another case, width or spacing.
+
+    Source: Unicode's NFKC and full case folding; runs of white space become one space.
+    """
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().split())
 
 
 def word_runs(text: str) -> list[list[str]]:

@@ -306,6 +306,28 @@ class TestLog:
             assert all(user >= dataset.num_users for user, *_ in rows)
         assert len({row[0] for rows in found.values() for row in rows}) == 600
 
+    def test_equal_words_in_another_case_stand_together(self, dataset, store, tmp_path):
+        words = [f"red word{number}" for number in range(60)]
+        forms = [word for one in words for word in (one, one.title(), one.upper(), f"  {one} ")]
+        forms += [word.replace(" ", "  ") for word in words]
+        rows = [("", form, f"i{number % ITEMS}", 5) for number, form in enumerate(forms)]
+        queries = self.build(rows, dataset, store, tmp_path, "log.held_out_share=0.2")
+        found = [{row[3] for row in rows_of(queries, split)} for split in SPLITS]
+        assert set().union(*found) == {form.strip() for form in forms}
+        plain = [{" ".join(text.lower().split()) for text in texts} for texts in found]
+        assert sum(map(len, plain)) == len(words)
+
+    def test_a_repeat_in_another_case_is_left_out(self, dataset, store, tmp_path):
+        asked = [("again", "Red  SOAP", "i1", 0), ("again", "red soap", "i1", 40)]
+        rows = [*self.whole()[:-5], *asked]
+        kept = self.build(rows, dataset, store, tmp_path)
+        assert placed(kept, dataset, "again", "i1") == {
+            "Red  SOAP": ("train", 0), "red soap": ("test", 4),
+        }  # fmt: skip
+        dropped = self.build(rows, dataset, store, tmp_path, "repeats=drop")
+        assert placed(dropped, dataset, "again", "i1") == {"red soap": ("test", 4)}
+        assert dropped.artifact.manifest.rows["repeated_query"] == 1
+
     DEFECTS = (
         ("empty_query", ("u1", "  ", "i1", 5)),
         ("empty_item", ("u1", "soap", "", 5)),

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from forge_ray.data.queries.text import word_runs, words
+from forge_ray.data.queries.text import folded, word_runs, words
 
 SPACED = st.text(st.characters(max_codepoint=0x0DFF) | st.sampled_from("가나다 한국어 ｆｕｌｌ½—"))
 
@@ -39,3 +39,16 @@ def test_scripts_without_spaces_have_pairs_of_characters(text, expected):
 
 def test_runs_tell_which_pairs_overlap():
     assert word_runs("Toy 红连衣x") == [["toy"], ["红连", "连衣"], ["x"]]
+
+
+@pytest.mark.parametrize(
+    "text", ["red dress", "Red  Dress", "ＲＥＤ dress", "red\u00a0dress", " RED\tDRESS "]
+)
+def test_case_width_and_spaces_make_no_other_query(text):
+    assert folded(text) == "red dress"
+    assert folded("red dres") != folded(text)
+
+
+def test_folding_is_that_of_unicode():
+    assert folded("STRASSE") == folded("straße")
+    assert folded("re\u0301sume\u0301") == folded("RÉSUMÉ")
