@@ -52,7 +52,8 @@ from forge_ray.errors import ConfigError, DataError
 REPEATED = "repeated_query"
 WORDLESS = "no_text"
 _SCHEMA_VERSION = 2
-"""2: pairs of characters in scripts without spaces; equal words in another case are the same."""
+"""2: pairs of characters in scripts without spaces; equal words in another case are the same;
+queries of a log are near their interactions, and of the days of their stage."""
 
 
 @dataclass(kw_only=True)

@@ -1,9 +1,10 @@
 """Query logs: from files with queries to the rows of a query set.
 
 A query belongs to the interaction that it led to: the same user took the same item, the occurrence
-nearest in time where times are given. Its history is what the user had taken before, its split that
-of the interaction. Queries without a user have no history; a hash of their words places them, so
-that equal words, in whatever case and spacing, never stand on both sides of a split.
+nearest in time where times are given, within a bound. Its history is what the user had taken
+before, its split that of the interaction. Queries without a user have no history; a hash of their
+words places them, so that equal words, in whatever case and spacing, never stand on both sides of a
+split. Of a stage, only queries of its days are read, and those of the held-out days never train.
 
 Files are read in chunks and brought to the users' shards in two exchanges; no process holds more
 than one shard of queries, and the ids of all items lie once in the object store of a node. Ray must
@@ -24,6 +25,7 @@ import ray
 import ray.data
 from numpy.typing import NDArray
 
+from forge_ray.artifacts import Manifest
 from forge_ray.data import tasks
 from forge_ray.data.checks import (
     Screen,
@@ -36,7 +38,7 @@ from forge_ray.data.hashing import hash_ids
 from forge_ray.data.importers import RawFile, column_names, read_chunks
 from forge_ray.data.item_index import UNKNOWN, ItemIndex, to_bytes
 from forge_ray.data.log import shard_of, unit_of
-from forge_ray.data.queries.matching import Taken, match_queries
+from forge_ray.data.queries.matching import FAR, NEVER, NO_TIME, Reach, Taken, match_queries
 from forge_ray.data.queries.output import WRITTEN, Target
 from forge_ray.data.queries.rows import Asked, asked_of, pair_hashes
 from forge_ray.data.queries.text import folded
@@ -52,7 +54,14 @@ SKIPPABLE = {
     "invalid_timestamp": "rows whose timestamp is missing or no whole number",
     "negative_timestamp": "rows before time 0",
     "unmatched_query": "rows of a user who never took the item",
+    "distant_query": "rows further than `log.max_days` from every time the user took the item, or "
+    "of the held-out days for an item taken before",
 }
+OUTSIDE = "outside_days"
+"""Cause of rows whose time is of none of the days that the dataset was cut out of. No mistake: a
+log serves many stages."""
+LATER = "later_query"
+"""Cause of rows without a user whose words belong to train, but which are of the held-out days."""
 
 
 @dataclass(kw_only=True)
@@ -68,20 +77,28 @@ class QueryLogConfig:
     user_id: str = "user_id"
     """Column with the user; may be absent, and empty where nobody is known."""
     timestamp: str = "timestamp"
-    """Column with the time, in the unit of the interactions; may be absent. It decides only where a
-    user took the item more than once."""
+    """Column with the time, in the unit of the interactions; may be absent. Without it nothing is
+    known to be too late for a stage, and the last time a user took the item is meant."""
+    max_days: float | None = 1.0
+    """Most days between a query and the interaction it led to; null for any number, as where the
+    interactions' times are only an order. A search and what came of it are minutes apart; a day
+    allows for clocks and time zones."""
     skip: list[str] = field(default_factory=list)
     """Bad rows to leave out and count instead of failing, by cause (`log.SKIPPABLE`)."""
     held_out_share: float = 0.1
     """Share of queries without a user in each of validation and test."""
 
     def __post_init__(self) -> None:
-        """Checks the causes and the share."""
+        """Checks the causes and the ranges."""
         unknown = sorted(set(self.skip) - set(SKIPPABLE))
         if unknown:
             raise ConfigError(
                 f"log.skip must name causes among {sorted(SKIPPABLE)}, got {unknown}. Correct the "
                 "name."
+            )
+        if self.max_days is not None and not self.max_days >= 0.0:
+            raise ConfigError(
+                f"log.max_days must be >= 0 or null, got {self.max_days}. Use e.g. 1."
             )
         if not 0.0 < self.held_out_share < 0.5:
             raise ConfigError(
@@ -103,7 +120,6 @@ _ASKED = tasks.with_ledger(
     }
 )
 """Queries under way, and (without an item) the users among which they look for theirs."""
-_NO_TIME = -1
 _LEDGER = -1
 
 
@@ -120,6 +136,7 @@ class _Job:
         num_users: of the dataset; what follows numbers queries without a user.
         max_history: newest items kept before a train query.
         unit: of the interactions' times.
+        reach: which interactions a query may have led to.
         target: where shards go.
     """
 
@@ -131,6 +148,7 @@ class _Job:
     num_users: int
     max_history: int
     unit: TimeUnit
+    reach: Reach
     target: Target
 
 
@@ -165,6 +183,7 @@ def logged(
         num_users=dataset.num_users,
         max_history=max_history,
         unit=unit_of(dataset.artifact.manifest.metrics["ticks_per_day"]),
+        reach=_reach(config, dataset.artifact.manifest),
         target=target,
     )
     shards = max(1, len(job.users))
@@ -172,6 +191,16 @@ def logged(
     rows = tasks.for_each(numbers, _read, job=job, index=_index.remote(dataset), shards=shards)
     owned = tasks.exchange(rows, _find_users, shards=shards, job=job)
     return tasks.exchange(owned, _write, shards=shards, job=job)
+
+
+def _reach(config: QueryLogConfig, manifest: Manifest) -> Reach:
+    ticks, stage = manifest.metrics["ticks_per_day"], manifest.config["stage"]
+    most = None if config.max_days is None else config.max_days * ticks
+    # Published stages have files, and numbers in the place of days.
+    if stage is None or "files" in stage:
+        return Reach(most)
+    first, held_out, behind = (stage[name] * ticks for name in ("first", "end", "held_out_end"))
+    return Reach(most, (first, held_out, behind))
 
 
 def _name(path: str) -> str:
@@ -231,7 +260,7 @@ def _read_queries(job: _Job, file: RawFile, items: _Items, shards: int) -> Itera
     optional = {"user_id": config.user_id, "timestamp": config.timestamp}
     wanted |= {ours: theirs for ours, theirs in optional.items() if theirs in names}
     for chunk in read_chunks(file, wanted, field="log"):
-        screen = Screen(chunk, frozenset(config.skip))
+        screen = Screen(chunk, frozenset([*config.skip, OUTSIDE]))
         texts = pc.utf8_trim_whitespace(chunk.table["query"].cast(pa.string()).combine_chunks())
         screen.reject("empty_query", is_empty(texts), column="query", rule="hold words")
         ids = as_ids(chunk, "item_id")
@@ -240,9 +269,12 @@ def _read_queries(job: _Job, file: RawFile, items: _Items, shards: int) -> Itera
         screen.reject(
             "unknown_item", found == UNKNOWN, column="item_id", rule="be in the catalogue"
         )
-        times = np.full(len(ids), _NO_TIME, np.int64)
+        times = np.full(len(ids), NO_TIME, np.int64)
         if "timestamp" in wanted:
             times = as_timestamps(screen, "timestamp", job.unit)
+            outside = ~job.reach.covers(times)
+            rule = "be of the dataset's days"
+            screen.reject(OUTSIDE, outside, column="timestamp", rule=rule)
         users = as_ids(chunk, "user_id") if "user_id" in wanted else pa.nulls(len(ids), pa.string())
         nobody = is_empty(users)
         users = pc.if_else(pa.array(nobody), pa.scalar(None, pa.string()), users)
@@ -348,20 +380,36 @@ def _write(table: pa.Table, *, job: _Job) -> pa.Table:
     known, nobody = table.filter(pa.array(has_user)), table.filter(pa.array(~has_user))
     parts = {split: _taken(job, split, name) for split in SPLITS}
     place = match_queries(
-        _ints(known, "user_index"), _ints(known, "item"), _ints(known, "time"), parts
+        _ints(known, "user_index"), _ints(known, "item"), _ints(known, "time"), parts, job.reach
     )
-    ledger = _rejected(
-        job, known, place < 0, "unmatched_query", column="query", rule="lead to an item of its user"
-    )
+    ledger = _unmatched(job, known, place)
     texts = np.array(known["query"].to_pylist(), dtype=object)
+    nobody_split = _splits_of_nobody(job, nobody, ledger)
     found, start = [], 0
     for split, part in parts.items():
         here = (place >= start) & (place < start + len(part.asked))
         asked = part.asked.take(place[here] - start).table(texts[here].tolist())
-        rows = pa.concat_tables([asked, _of_nobody(job, nobody, split)])
+        rows = pa.concat_tables(
+            [asked, _of_nobody(job, nobody.filter(pa.array(nobody_split == split)))]
+        )
         found.append(job.target.write(split, name, rows))
         start += len(part.asked)
     return pa.concat_tables([*found, tasks.ledger_rows(WRITTEN, ledger)])
+
+
+def _unmatched(job: _Job, table: pa.Table, place: NDArray[np.int64]) -> tasks.Ledger:
+    """Fails on queries that led to nothing, or counts them where that may be skipped."""
+    ledger = _rejected(
+        job,
+        table,
+        place == NEVER,
+        "unmatched_query",
+        column="query",
+        rule="lead to an item of its user",
+    )
+    rule = f"be within log.max_days={job.config.max_days} of an interaction that it may have led to"
+    ledger.update(_rejected(job, table, place == FAR, "distant_query", column="time", rule=rule))
+    return ledger
 
 
 def _ints(table: pa.Table, column: str) -> NDArray[np.int64]:
@@ -379,23 +427,30 @@ def _taken(job: _Job, split: Split, name: str) -> Taken:
     return Taken(asked, times)
 
 
-def _of_nobody(job: _Job, table: pa.Table, split: Split) -> pa.Table:
-    """Those queries without a user that belong to a split, as rows of a query set."""
+def _splits_of_nobody(job: _Job, table: pa.Table, ledger: tasks.Ledger) -> NDArray[Any]:
+    """Split of each query without a user, by its words; none where it is too late for train."""
     texts = table["query"].to_pylist()
     hashes = hash_ids(np.array([folded(text) for text in texts], dtype=object))
     # The low bits chose the shard.
     draw = (hashes >> np.uint64(32)).astype(np.float64) / 2.0**32
     share = job.config.held_out_share
-    bounds = {"validation": (0.0, share), "test": (share, 2 * share), "train": (2 * share, 1.0)}
-    first, behind = bounds[split]
-    rows = np.flatnonzero((draw >= first) & (draw < behind))
-    items = _ints(table, "item")[rows]
-    kept = [texts[row] for row in rows.tolist()]
+    splits = np.select([draw < share, draw < 2 * share], ["validation", "test"], "train")
+    late = (splits == "train") & job.reach.is_held_out(_ints(table, "time"))
+    if late.any():
+        text = texts[int(np.argmax(late))]
+        example = f"a train query must be of the train days, got {text!r}"
+        ledger.add(LATER, int(late.sum()), example)
+    return np.where(late, "", splits)
+
+
+def _of_nobody(job: _Job, table: pa.Table) -> pa.Table:
+    """Queries without a user as rows of a query set."""
+    texts, items = table["query"].to_pylist(), _ints(table, "item")
     asked = Asked(
         # Numbers beyond the users', so that each counts as a user of its own.
-        job.num_users + (pair_hashes(items, kept) >> np.uint64(2)).astype(np.int64),
-        Ragged.from_lengths(np.empty(0, np.int32), np.zeros(len(rows), np.int64)),
+        job.num_users + (pair_hashes(items, texts) >> np.uint64(2)).astype(np.int64),
+        Ragged.from_lengths(np.empty(0, np.int32), np.zeros(len(items), np.int64)),
         items,
-        np.zeros(len(rows), np.int64),
+        np.zeros(len(items), np.int64),
     )
-    return asked.table(kept)
+    return asked.table(texts)

@@ -22,6 +22,7 @@ from forge_ray.data.queries.rows import asked_of
 from forge_ray.data.queries.words import QueryMaker
 from forge_ray.data.schema import SPLITS, Dataset
 from forge_ray.data.sources import InteractionsConfig
+from forge_ray.data.splits import TemporalConfig
 from forge_ray.errors import ConfigError, DataError
 
 pytestmark = [pytest.mark.ray, pytest.mark.usefixtures("ray_local")]
@@ -360,6 +361,20 @@ class TestLog:
         examples = queries.artifact.manifest.metrics["examples"]
         assert "lead to an item of its user, got 'soap'" in examples["unmatched_query"]
 
+    def test_a_query_far_from_its_interaction_is_named_or_counted(self, dataset, store, tmp_path):
+        week = 7 * 86_400
+        # i2 was taken at 10; i1, which is held out, some time after 20.
+        rows = [*self.whole(), ("again", "late", "i2", week), ("again", "next", "i1", week)]
+        with pytest.raises(DataError, match=r"time must be within log.max_days=1.0 .* got 604800"):
+            self.build(rows, dataset, store, tmp_path)
+        queries = self.build(rows, dataset, store, tmp_path, "log.skip=[distant_query]")
+        assert queries.artifact.manifest.rows["distant_query"] == 1
+        assert "late" not in placed(queries, dataset, "again", "i2")
+        assert placed(queries, dataset, "again", "i1")["next"] == ("test", 4)
+        for bound in ("7", "null"):
+            queries = self.build(rows, dataset, store, tmp_path, f"log.max_days={bound}")
+            assert placed(queries, dataset, "again", "i2")["late"] == ("train", 1)
+
     def test_a_split_without_queries_is_refused(self, dataset, store, tmp_path):
         with pytest.raises(DataError, match="every split must have queries"):
             self.build(self.whole()[:1], dataset, store, tmp_path)
@@ -369,6 +384,69 @@ class TestLog:
             load_config(QueriesConfig, overrides=["log.skip=[typo]"])
         with pytest.raises(ConfigError, match="held_out_share"):
             load_config(QueriesConfig, overrides=["log.held_out_share=0.6"])
+        with pytest.raises(ConfigError, match="max_days"):
+            load_config(QueriesConfig, overrides=["log.max_days=-1"])
+
+
+DAYS, TAKERS = 7, 24
+
+
+def moments() -> list[tuple[int, int]]:
+    """User and day: everybody takes an item a day."""
+    return [(user, day) for user in range(TAKERS) for day in range(DAYS)]
+
+
+@pytest.fixture(scope="module")
+def stages(
+    store: ArtifactStore, tmp_path_factory: pytest.TempPathFactory, ray_local: None
+) -> list[Dataset]:
+    folder = tmp_path_factory.mktemp("stages")
+    rows = [(f"u{user}", f"i{day % 3}", day) for user, day in moments()]
+    write(folder / "interactions.csv", ("user_id", "item_id", "timestamp"), rows)
+    days = InteractionsConfig(timestamp_unit="day")
+    split = TemporalConfig(num_stages=2, stage_days=3, test_days=1)
+    config = PrepareConfig(source=str(folder), interactions=days, split=split, num_shards=2)
+    return prepare(config, store)
+
+
+class TestStages:
+    """Two stages of three days, each with the day after it held out; one log of queries for both.
+
+    Everything is taken in both.
+    """
+
+    def build(self, rows, stage, store, tmp_path, *overrides) -> QuerySet:
+        path = write(tmp_path / "queries.csv", TestLog.HEADER, rows)
+        given = [f"log.path={path}", "repeats=keep", "log.max_days=0", *overrides]
+        return build_queries(load_config(QueriesConfig, overrides=given), stage, store)
+
+    def test_queries_go_to_the_stage_of_their_day(self, stages, store, tmp_path):
+        rows = [(f"u{user}", f"{user} {day}", f"i{day % 3}", day) for user, day in moments()]
+        for first, stage in zip((0, 3), stages, strict=True):
+            queries = self.build(rows, stage, store, tmp_path)
+            days = {
+                split: {int(row[3].split()[1]) for row in rows_of(queries, split)}
+                for split in SPLITS
+            }
+            assert days["train"] == {first, first + 1, first + 2}
+            assert days["validation"] == days["test"] == {first + 3}
+            counts = queries.artifact.manifest.rows
+            assert sum(counts[split] for split in SPLITS) == 4 * TAKERS
+            assert counts["outside_days"] == 3 * TAKERS
+            example = queries.artifact.manifest.metrics["examples"]["outside_days"]
+            assert "timestamp must be of the dataset's days" in example
+
+    def test_queries_of_nobody_train_on_train_days_alone(self, stages, store, tmp_path):
+        rows = [("", f"word{one} {day}", "i1", day) for one in range(40) for day in range(7)]
+        queries = self.build(rows, stages[0], store, tmp_path, "log.held_out_share=0.2")
+        days = {
+            split: {int(row[3].split()[1]) for row in rows_of(queries, split)} for split in SPLITS
+        }
+        assert days == {"train": {0, 1, 2}, "validation": {0, 1, 2, 3}, "test": {0, 1, 2, 3}}
+        counts = queries.artifact.manifest.rows
+        assert counts["outside_days"] == 3 * 40
+        assert 10 < counts["later_query"] < 40
+        assert sum(counts[split] for split in SPLITS) + counts["later_query"] == 4 * 40
 
 
 def test_queries_of_another_dataset_are_refused(dataset, store):
