@@ -133,8 +133,19 @@ def projection(result: dict[str, Any]) -> str:
     ]
     return (
         f"Node: {found['assumed']['node']}. Assumed: {'; '.join(words)}.\n\n{_table(head, rows)}\n"
-        f"Together {found['hours']:,} h, {found['node_hours']:,} node-hours, {found['usd']:,} USD. "
+        f"Together {found['hours']:,} h, {found['node_hours']:,} node-hours, {found['usd']:,} USD, "
+        f"{_left_out(result)}. "
         f"Of these figures the first to stand in the way: {found['first_bottleneck']}.\n"
+    )
+
+
+def _left_out(result: dict[str, Any]) -> str:
+    """What the total lacks: a GPU's work, and pairs where a run counted none."""
+    if all(run["window"] for run in result["sizes"]):
+        return "without training and decoding"
+    return (
+        "without training, decoding and the counting of pairs, which `data prepare` does by "
+        "default (`pairs.window=5`) and this run did not (`pairs.window=0`)"
     )
 
 

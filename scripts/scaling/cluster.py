@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from scaling.growth import READ_INTERACTIONS
+
 NODE = "16 vCPU, 64 GiB (AWS m7i.4xlarge, us-east-1, on demand)"
 ASSUMED: dict[str, float] = {
     "items": 250_000_000,
@@ -27,14 +29,15 @@ ASSUMED: dict[str, float] = {
 # works on a sample of the default size, 1 M vectors, at both ends: 122 for each code there.
 _WIDER = ASSUMED["vector_dim"] / ASSUMED["measured_dim"]
 _MORE_CODES = ASSUMED["codebook_size"] / ASSUMED["measured_codebook"]
-_STAGES: dict[str, tuple[str, float, bool]] = {
-    "index_and_order": ("interactions", 1.0, True),
-    "cut": ("interactions", 1.0, True),
-    "fit": ("sample", _WIDER * _MORE_CODES, False),
-    "encode": ("items", _WIDER * _MORE_CODES, True),
-    "resolve": ("items", 1.0, False),
-    "score": ("items", 1.0, False),
+_STAGES: dict[str, tuple[float, bool]] = {
+    "index_and_order": (1.0, True),
+    "cut": (1.0, True),
+    "fit": (_WIDER * _MORE_CODES, False),
+    "encode": (_WIDER * _MORE_CODES, True),
+    "resolve": (1.0, False),
+    "score": (1.0, False),
 }
+_SAMPLED = ("fit",)
 # A GPU's work there: their time here says nothing of it, the memory of a process does.
 _GPU_STAGES = ("train", "recommend")
 
@@ -67,8 +70,8 @@ def projection(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _stage(name: str, run: dict[str, Any]) -> dict[str, Any]:
-    grows_with, dearer, is_shared = _STAGES[name]
-    more = {"sample": 1.0}.get(grows_with) or ASSUMED[grows_with] / run["rows"][grows_with]
+    (dearer, is_shared), grows_with = _STAGES[name], _grows_with(name)
+    more = 1.0 if name in _SAMPLED else ASSUMED[grows_with] / run["rows"][grows_with]
     seen = run["stages"][name]
     core_s = seen["cpu_seconds"] * more * dearer
     nodes = ASSUMED["nodes"] if is_shared else 1
@@ -84,6 +87,12 @@ def _stage(name: str, run: dict[str, Any]) -> dict[str, Any]:
         "node_hours": round(hours * nodes, 1),
         "usd": round(hours * nodes * ASSUMED["node_usd_per_hour"], 2),
     }
+
+
+def _grows_with(name: str) -> str:
+    if name in _SAMPLED:
+        return "sample"
+    return "interactions" if name in READ_INTERACTIONS else "items"
 
 
 def _memory(name: str, runs: list[dict[str, Any]]) -> dict[str, float | None]:
@@ -108,6 +117,5 @@ def _gib_there(name: str, runs: list[dict[str, Any]], key: str) -> float | None:
         return None
     (items_before, before), (items, mib) = points[-2:]
     slope = max(0.0, (mib - before) / max(1, items - items_before))
-    is_sample = name in _STAGES and _STAGES[name][0] == "sample"
-    more = 0.0 if is_sample else slope * (ASSUMED["items"] - items)
+    more = 0.0 if name in _SAMPLED else slope * (ASSUMED["items"] - items)
     return round((mib + more) / 1024, 1)

@@ -1,8 +1,9 @@
 """How time and memory grow from one size to the next: the exponent of a power law.
 
 An exponent of 1 is growth in step with the data: with interactions in the stages that read them,
-with items in the others, where those grow. Small amounts say nothing: seconds less than `LEAST_S`
-and memory less than `LEAST_MIB` are those of a process that has just started.
+with items in the others; where those do not grow, with what does. Small amounts say nothing:
+seconds less than `LEAST_S` and memory less than `LEAST_MIB` are those of a process that has just
+started. Nor do sizes that are nearly the same: what grew by less than `LEAST_GROWTH` has not grown.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import math
 from typing import Any
 
 LEAST_S, LEAST_MIB = 5.0, 32
+LEAST_GROWTH = 1.1
 READ_INTERACTIONS = ("synthesize", "index_and_order", "cut")
 MEMORY = ("driver_rss_mib", "largest_worker_own_mib", "object_store_mib", "spilled_mib")
 
@@ -34,12 +36,14 @@ def growth(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return rows
 
 
-def _factor(name: str, items: float, interactions: float) -> float:
-    return interactions if name in READ_INTERACTIONS or items == 1 else items
+def _factor(name: str, items: float, interactions: float) -> float | None:
+    """How much more there is of what a stage grows with; None where neither has grown."""
+    factors = (interactions, items) if name in READ_INTERACTIONS else (items, interactions)
+    return next((one for one in factors if one >= LEAST_GROWTH), None)
 
 
 def _exponents(
-    name: str, small: dict[str, Any], large: dict[str, Any], factor: float
+    name: str, small: dict[str, Any], large: dict[str, Any], factor: float | None
 ) -> dict[str, Any]:
     before, after = small["stages"][name], large["stages"][name]
     found: dict[str, float | None] = {}
@@ -58,7 +62,7 @@ def _worked(name: str, run: dict[str, Any], key: str, start: str) -> float:
     return float(run["stages"][name][key]) - (run[start] if starts else 0.0)
 
 
-def _exponent(before: float, after: float, factor: float, least: float) -> float | None:
-    if min(before, after) < least:
+def _exponent(before: float, after: float, factor: float | None, least: float) -> float | None:
+    if factor is None or min(before, after) < least:
         return None
     return round(math.log(after / before) / math.log(factor), 2)
