@@ -21,7 +21,7 @@ from forge_ray.cli.console import (
     stderr,
     working,
 )
-from forge_ray.cli.gr_stages import sid_variant
+from forge_ray.cli.gr_stages import note_chain, sid_variant
 from forge_ray.config import load_config, to_mapping
 from forge_ray.data.chain import stage_chain
 
@@ -61,6 +61,7 @@ def converge(
     settings = load_config(ConvergeConfig, path=config, overrides=overrides or ())
     where = open_store(store)
     chain = stage_chain(where, data)
+    note_chain(chain)
     before, after = (sid_variant(ref, chain[0], where) for ref in (old, new))
     folder = run_dir if "://" in run_dir else str(Path(run_dir).resolve())
     with connected(verbose=verbose), working("training the old model and all starts"):

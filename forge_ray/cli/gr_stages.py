@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -56,6 +57,7 @@ def stages(
     settings = load_config(StagesConfig, path=config, overrides=overrides or ())
     where = open_store(store)
     chain = stage_chain(where, data)
+    note_chain(chain)
     variants = [sid_variant(ref, chain[0], where) for ref in sids or []]
     if not variants:
         raise typer.BadParameter("give --sids with a SID table of the stages' items")
@@ -83,6 +85,13 @@ def sid_variant(ref: str, first: Dataset, store: ArtifactStore) -> SidVariant:
     source = table_source(store, ref, first)
     name = source.stem if isinstance(source, Path) else source.manifest.ref.split("/", 1)[1]
     return SidVariant(name, load_table(source, first), source)
+
+
+def note_chain(chain: Sequence[Dataset]) -> None:
+    """Prints which datasets the stages are, by the numbers that rows and `rollout` count."""
+    names = (one.artifact.manifest.ref.split("/", 1)[1] for one in chain)
+    shown = ", ".join(f"{number} {name}" for number, name in enumerate(names, start=1))
+    stderr.print(f"stages: {shown}", highlight=False, soft_wrap=True)
 
 
 def _note_later(variant: SidVariant, first: Dataset) -> None:

@@ -7,7 +7,7 @@ shard by shard in Ray Data workers. Ray must be running.
 from __future__ import annotations
 
 import shlex
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from forge_ray.artifacts import (
     open_filesystem,
 )
 from forge_ray.config import to_mapping, to_overrides, to_yaml
+from forge_ray.data.chain import TOGETHER
 from forge_ray.data.cut import Stage, write_dataset
 from forge_ray.data.importers import list_files
 from forge_ray.data.log import build_log, find_log
@@ -86,9 +87,11 @@ def prepare(config: PrepareConfig, store: ArtifactStore) -> list[Dataset]:
     log = build_log(
         _sources(resolved), store, name=name, num_shards=config.num_shards, command=command
     )
+    stages = _stages(config.split, log)
+    together = [_key(resolved, stage, log) for stage in stages]
     return [
-        _build(resolved, store, log, stage, name=_stage_name(name, stage), command=command)
-        for stage in _stages(config.split, log)
+        _build(resolved, store, log, stage, name=name, command=command, together=together)
+        for stage in stages
     ]
 
 
@@ -126,8 +129,7 @@ def find_prepared(path_or_ref: str | Path, store: ArtifactStore) -> Dataset | No
     log = find_log(_sources(resolved), store, num_shards=resolved.num_shards)
     if log is None:
         return None
-    identity = _identity(resolved, _stages(resolved.split, log)[0])
-    found = store.find(KIND, ArtifactStore.key(KIND, identity, [log.key], _SCHEMA_VERSION))
+    found = store.find(KIND, _key(resolved, _stages(resolved.split, log)[0], log))
     return None if found is None else Dataset(found)
 
 
@@ -203,13 +205,14 @@ def _build(
     *,
     name: str,
     command: str,
+    together: list[str],
 ) -> Dataset:
     artifact = store.build(
         KIND,
-        name,
+        _stage_name(name, stage),
         _identity(config, stage),
         parents=[log.key],
-        produce=lambda writer: _produce(config, log, stage, writer),
+        produce=lambda writer: _produce(config, log, stage, writer, together=together),
         command=command,
         schema_version=_SCHEMA_VERSION,
     )
@@ -218,6 +221,10 @@ def _build(
 
 _SCHEMA_VERSION = 2
 """2: users shuffled inside shards."""
+
+
+def _key(config: PrepareConfig, stage: Stage, log: Artifact) -> str:
+    return ArtifactStore.key(KIND, _identity(config, stage), [log.key], _SCHEMA_VERSION)
 
 
 def _identity(config: PrepareConfig, stage: Stage) -> dict[str, Any]:
@@ -235,9 +242,17 @@ def _identity(config: PrepareConfig, stage: Stage) -> dict[str, Any]:
 
 
 def _produce(
-    config: PrepareConfig, log: Artifact, stage: Stage, writer: ArtifactWriter
+    config: PrepareConfig,
+    log: Artifact,
+    stage: Stage,
+    writer: ArtifactWriter,
+    *,
+    together: list[str],
 ) -> ArtifactInfo:
     # The key leaves out where the raw files lie; this copy of the configuration has it.
     with writer.open("prepare.yaml") as stream:
         stream.write(to_yaml(config).encode())
-    return write_dataset(config.split, config.pairs, log=log, stage=stage, writer=writer)
+    info = write_dataset(config.split, config.pairs, log=log, stage=stage, writer=writer)
+    if stage.days is None and stage.files is None:
+        return info
+    return replace(info, metrics={**info.metrics, TOGETHER: together})

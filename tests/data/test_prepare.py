@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.cli.data import app
 from forge_ray.config import load_config
+from forge_ray.data.chain import TOGETHER, stage_chain
 from forge_ray.data.cut import Stage
 from forge_ray.data.prepare import (
     PrepareConfig,
@@ -137,6 +138,27 @@ def test_a_row_for_each_event_is_scattered_and_valid(
     assert set(batch.items.lengths.tolist()) == set(range(6, 12))
     assert all(len(items) == int(dataset.item_ids()[one][1:]) for items, (one,) in _pairs(batch))
     assert len(np.unique(batch.user_index[:users])) > users / 3
+
+
+def test_stages_name_those_of_their_own_call(
+    ray_local: None, tmp_path: Path, store: ArtifactStore
+) -> None:
+    rows = [(f"u{user:02d}", f"i{at}", 86_400 * at) for user in range(20) for at in range(10)]
+    write_events(tmp_path, rows)
+
+    def cut(num_stages: int) -> list[Dataset]:
+        split = TemporalConfig(num_stages=num_stages, stage_days=2, test_days=2, targets="last")
+        return prepare(PrepareConfig(source=str(tmp_path), split=split, num_shards=1), store)
+
+    def chain(dataset: Dataset) -> list[str]:
+        return [one.key for one in stage_chain(store, dataset.key)]
+
+    two = [one.key for one in cut(2)]
+    four = cut(4)
+    assert [one.key for one in four[2:]] == two
+    assert chain(four[0]) == [one.key for one in four]
+    assert chain(four[2]) == two
+    assert TOGETHER not in open_or_prepare(tmp_path, store).artifact.manifest.metrics
 
 
 def _pairs(batch: SequenceBatch) -> Iterator[tuple[Any, Any]]:
