@@ -119,7 +119,7 @@ def table(name: str, first: Dataset, store: ArtifactStore, *, seed: int, label: 
     """SIDs of one set; two seeds are two tables of equal quality."""
     config = load_config(SidConfig, overrides=[*SIDS, *SETS[name].sids, f"seed={seed}"])
     fitted = fit_sids(config, first, store)
-    return SidVariant(f"{name}-{label}", fitted.table, fitted.artifact)
+    return SidVariant(f"{name}-{label}", fitted.artifact, first)
 
 
 def prefixed(settings: Sequence[str]) -> list[str]:

@@ -54,6 +54,7 @@ def converge(
     """
     from forge_ray.gr.converge import ConvergeConfig
     from forge_ray.gr.converge import converge as simulate
+    from forge_ray.gr.stages import check_stages
     from forge_ray.launch.connect import connected
 
     if not old or not new:
@@ -63,6 +64,7 @@ def converge(
     chain = stage_chain(where, data)
     note_chain(chain)
     before, after = (sid_variant(ref, chain[0], where) for ref in (old, new))
+    check_stages(chain, [before, after])
     folder = run_dir if "://" in run_dir else str(Path(run_dir).resolve())
     with connected(verbose=verbose), working("training the old model and all starts"):
         found = simulate(chain, before, after, settings, store=where, run_dir=folder, tell=_tell)

@@ -24,7 +24,7 @@ from forge_ray.cli.console import (
 from forge_ray.config import load_config
 from forge_ray.data.chain import stage_chain
 from forge_ray.data.schema import Dataset
-from forge_ray.sid.storage import load_table, table_source
+from forge_ray.sid.storage import table_source
 
 if TYPE_CHECKING:
     from forge_ray.gr.stages import SidVariant, StageRow, StagesConfig
@@ -51,7 +51,7 @@ def stages(
 
     Example: forge-ray gr stages toy-s1 --sids sids/toy-s1-0123456789ab train.max_steps=500
     """
-    from forge_ray.gr.stages import StagesConfig, run_stages
+    from forge_ray.gr.stages import StagesConfig, check_stages, run_stages
     from forge_ray.launch.connect import connected
 
     settings = load_config(StagesConfig, path=config, overrides=overrides or ())
@@ -61,6 +61,7 @@ def stages(
     variants = [sid_variant(ref, chain[0], where) for ref in sids or []]
     if not variants:
         raise typer.BadParameter("give --sids with a SID table of the stages' items")
+    check_stages(chain, variants)
     for one in variants:
         _note_later(one, chain[0])
     folder = run_dir if "://" in run_dir else str(Path(run_dir).resolve())
@@ -78,13 +79,15 @@ def sid_variant(ref: str, first: Dataset, store: ArtifactStore) -> SidVariant:
         store: where stored tables are.
 
     Raises:
-        ConfigError: the table was fitted on another log.
+        ConfigError: a stored table was fitted on another log.
     """
     from forge_ray.gr.stages import SidVariant
 
     source = table_source(store, ref, first)
-    name = source.stem if isinstance(source, Path) else source.manifest.ref.split("/", 1)[1]
-    return SidVariant(name, load_table(source, first), source)
+    if isinstance(source, Path):
+        # Trials have folders of their own.
+        return SidVariant(source.stem, source.resolve(), first)
+    return SidVariant(source.manifest.ref.split("/", 1)[1], source, first)
 
 
 def note_chain(chain: Sequence[Dataset]) -> None:

@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from functools import partial
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property, partial
 from pathlib import Path
+from typing import Any
 
 from forge_ray.artifacts import Artifact, ArtifactStore
 from forge_ray.config import to_mapping
@@ -24,6 +25,7 @@ from forge_ray.gr.scoring import ModelEvaluationConfig, evaluate_model
 from forge_ray.gr.source import ModelSource
 from forge_ray.gr.train import TrainResult, train_generator
 from forge_ray.gr.trials import fill_store
+from forge_ray.sid.storage import load_table
 from forge_ray.sid.table import SidTable
 
 logger = logging.getLogger(__name__)
@@ -43,7 +45,7 @@ class StagesConfig:
     train: GrConfig = field(default_factory=GrConfig)
     """Every training: of a stage that continues, and of one that begins afresh."""
     backbones: dict[str, GeneratorConfig] = field(default_factory=dict)
-    """Models to compare, by name; empty takes `train.model` alone."""
+    """Models to compare, by name, in the place of `train.model`; empty takes that alone."""
     evaluate: ModelEvaluationConfig = field(default_factory=_forge_evaluation)
     """Users of the days after each stage; by default those of FORGE's table, HR@20 to HR@1000."""
     scratch: bool = True
@@ -61,6 +63,11 @@ class StagesConfig:
                 f"train.initial must be left out, got {to_mapping(self.train.initial)}. The first "
                 "stage and those from scratch begin afresh, the others with the stage before."
             )
+        if self.backbones and self.train.model not in (GrConfig().model, *self.backbones.values()):
+            raise ConfigError(
+                f"train.model must be left out beside backbones, got {to_mapping(self.train.model)}"
+                f" and {', '.join(self.backbones)}. Write it among backbones."
+            )
         check_tasks(self.train)
         for model in self.backbones.values():
             # What a backbone cannot train on is refused before the first one is trained.
@@ -73,17 +80,26 @@ class StagesConfig:
 
 @dataclass(frozen=True)
 class SidVariant:
-    """A SID table that a chain is trained on.
+    """A SID table that a chain is trained on; small when pickled, as trials and workers need it.
 
     Attributes:
-        name: for people.
-        table: SIDs of the items that all stages share.
-        source: where a process that decodes reads it from.
+        name: for people, and in names of runs.
+        source: a stored table, or the absolute path of an `.npz` file that all nodes share.
+        dataset: a stage of the log whose items it codes.
     """
 
     name: str
-    table: SidTable
     source: Artifact | Path
+    dataset: Dataset
+
+    @cached_property
+    def table(self) -> SidTable:
+        """SIDs of the items that all stages share; each process opens its own."""
+        return load_table(self.source, self.dataset)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Without the table once it is open: Ray refuses trials of 95 MiB, a catalogue of millions.
+        return {one.name: getattr(self, one.name) for one in fields(self)}
 
 
 @dataclass(frozen=True)
@@ -129,8 +145,8 @@ def run_stages(
         tell: called with each line as it is known.
 
     Raises:
-        ConfigError: the datasets or tables speak of other items than the first stage, or widths
-            do not fit a table.
+        ConfigError: the datasets or tables speak of other items than the first stage, widths do not
+            fit a table, or two chains have one name.
     """
     check_stages(stages, variants)
     for variant in variants:
@@ -141,8 +157,8 @@ def run_stages(
         for variant in variants
         for backbone, model in config.models().items()
     ]
+    jobs = _all_jobs(chains)
     if config.parallel > 1:
-        jobs = {name: job for chain in chains for name, job in chain.jobs().items()}
         fill_store(
             jobs,
             parallel=config.parallel,
@@ -219,6 +235,20 @@ def train_stage(
     run = f"{name}-{config_hash(content)[:8]}"
     logger.info("training %s", run)
     return train_generator(config, dataset, variant.table, store=store, run_dir=run_dir, name=run)
+
+
+def _all_jobs(chains: Sequence[_Chain]) -> dict[str, Callable[[], object]]:
+    """What the chains have to do, by name; refuses two of one name, in the table as in trials."""
+    jobs: dict[str, Callable[[], object]] = {}
+    for chain in chains:
+        for name, job in chain.jobs().items():
+            if name in jobs:
+                raise ConfigError(
+                    f"SID tables and backbones must have names of their own, got {name} twice. "
+                    "Rename a file of --sids or a backbone."
+                )
+            jobs[name] = job
+    return jobs
 
 
 @dataclass(frozen=True)

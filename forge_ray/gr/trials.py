@@ -27,7 +27,8 @@ def fill_store(
     """Runs every job as a trial; Ray must be running.
 
     Args:
-        jobs: what to do, by name; picklable, and found in the store when it was done before.
+        jobs: what to do, by name; found in the store when it was done before. All of them travel to
+            every trial, pickled: Ray refuses more than 95 MiB, so they open what is large.
         parallel: trials at a time; what they train waits for its resources.
         cpus: of a trial's own process: 0 where it waits for workers of Ray Train.
         folder: of Tune's own files: a path or URI that nodes share.

@@ -14,12 +14,14 @@ from forge_ray.artifacts import ArtifactInfo, ArtifactStore, ArtifactWriter
 from forge_ray.config import load_config
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError, TrainingError
+from forge_ray.gr import converge as module
 from forge_ray.gr import train
 from forge_ray.gr.checkpoint import HISTORY_FILE, load_generator
 from forge_ray.gr.converge import (
     ARMS,
     ConvergeConfig,
     Rollout,
+    _fill,
     _whole,
     converge,
     convergence,
@@ -28,7 +30,13 @@ from forge_ray.gr.convergence import summarize
 from forge_ray.gr.initial import initial_generator
 from forge_ray.gr.stages import SidVariant
 from forge_ray.gr.train import TrainResult
-from tests.gr.test_stages import random_variant, temporal_stages
+from tests.gr.test_stages import (
+    large_variant,
+    random_variant,
+    require_small,
+    temporal_stages,
+    two_stages,
+)
 from tests.gr.test_train import SMALL
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -197,6 +205,20 @@ def test_what_does_not_fit_is_refused_before_any_training(
 def test_mistakes_are_refused(override: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         settings(override)
+
+
+def test_trials_are_sent_no_codes(store: ArtifactStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages = two_stages(store)
+    old, new = (large_variant(stages, store, name) for name in ("old", "new"))
+    sent = []
+    monkeypatch.setattr(module, "fill_store", lambda jobs, **_: sent.append(require_small(jobs)))
+    config = settings("arms=[cold]")
+    rollouts = {seed: Rollout(config, seed, stages, old, new, store, "runs") for seed in (0, 1)}
+    _fill(rollouts, config, folder="tune")
+    assert [list(jobs) for jobs in sent] == [
+        ["old-0", "old-1"],
+        ["old-0", "cold-0", "old-1", "cold-1"],
+    ]
 
 
 def test_a_curve_without_a_point_is_no_curve(store: ArtifactStore) -> None:

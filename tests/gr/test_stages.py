@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -15,8 +17,9 @@ from forge_ray.data.splits import TemporalConfig
 from forge_ray.data.synthetic import SyntheticConfig, generate
 from forge_ray.errors import ConfigError
 from forge_ray.gr import train
-from forge_ray.gr.stages import SidVariant, StagesConfig, run_stages
+from forge_ray.gr.stages import SidVariant, StagesConfig, _all_jobs, _Chain, run_stages
 from forge_ray.sid.table import SidTable
+from tests.data.test_chain import prepared
 from tests.gr.test_train import SMALL
 
 
@@ -32,7 +35,7 @@ def random_variant(stages: list[Dataset], path: Path, seed: int = 0) -> SidVaria
     rng = np.random.default_rng(seed)
     ids = stages[0].item_ids()
     np.savez(path, codes=rng.integers(0, 16, (200, 2)), item_id=ids.astype(str))
-    return SidVariant(path.stem, SidTable.from_npz(path, ids), path)
+    return SidVariant(path.stem, path, stages[0])
 
 
 def settings(*overrides: str) -> StagesConfig:
@@ -116,11 +119,67 @@ def test_trials_leave_the_figures_of_one_process(
             ],
             "data.targets must be all for model.kind=decoder",
         ),
+        (
+            ["backbones={rq: {kind: rq_transformer}}", "train.model.hidden_size=32"],
+            r"train\.model must be left out beside backbones, got .*'hidden_size': 32.* and rq\.",
+        ),
     ],
 )
 def test_settings_that_no_chain_can_have_are_refused(overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load_config(StagesConfig, overrides=overrides)
+
+
+def test_a_model_may_be_given_twice_where_it_is_trained() -> None:
+    # What checks of train, of its tasks among them, read is train.model.
+    both = ["backbones={rq: {kind: rq_transformer}}", "train.model.kind=rq_transformer"]
+    assert list(load_config(StagesConfig, overrides=both).models()) == ["rq"]
+    assert list(load_config(StagesConfig, overrides=both[:1]).models()) == ["rq"]
+    assert list(load_config(StagesConfig, overrides=both[1:]).models()) == ["rq_transformer"]
+
+
+def large_variant(stages: list[Dataset], store: ArtifactStore, name: str) -> SidVariant:
+    """A stored table of 20 MB, open in this process."""
+    table = SidTable.from_codes(np.full((3_400_000, 3), 7), [8192] * 3)
+    artifact = store.build("sids", name, {"name": name}, produce=table.save)
+    variant = SidVariant(name, artifact, stages[0])
+    assert variant.table.codes.nbytes > 20e6
+    return variant
+
+
+def two_stages(store: ArtifactStore) -> list[Dataset]:
+    """Manifests without content."""
+    return [Dataset.open(store, key) for key in prepared(store, (1, 2))]
+
+
+def require_small(jobs: Mapping[str, Callable[[], object]]) -> dict[str, Callable[[], object]]:
+    """What trials are sent, as it arrives there; all of it is small."""
+    sent = pickle.dumps(jobs)
+    assert len(sent) < 1 << 20
+    return pickle.loads(sent)
+
+
+def chain_of(stages: list[Dataset], variant: SidVariant, store: ArtifactStore) -> _Chain:
+    config = StagesConfig()
+    return _Chain(config, variant, "decoder", config.train.model, stages, store, "runs")
+
+
+def test_trials_are_sent_no_codes_and_open_them_there(store: ArtifactStore) -> None:
+    stages = two_stages(store)
+    jobs = require_small(_all_jobs([chain_of(stages, large_variant(stages, store, "a"), store)]))
+    assert list(jobs) == ["a-decoder", "a-decoder-s2-scratch"]
+    table = jobs["a-decoder"].__self__.variant.table  # type: ignore[attr-defined]
+    assert isinstance(table.codes, np.memmap)
+    assert table.codes[-1].tolist() == [7, 7, 7]
+
+
+def test_two_tables_of_one_name_are_refused(store: ArtifactStore, tmp_path: Path) -> None:
+    stages = two_stages(store)
+    paths = [tmp_path / folder / "table.npz" for folder in ("one", "other")]
+    chains = [chain_of(stages, SidVariant(one.stem, one, stages[0]), store) for one in paths]
+    assert len(_all_jobs(chains[:1])) == 2
+    with pytest.raises(ConfigError, match="names of their own, got table-decoder twice"):
+        _all_jobs(chains)
 
 
 @pytest.mark.ray
