@@ -42,26 +42,52 @@ def split_prompts(users: pa.Array, sids: SidFormat) -> Prompts:
     """Find the SIDs in n user texts without nulls.
 
     Rows that share the prose of the first one, all in published files but the search rows, are cut
-    by its length; the others are searched.
+    by its length; the others are searched, and so are those where the cut leaves no SIDs or more:
+    what is read of a row does not hang on which one comes first.
     """
     before, after = _first_prose(users)
     shares = _shares(users, before, after)
-    cut = _cut(users.filter(pa.array(shares)), before, after)
-    searched = _search(users.filter(pa.array(~shares)))
-    order = np.argsort(np.concatenate([np.flatnonzero(shares), np.flatnonzero(~shares)]))
-    parts = [
-        pa.concat_arrays(pair).take(pa.array(order)) for pair in zip(cut, searched, strict=True)
-    ]
-    parsed = sids.parse(parts[1])
-    again = pc.match_substring_regex(parts[2], _RUN).to_numpy(zero_copy_only=False)
-    is_valid = parsed.is_valid & ~again
-    return Prompts(parts[0], parsed.codes, parts[2], is_valid)
+    cut = _parsed(_cut(users.filter(pa.array(shares)), before, after), sids)
+    is_read = cut.is_valid & (cut.history.lengths > 0)
+    if shares.all() and is_read.all():
+        return cut
+    fits = np.zeros(len(users), dtype=bool)
+    fits[np.flatnonzero(shares)[is_read]] = True
+    searched = _parsed(_search(users.filter(pa.array(~fits))), sids)
+    return _merged(_taken(cut, np.flatnonzero(is_read)), searched, fits)
 
 
 def join_prompts(prompts: Prompts, sids: SidFormat) -> pa.Array:
     """Write n user texts; the inverse of `split_prompts`."""
     words = sids.spell(prompts.history)
     return pc.binary_join_element_wise(prompts.before, words, prompts.after, "")
+
+
+def _parsed(parts: tuple[pa.Array, pa.Array, pa.Array], sids: SidFormat) -> Prompts:
+    before, middle, after = parts
+    parsed = sids.parse(middle)
+    again = pc.match_substring_regex(after, _RUN).to_numpy(zero_copy_only=False)
+    return Prompts(before, parsed.codes, after, parsed.is_valid & ~again)
+
+
+def _merged(cut: Prompts, searched: Prompts, fits: NDArray[np.bool_]) -> Prompts:
+    """The rows of both in their order; ``fits`` ``[n]`` says which are of the first."""
+    joined = Prompts(
+        pa.concat_arrays([cut.before, searched.before]),
+        Ragged.concatenate([cut.history, searched.history]),
+        pa.concat_arrays([cut.after, searched.after]),
+        np.concatenate([cut.is_valid, searched.is_valid]),
+    )
+    return _taken(joined, np.argsort(np.argsort(~fits, kind="stable")))
+
+
+def _taken(prompts: Prompts, rows: NDArray[np.int64]) -> Prompts:
+    return Prompts(
+        prompts.before.take(pa.array(rows)),
+        prompts.history.take(rows),
+        prompts.after.take(pa.array(rows)),
+        prompts.is_valid[rows],
+    )
 
 
 def _first_prose(users: pa.Array) -> tuple[str, str]:

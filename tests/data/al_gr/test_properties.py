@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
+from random import Random
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from forge_ray.data.al_gr.base64_vectors import decode_vectors, encode_vectors
@@ -54,6 +55,38 @@ def test_prompts_come_back(rows: list[tuple[str, list[tuple[int, int, int]], str
     again = join_prompts(found, FORMAT).to_pylist()
     for user, valid, back in zip(users.to_pylist(), found.is_valid, again, strict=True):
         assert back == user or not valid
+
+
+# Rows that begin and end alike, some with more prose or another token inside.
+PROSE = st.sampled_from(["历史：", "历史：（搜索：裙子）", "历史：C3 ", ""])
+ENDS = st.sampled_from(["，请", "，（搜索）C9，请", "C0C4C9，请", ""])
+
+
+@example([("历史：", [(1, 1, 1)], "，请"), ("历史：", [], "，请")], Random(0))
+@given(st.lists(st.tuples(PROSE, CODES, ENDS), min_size=1, max_size=6), st.randoms())
+def test_what_is_read_of_a_prompt_does_not_hang_on_the_row_that_comes_first(
+    rows: list[tuple[str, list[tuple[int, int, int]], str]], random: Random
+) -> None:
+    texts = [before + spelled(codes) + after for before, codes, after in rows]
+    found = split_prompts(pa.array(texts), FORMAT)
+    alone = [split_prompts(pa.array([text]), FORMAT) for text in texts]
+    assert found.is_valid.tolist() == [one.is_valid[0] for one in alone]
+    for place, one in enumerate(alone):
+        assert found.before[place] == one.before[0]
+        assert found.history.row(place).tolist() == one.history.row(0).tolist()
+        assert found.after[place] == one.after[0]
+    order = random.sample(range(len(texts)), len(texts))
+    again = split_prompts(pa.array([texts[place] for place in order]), FORMAT)
+    assert again.is_valid.tolist() == found.is_valid[order].tolist()
+
+
+def test_more_prose_before_the_sids_of_one_row_is_no_broken_history() -> None:
+    texts = ["历史：C1C5C10，请", "历史：（搜索：裙子）C1C5C10，请", "历史：，请", "历史：C1C5，请"]
+    found = split_prompts(pa.array(texts), FORMAT)
+    assert found.is_valid.tolist() == [True, True, True, False]
+    assert found.before.to_pylist()[1] == "历史：（搜索：裙子）"
+    assert found.history.row(1).tolist() == [1, 1, 1]
+    assert join_prompts(found, FORMAT).to_pylist()[:3] == texts[:3]
 
 
 @given(st.lists(st.text("ab;", max_size=9), max_size=8))
