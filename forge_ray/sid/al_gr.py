@@ -132,12 +132,12 @@ def export_dataset(
         config: which files, and how.
 
     Raises:
-        ConfigError: a part needs SIDs or vectors that are not given, or the table has more tokens
-            than FORGE's vocabulary.
+        ConfigError: a part needs SIDs or vectors that are not given, or `gr` is among the parts
+            and the table has more tokens than FORGE's vocabulary.
         DataError: the output holds files of another export, or ids do not go into lists.
     """
-    reading = Reading(SidFormat(table.codebook_sizes if table else (1,), config.level_stride))
     files = _files(dataset, table, config)
+    reading = _reading(files, table, config)
     ids = dataset.items(["item_id"])["item_id"].combine_chunks()
     if any(one.part in _LIST_IDS for one in files):
         _check_ids(ids)
@@ -156,6 +156,16 @@ def export_dataset(
     done = tasks.results(tasks.for_each(range(len(job.files)), _write, job=job))
     rows = dict(zip(*(done[name].to_pylist() for name in _DONE.names), strict=True)) if done else {}
     return DatasetExport(output, dict(sorted(rows.items())), kept)
+
+
+def _reading(files: Sequence[_File], table: SidTable | None, config: AlGrExportConfig) -> Reading:
+    """How rows are spelled; only those of `gr` have SIDs as tokens, which a vocabulary holds."""
+    if table is None or all(one.part != "gr" for one in files):
+        return Reading(SidFormat((1,)))
+    try:
+        return Reading(SidFormat(table.codebook_sizes, config.level_stride))
+    except ConfigError as error:
+        raise ConfigError(f"{error} Or leave gr out: parts=[item_sid,sequences].") from error
 
 
 def _identity(dataset: Dataset, table: SidTable | None, config: AlGrExportConfig) -> dict[str, Any]:

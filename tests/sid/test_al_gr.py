@@ -170,6 +170,19 @@ def test_limits_are_checked_before_any_work(dataset: Dataset, out: Path) -> None
         export_dataset(dataset, None, str(out), AlGrExportConfig(parts=["gr"]))
 
 
+def test_only_rows_that_spell_sids_need_tokens(dataset: Dataset, out: Path) -> None:
+    codes = np.zeros((dataset.num_items, 2), int)
+    codes[:, 1] = 70_000 + np.arange(dataset.num_items)
+    table = SidTable.from_codes(codes, (4, 80_000))
+    written = export_dataset(
+        dataset, table, str(out), AlGrExportConfig(parts=["item_sid", "sequences"])
+    )
+    assert written.rows["item_sid.csv"] == dataset.num_items
+    assert [int(row["codebook_lv2"]) for row in read(out)] == codes[:, 1].tolist()
+    with pytest.raises(ConfigError, match=r"65536 tokens, got 80004 .* leave gr out: parts="):
+        export_dataset(dataset, table, str(out), AlGrExportConfig())
+
+
 def test_the_command_takes_foreign_tables(
     store: ArtifactStore, dataset: Dataset, table: SidTable, tmp_path: Path
 ) -> None:

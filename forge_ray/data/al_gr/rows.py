@@ -178,7 +178,7 @@ def _decode_item_sid(layout: Layout, texts: Sequence[pa.Array], reading: Reading
 
 
 def _encode_item_sid(layout: Layout, table: pa.Table, reading: Reading) -> list[pa.Array]:
-    codes = [table[name].cast(pa.string()) for name in code_columns(len(reading.sids.sizes))]
+    codes = [table[name].cast(pa.string()) for name in code_columns(len(layout.columns) - 1)]
     return [_flat(table["item_id"]), *(_flat(pc.fill_null(one, "")) for one in codes)]
 
 
