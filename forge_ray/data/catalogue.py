@@ -33,7 +33,14 @@ from forge_ray.data.importers import (
     extra_schema,
     read_chunks,
 )
-from forge_ray.data.item_index import DROPPED, UNKNOWN, ItemIndex, to_bytes, to_strings
+from forge_ray.data.item_index import (
+    DROPPED,
+    UNKNOWN,
+    ItemIndex,
+    distinct,
+    to_bytes,
+    to_strings,
+)
 from forge_ray.data.schema import vectors_schema
 from forge_ray.data.sources import ItemsConfig, SourcesConfig, VectorsConfig, event_columns
 from forge_ray.errors import DataError
@@ -131,10 +138,7 @@ class _Found:
 
 
 def _distinct(tables: Iterator[pa.Table], *, where: str) -> tuple[ItemIndex, _Found]:
-    ids = np.empty(0, dtype="S1")
-    for table in tables:
-        if table.num_rows:
-            ids = np.union1d(ids, to_bytes(table["id"].combine_chunks()))
+    ids = np.sort(to_bytes(distinct(part for one in tables for part in one["id"].chunks)))
     if not len(ids):
         raise DataError(f"{where} must hold at least one item id, got none. Add rows to it.")
     return ItemIndex(ids), _Found(len(ids))
@@ -143,11 +147,9 @@ def _distinct(tables: Iterator[pa.Table], *, where: str) -> tuple[ItemIndex, _Fo
 def _read_distinct_ids(
     number: int, *, files: Sequence[RawFile], wanted: Mapping[str, str]
 ) -> Iterator[pa.Table]:
-    found = pa.array([], pa.string())
-    for chunk in read_chunks(files[number], wanted, field="interactions"):
-        ids = as_ids(chunk, "item_id")
-        found = pa.concat_arrays([found, ids.filter(pa.array(~is_empty(ids)))]).unique()
-    yield pa.table({"id": found})
+    chunks = read_chunks(files[number], wanted, field="interactions")
+    ids = (as_ids(chunk, "item_id") for chunk in chunks)
+    yield pa.table({"id": distinct(one.filter(pa.array(~is_empty(one))) for one in ids)})
 
 
 def require_attributes(file: RawFile, config: ItemsConfig) -> None:

@@ -5,6 +5,8 @@ Indices follow the sorted ids and not the order of files, so that they are the s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,6 +16,7 @@ from forge_ray.data.hashing import fixed_width, hash_bytes
 
 UNKNOWN = -1
 DROPPED = -2
+_ROWS_AT_ONCE = 1 << 18
 
 
 class ItemIndex:
@@ -93,6 +96,27 @@ class _Buckets:
 
     def _bucket(self, hashes: NDArray[np.uint64]) -> NDArray[np.int32]:
         return (hashes >> self._shift).astype(np.int32)
+
+
+def distinct(parts: Iterable[pa.Array]) -> pa.Array:
+    """Return the ids of all parts once each, in the order of their first places.
+
+    Parts wait until they are as many rows as the distinct ids known: each row is hashed a few times
+    whatever the number of parts, and no more than twice the result is held.
+
+    Args:
+        parts: strings without nulls.
+
+    Returns:
+        Large strings, so that they may be more than 2 GiB.
+    """
+    found, waiting, rows = pa.array([], pa.large_string()), [], 0
+    for ids in parts:
+        waiting.append(ids.cast(pa.large_string()))
+        rows += len(ids)
+        if rows >= max(len(found), _ROWS_AT_ONCE):
+            found, waiting, rows = pa.chunked_array([found, *waiting]).unique(), [], 0
+    return pa.chunked_array([found, *waiting]).unique()
 
 
 def to_bytes(ids: pa.Array) -> NDArray[np.bytes_]:
