@@ -265,6 +265,8 @@ def _drop_without_vector(catalogue: Catalogue, config: SourcesConfig, inputs: In
             drop |= (found.seen == 0) & (found.nulls == 0)
         if "null_vector" in config.skip:
             drop |= (found.seen == 0) & (found.nulls > 0)
+        if drop.all():
+            raise _no_vector_left(space, files, catalogue, found)
     ids = catalogue.ids
     if drop.any():
         example = f"item_id must have a usable vector, got none of {ids[drop][0].decode()!r}"
@@ -273,6 +275,18 @@ def _drop_without_vector(catalogue: Catalogue, config: SourcesConfig, inputs: In
     catalogue.shared = ray.put(ItemIndex(ids[~drop], dropped))
     catalogue.num_items = int((~drop).sum())
     return catalogue
+
+
+def _no_vector_left(
+    space: str, files: Sequence[RawFile], catalogue: Catalogue, found: _Seen
+) -> DataError:
+    more = found.ledger.examples.get("unknown_vector", "")
+    return DataError(
+        f"vectors.{space} must hold a usable vector of some item, got none for all "
+        f"{catalogue.num_items} (the first {catalogue.ids[0].decode()!r}; left out: "
+        f"{dict(found.ledger.counts)}{more and f', such as {more}'}). Check that the ids of "
+        f"{files[0].uri} are those of the items, or list the spaces to take under `vectors`."
+    )
 
 
 # ---- items ----

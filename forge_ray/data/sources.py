@@ -8,6 +8,7 @@ import of AL-GR files with `sequences/`.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -15,6 +16,7 @@ from typing import Literal, TypeVar
 from pyarrow import fs as pafs
 
 from forge_ray.artifacts import open_filesystem
+from forge_ray.data.al_gr.folder import AL_GR_MANIFEST, AlGrFolder, item_spaces
 from forge_ray.data.checks import TimeUnit, check_skip
 from forge_ray.data.importers import FORMATS
 from forge_ray.data.schema import DEFAULT_SPACE
@@ -22,8 +24,7 @@ from forge_ray.data.sequences import EVENTS
 from forge_ray.errors import ConfigError, DataError
 
 S = TypeVar("S", bound="SourcesConfig")
-AL_GR_MANIFEST = "al-gr.json"
-"""What tells a folder of imported AL-GR files."""
+logger = logging.getLogger(__name__)
 
 
 @dataclass(kw_only=True)
@@ -128,18 +129,20 @@ def resolve(config: SourcesConfig) -> SourcesConfig:
     interactions = replace(
         config.interactions, path=config.interactions.path or _find(entries, "interactions")
     )
-    if not interactions.path and _has(entries, AL_GR_MANIFEST):
+    is_import = _has(entries, AL_GR_MANIFEST)
+    if not interactions.path and is_import:
         interactions = _sequences_of(config, entries)
     if not interactions.path:
         raise DataError(
             f"{config.source} must hold interactions.csv, .jsonl, .parquet or a folder "
             f"interactions/, got {sorted(entries)}. Rename the file, or set interactions.path."
         )
+    find_vectors = _vectors_of_import if is_import else _find_vectors
     return replace(
         config,
         interactions=interactions,
         items=replace(config.items, path=config.items.path or _find(entries, "items")),
-        vectors=config.vectors or _find_vectors(config.source, entries),
+        vectors=config.vectors or find_vectors(config.source, entries),
     )
 
 
@@ -165,6 +168,26 @@ def _sequences_of(config: SourcesConfig, entries: dict[str, pafs.FileInfo]) -> I
             "Origin-Sequence-Data as well: rows for training hold SIDs, not items."
         )
     return replace(config.interactions, path=path, layout="sequences")
+
+
+def _vectors_of_import(folder: str, entries: dict[str, pafs.FileInfo]) -> dict[str, VectorsConfig]:
+    """The vector spaces of an AL-GR import that have item ids."""
+    _, records = AlGrFolder.at(folder).finished()
+    named, others = item_spaces(records)
+    if others:
+        logger.warning(
+            "left out vector spaces %s of %s: their .npz files have numbers of rows for ids, not "
+            "items. Set vectors.NAME.path to take one all the same.",
+            others,
+            folder,
+        )
+    above = _find(entries, "vectors")
+    inner = _entries(above) if named and above else {}
+    return {
+        one.base_name: VectorsConfig(path=uri)
+        for uri, one in inner.items()
+        if one.base_name in named
+    }
 
 
 def _has(entries: dict[str, pafs.FileInfo], name: str) -> bool:

@@ -19,9 +19,10 @@ from forge_ray.artifacts import open_filesystem
 from forge_ray.data.al_gr.layouts import Layout
 from forge_ray.data.al_gr.rows import Reading
 from forge_ray.data.al_gr.sid_text import SidFormat
-from forge_ray.data.sources import AL_GR_MANIFEST
 from forge_ray.errors import DataError
 
+AL_GR_MANIFEST = "al-gr.json"
+"""What tells a folder of imported AL-GR files."""
 _RECORDS = "_files"
 
 
@@ -210,6 +211,19 @@ def skipped_in_all(records: Sequence[FileRecord]) -> dict[str, int]:
 def rows_in_all(records: Sequence[FileRecord]) -> dict[str, int]:
     """Rows written of all files, by part."""
     return _sum([one.rows for one in records])
+
+
+def item_spaces(records: Sequence[FileRecord]) -> tuple[list[str], list[str]]:
+    """Names of the vector spaces whose ids are those of items, and of the others.
+
+    Item-EMB files name items; `.npz` files of SID training have numbers of rows for ids.
+    """
+    named: set[str] = set()
+    others: set[str] = set()
+    for one in records:
+        found = {part.partition("/")[2] for part in one.rows if part.startswith("vectors/")}
+        (named if one.layout.kind == "item_emb" else others).update(found)
+    return sorted(named), sorted(others - named)
 
 
 def _sum(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from forge_ray.data.al_gr.importing import AlGrImportConfig, import_al_gr
 from forge_ray.data.chain import stage_chain
 from forge_ray.data.prepare import PrepareConfig, prepare
 from forge_ray.data.schema import Dataset, Split
-from forge_ray.data.sources import ItemsConfig
+from forge_ray.data.sources import ItemsConfig, VectorsConfig
 from forge_ray.data.splits import LeaveOneOutConfig, PublishedConfig, TemporalConfig
 from forge_ray.data.validate import validate_dataset
 from forge_ray.errors import ConfigError, DataError
@@ -167,6 +168,57 @@ def test_published_stages_stay_what_they_are(tmp_path: Path) -> None:
         for path in whole.sequence_files("train")
     ]
     assert max(pc.max(one).as_py() for one in times) < len(ITEMS)
+
+
+def write_tiny(folder: Path) -> None:
+    """What AL-GR-Tiny has, with a row of Item-EMB malformed, one of no item and codes empty."""
+    rng = np.random.default_rng(3)
+    write_stages(folder, stages=1)
+    levels = ["codebook_lv1", "codebook_lv2", "codebook_lv3"]
+    sids = [[name, "1", "2", "" if name == ITEMS[5] else "3"] for name in ITEMS]
+    files.write_rows(folder / "item_info/sid_final.csv", [["item_id", *levels], *sids])
+    vectors = rng.standard_normal((len(ITEMS) + 1, 8)).astype(np.float32)
+    short = [vector[: 3 if place == 2 else 8] for place, vector in enumerate(vectors)]
+    embedded = [
+        [name, files.feature(vector)] for name, vector in zip([*ITEMS, "other"], short, strict=True)
+    ]
+    files.write_rows(folder / "item_feature/final_feature.csv", [["item_id", "feature"], *embedded])
+    numbers = np.arange(len(ITEMS))
+    halves = vectors[: len(ITEMS)].astype(np.float16)
+    np.savez(folder / "item_feature/reconstruct_data_mask.npz", ids=numbers, embeds=halves)
+
+
+def test_a_whole_import_is_prepared_less_the_vectors_that_name_no_items(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    write_tiny(tmp_path / "raw")
+    source, store = str(imported(tmp_path)), ArtifactStore(tmp_path / "store")
+    config = PrepareConfig(source=source, split=PublishedConfig())
+    with pytest.raises(DataError, match="add unknown_vector to `skip`"):
+        prepare(config, store)
+    with pytest.raises(DataError, match="add missing_vector to `skip`"):
+        prepare(replace(config, skip=["unknown_vector"]), store)
+
+    caplog.handler.setLevel(logging.NOTSET)  # Ray's quieting reaches pytest's handler
+
+    documented = replace(
+        config,
+        skip=["unknown_vector", "missing_vector", "missing_attribute"],
+        items=ItemsConfig(required=["codebook_lv1", "codebook_lv2", "codebook_lv3"]),
+    )
+    (dataset,) = prepare(documented, store)
+
+    assert "left out vector spaces ['reconstruct_data_mask']" in caplog.text
+    assert dataset.spaces == ("default",)
+    assert dataset.item_ids().tolist() == sorted({*ITEMS} - {ITEMS[2], ITEMS[5]})
+    assert dataset.rows["skipped_items_without_vector"] == 1
+    assert dataset.rows["skipped_unknown_vector"] == 1
+    assert dataset.rows["skipped_missing_attribute"] == 1
+    # Taken by force, they have no vector of any item; the message says so at once.
+    numbered = {"default": VectorsConfig(path=f"{source}/vectors/reconstruct_data_mask")}
+    forced = replace(config, vectors=numbered, skip=["unknown_vector", "missing_vector"])
+    with pytest.raises(DataError, match=r"vectors\.default must hold a usable vector of some item"):
+        prepare(forced, store)
 
 
 def test_an_interrupted_import_is_not_prepared(tmp_path: Path) -> None:
