@@ -31,7 +31,7 @@ from forge_ray.data.schema import (
     TRAIN_SCHEMA,
     USERS_SCHEMA,
 )
-from forge_ray.data.sequences import SEQUENCE_FILES
+from forge_ray.data.sequences import ROW_LOSSES, SEQUENCE_FILES, losses_in
 from forge_ray.data.splits import (
     PublishedConfig,
     PublishedStage,
@@ -114,6 +114,7 @@ def write_dataset(
             **{f"{name}_users": count for name, count in num_users.items()},
             "train_interactions": int(counts.sum()),
             "pairs": num_pairs,
+            **_held_out_losses(log, stage),
         },
         metrics={
             name: log.manifest.metrics[name]
@@ -121,6 +122,15 @@ def write_dataset(
             if name in log.manifest.metrics
         },
     )
+
+
+def _held_out_losses(log: Artifact, stage: Stage) -> dict[str, int]:
+    """Published held-out rows that are in no part, or lack targets; a log made before has none."""
+    if stage.files is None or ROW_LOSSES not in log.manifest.metrics:
+        return {}
+    files = (*stage.files.validation, *stage.files.test)
+    found = losses_in(log.manifest.metrics[ROW_LOSSES], files)
+    return {f"held_out_{cause}": count for cause, count in found.items()}
 
 
 def _counted(stats: Iterator[pa.Table], num_items: int) -> tuple[dict[str, int], NDArray[np.int32]]:

@@ -39,6 +39,7 @@ from forge_ray.data.checks import (
 )
 from forge_ray.data.hashing import hash_ids
 from forge_ray.data.importers import (
+    SEQUENCES,
     RawFile,
     fingerprint,
     list_files,
@@ -48,7 +49,7 @@ from forge_ray.data.importers import (
 from forge_ray.data.item_index import DROPPED, UNKNOWN, ItemIndex, to_bytes, to_strings
 from forge_ray.data.published import sequence_shards
 from forge_ray.data.ragged import Ragged
-from forge_ray.data.sequences import SEQUENCE_FILES
+from forge_ray.data.sequences import ROW_LOSSES, SEQUENCE_FILES, RowLosses
 from forge_ray.data.sources import SourcesConfig, event_columns
 from forge_ray.errors import DataError
 
@@ -223,6 +224,7 @@ def _write_log(
     stats = order_events(config, inputs, catalogue.shared, shards=shards, output=output)
     ledger = catalogue.ledger
     rows = tasks.split_ledger(stats, ledger)
+    losses = pop_losses(ledger)
     if not rows.num_rows:
         raise DataError(
             f"{config.interactions.path} must hold at least one usable interaction, got none "
@@ -246,10 +248,16 @@ def _write_log(
             "last_timestamp": int(rows["last"].to_numpy().max()),
             "ticks_per_day": TICKS_PER_DAY[config.interactions.timestamp_unit],
             **({"al_gr_version": version} if (version := al_gr_version(config)) else {}),
-            **({SEQUENCE_FILES: list(inputs.sequence_files)} if inputs.sequence_files else {}),
+            **_sequence_metrics(inputs, losses),
             **{f"vector_dim_{space}": dim for space, dim in dims.items()},
         },
     )
+
+
+def _sequence_metrics(inputs: Inputs, losses: dict[str, dict[str, int]]) -> dict[str, Any]:
+    if not inputs.sequence_files:
+        return {}
+    return {SEQUENCE_FILES: list(inputs.sequence_files), ROW_LOSSES: losses}
 
 
 def order_events(
@@ -270,7 +278,7 @@ def order_events(
         output: where to write them; None only checks.
 
     Returns:
-        A row of statistics per shard with users, and ledger rows.
+        A row of statistics per shard with users, and ledger rows; see `pop_losses`.
     """
     events = tasks.for_each(
         range(len(inputs.interactions)),
@@ -304,6 +312,8 @@ def _events_of(
     shards: int,
 ) -> Iterator[pa.Table]:
     items = ray.get(index)
+    losses = RowLosses()
+    is_sequences = files[number].format == SEQUENCES
     for chunk in read_chunks(files[number], wanted, field="interactions"):
         screen = Screen(chunk, skip)
         users, ids = as_ids(chunk, "user_id"), as_ids(chunk, "item_id")
@@ -327,6 +337,26 @@ def _events_of(
         }
         yield pa.table(columns, schema=_EVENTS)
         yield _spelled(screen.ledger)
+        if is_sequences:
+            losses.add(times, keep)
+    yield _spelled(_as_ledger(losses, files[number].origin))
+
+
+def _as_ledger(losses: RowLosses, file: int) -> tasks.Ledger:
+    """Counts of rows, to travel with the rows left out; `pop_losses` takes them out again."""
+    ledger = tasks.Ledger()
+    for cause, count in losses.counts().items():
+        ledger.add(f"{ROW_LOSSES}/{cause}/{file}", count, "")
+    return ledger
+
+
+def pop_losses(ledger: tasks.Ledger) -> dict[str, dict[str, int]]:
+    """Take out of a ledger what rows of sequences lost: the metric `sequences.ROW_LOSSES`."""
+    found: dict[str, dict[str, int]] = {}
+    for name in [one for one in ledger.counts if one.startswith(f"{ROW_LOSSES}/")]:
+        _, cause, file = name.split("/")
+        found.setdefault(cause, {})[file] = ledger.counts.pop(name)
+    return {cause: dict(sorted(found[cause].items())) for cause in sorted(found)}
 
 
 def _spelled(ledger: tasks.Ledger) -> pa.Table:

@@ -8,6 +8,9 @@ apart without reading the files again. Pure Arrow and NumPy.
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -17,6 +20,15 @@ SEQUENCE_COLUMNS = ("history", "targets")
 EVENTS = pa.schema({"user_id": pa.string(), "item_id": pa.string(), "timestamp": pa.int64()})
 SEQUENCE_FILES = "sequence_files"
 """Metric of a log of sequences: names of the files that its rows are from, by number."""
+ROW_LOSSES = "row_losses"
+"""Metric of a log of sequences: rows by what they lack (`LOSSES`) and by number of the file."""
+LOSSES = {
+    "without_history": "rows that have no history",
+    "without_targets": "rows that have no targets",
+    "skipped_targets": "rows whose targets are all left out with their items",
+    "skipped_history": "rows whose history is left out with its items, some targets remaining",
+    "fewer_targets": "rows that stay, with some targets left out with their items",
+}
 _TARGET_BIT = 39
 _FILE_BIT = 40
 
@@ -68,3 +80,62 @@ def are_targets(times: NDArray[np.int64]) -> NDArray[np.bool_]:
 def files_of(times: NDArray[np.int64]) -> NDArray[np.int64]:
     """Number of the file that each event is from."""
     return times >> _FILE_BIT
+
+
+class RowLosses:
+    """Counts rows of one file by what they lacked, or lost with the items that are left out.
+
+    Takes events as they are read: a row may begin in one chunk and end in a later one.
+    """
+
+    def __init__(self) -> None:
+        self._counts: Counter[str] = Counter()
+        self._times = np.empty(0, dtype=np.int64)
+        self._kept = np.empty(0, dtype=bool)
+
+    def add(self, times: NDArray[np.int64], kept: NDArray[np.bool_]) -> None:
+        """Take the next events of the file.
+
+        Args:
+            times: ``[n]`` their marks.
+            kept: ``[n]`` events that go into the log.
+        """
+        times, kept = np.concatenate([self._times, times]), np.concatenate([self._kept, kept])
+        starts = np.flatnonzero(places_of(times) == 0)
+        last = int(starts[-1]) if len(starts) else 0
+        self._count(times[:last], kept[:last])
+        self._times, self._kept = times[last:], kept[last:]
+
+    def counts(self) -> dict[str, int]:
+        """Rows by cause, among `LOSSES`, once all events are taken; a row has one cause."""
+        self._count(self._times, self._kept)
+        self._times, self._kept = self._times[:0], self._kept[:0]
+        return dict(self._counts)
+
+    def _count(self, times: NDArray[np.int64], kept: NDArray[np.bool_]) -> None:
+        if not len(times):
+            return
+        starts, is_target = np.flatnonzero(places_of(times) == 0), are_targets(times)
+        masks = (~is_target, is_target, ~is_target & kept, is_target & kept)
+        history, targets, history_left, targets_left = (
+            np.add.reduceat(mask.astype(np.int64), starts) for mask in masks
+        )
+        losses = {
+            "without_history": history == 0,
+            "without_targets": targets == 0,
+            "skipped_targets": targets_left == 0,
+            "skipped_history": history_left == 0,
+            "fewer_targets": targets_left < targets,
+        }
+        is_open = np.ones(len(starts), dtype=bool)
+        for cause, mask in losses.items():
+            self._counts[cause] += int((mask & is_open).sum())
+            is_open &= ~mask
+
+
+def losses_in(row_losses: Mapping[str, Mapping[str, int]], files: Sequence[int]) -> dict[str, int]:
+    """Rows of some files by each cause of `LOSSES`, from the metric `ROW_LOSSES` of their log."""
+    return {
+        cause: sum(row_losses.get(cause, {}).get(str(file), 0) for file in files)
+        for cause in LOSSES
+    }

@@ -89,10 +89,10 @@ class PublishedConfig(SplitConfig):
     """Stages and held-out rows as the files of sequences were published: FORGE's S1, S2 and S3.
 
     A row of a stage's train files is a train user with all its items; one of its test files is a
-    held-out user, its `history` and `targets` taken as they are. Rows without a history are in no
-    part where they are held out. Where a stage has no files for validation, as FORGE's, its test
-    rows are split by a hash, so that selection never sees test. Needs
-    `interactions.layout=sequences`.
+    held-out user, its `history` and `targets` taken as they are. Held-out rows without a history or
+    without targets, also those that lose them with items left out, are in no part and are counted
+    (`sequences.LOSSES`). Where a stage has no files for validation, as FORGE's, its test rows are
+    split by a hash, so that selection never sees test. Needs `interactions.layout=sequences`.
     """
 
     kind: Literal["published"] = "published"

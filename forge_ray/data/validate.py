@@ -21,6 +21,7 @@ from forge_ray.data.log import (
     UNSORTED,
     find_inputs,
     order_events,
+    pop_losses,
 )
 from forge_ray.data.schema import SPLITS, Dataset, Split
 from forge_ray.data.sources import SourcesConfig, resolve
@@ -127,6 +128,7 @@ def _check_events(config: SourcesConfig, inputs: Inputs, catalogue: Catalogue) -
     ledger = tasks.Ledger()
     stats = order_events(config, inputs, catalogue.shared, shards=MIN_SHARDS, output=None)
     tasks.split_ledger(stats, ledger)
+    pop_losses(ledger)
     return ledger
 
 

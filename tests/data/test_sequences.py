@@ -4,12 +4,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from forge_ray.data.importers import SEQUENCES, RawFile, read_chunks
-from forge_ray.data.sequences import EVENTS, are_targets, events_of, files_of, places_of
+from forge_ray.data.sequences import (
+    EVENTS,
+    RowLosses,
+    are_targets,
+    events_of,
+    files_of,
+    losses_in,
+    places_of,
+)
 from forge_ray.errors import DataError
 
 TARGET = 1 << 39
@@ -60,3 +69,44 @@ def test_other_columns_are_no_sequences(tmp_path: Path) -> None:
     file = RawFile(str(tmp_path / "a.parquet"), SEQUENCES, 0, 0)
     with pytest.raises(DataError, match=r"interactions\.layout=events"):
         list(read_chunks(file, {"item_id": "item_id"}, field="interactions"))
+
+
+def lost_from(history: str, targets: str, gone: set[str]) -> str:
+    """What a row lost when some items are left out, told from the row itself."""
+    kept = [[one for one in part if one not in gone] for part in (history, targets)]
+    if not history or not targets:
+        return "without_targets" if history else "without_history"
+    if not all(kept):
+        return "skipped_history" if kept[1] else "skipped_targets"
+    return "fewer_targets" if len(kept[1]) < len(targets) else ""
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 7, 1000])
+def test_rows_that_lose_items_are_counted_by_cause_in_chunks_of_any_size(chunk: int) -> None:
+    draw = np.random.default_rng(0)
+    letters = np.array(list("abcdefgh"))
+    sizes = draw.integers(0, 4, (200, 2))
+    rows = [
+        tuple("".join(draw.choice(letters, size)) for size in two) for two in sizes if two.any()
+    ]
+    table = pa.table({"history": [list(h) for h, _ in rows], "targets": [list(t) for _, t in rows]})
+    (batch,) = table.to_batches()
+    events = events_of(batch, first_row=1, prefix="f", file=3)
+    times = events.column("timestamp").to_numpy()
+    gone = {"a", "b", "c"}
+    kept = np.array([one not in gone for one in events.column("item_id").to_pylist()])
+    losses = RowLosses()
+    for start in range(0, len(times), chunk):
+        losses.add(times[start : start + chunk], kept[start : start + chunk])
+    causes = [lost_from(history, targets, gone) for history, targets in rows]
+    expected = {cause: causes.count(cause) for cause in set(causes) - {""}}
+    assert len(expected) == 5
+    assert losses.counts() == expected
+    assert RowLosses().counts() == {}
+
+
+def test_losses_are_added_up_over_files() -> None:
+    metric = {"fewer_targets": {"1": 2, "10": 3}, "without_history": {"0": 7}}
+    found = losses_in(metric, (1, 10, 4))
+    assert {cause: count for cause, count in found.items() if count} == {"fewer_targets": 5}
+    assert len(found) == 5

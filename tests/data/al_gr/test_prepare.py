@@ -170,12 +170,15 @@ def test_published_stages_stay_what_they_are(tmp_path: Path) -> None:
     assert max(pc.max(one).as_py() for one in times) < len(ITEMS)
 
 
-def write_tiny(folder: Path) -> None:
-    """What AL-GR-Tiny has, with a row of Item-EMB malformed, one of no item and codes empty."""
+def write_tiny(folder: Path) -> list[list[list[str]]]:
+    """What AL-GR-Tiny has, with a row of Item-EMB malformed, one of no item and codes empty.
+
+    Returns the test rows.
+    """
     rng = np.random.default_rng(3)
-    write_stages(folder, stages=1)
+    written = write_stages(folder, stages=1)
     levels = ["codebook_lv1", "codebook_lv2", "codebook_lv3"]
-    sids = [[name, "1", "2", "" if name == ITEMS[5] else "3"] for name in ITEMS]
+    sids = [[name, "1", "2", "" if name == ITEMS[10] else "3"] for name in ITEMS]
     files.write_rows(folder / "item_info/sid_final.csv", [["item_id", *levels], *sids])
     vectors = rng.standard_normal((len(ITEMS) + 1, 8)).astype(np.float32)
     short = [vector[: 3 if place == 2 else 8] for place, vector in enumerate(vectors)]
@@ -186,12 +189,13 @@ def write_tiny(folder: Path) -> None:
     numbers = np.arange(len(ITEMS))
     halves = vectors[: len(ITEMS)].astype(np.float16)
     np.savez(folder / "item_feature/reconstruct_data_mask.npz", ids=numbers, embeds=halves)
+    return written[1, "test"]
 
 
 def test_a_whole_import_is_prepared_less_the_vectors_that_name_no_items(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    write_tiny(tmp_path / "raw")
+    held_out = write_tiny(tmp_path / "raw")
     source, store = str(imported(tmp_path)), ArtifactStore(tmp_path / "store")
     config = PrepareConfig(source=source, split=PublishedConfig())
     with pytest.raises(DataError, match="add unknown_vector to `skip`"):
@@ -210,10 +214,26 @@ def test_a_whole_import_is_prepared_less_the_vectors_that_name_no_items(
 
     assert "left out vector spaces ['reconstruct_data_mask']" in caplog.text
     assert dataset.spaces == ("default",)
-    assert dataset.item_ids().tolist() == sorted({*ITEMS} - {ITEMS[2], ITEMS[5]})
+    assert dataset.item_ids().tolist() == sorted({*ITEMS} - {ITEMS[2], ITEMS[10]})
     assert dataset.rows["skipped_items_without_vector"] == 1
     assert dataset.rows["skipped_unknown_vector"] == 1
     assert dataset.rows["skipped_missing_attribute"] == 1
+    # Held-out rows that lose something with the two items are counted, each once.
+    gone = {ITEMS[2], ITEMS[10]}
+    left = [[[one for one in part if one not in gone] for part in row] for row in held_out]
+    whole = [row for row in left if all(row)]
+    fewer = sum(
+        all(now) and len(now[1]) < len(before[1])
+        for now, before in zip(left, held_out, strict=True)
+    )
+    assert dataset.rows["test_users"] + dataset.rows["validation_users"] == len(whole)
+    causes = {name: count for name, count in dataset.rows.items() if name.startswith("held_out")}
+    assert causes.pop("held_out_fewer_targets") == fewer > 0
+    assert causes.pop("held_out_skipped_targets") == sum(not row[1] for row in left)
+    assert causes.pop("held_out_skipped_history") == sum(
+        not row[0] and bool(row[1]) for row in left
+    )
+    assert causes == {"held_out_without_history": 0, "held_out_without_targets": 0}
     # Taken by force, they have no vector of any item; the message says so at once.
     numbered = {"default": VectorsConfig(path=f"{source}/vectors/reconstruct_data_mask")}
     forced = replace(config, vectors=numbered, skip=["unknown_vector", "missing_vector"])
