@@ -49,7 +49,7 @@ def import_(
         )
     table = table_of_columns(dataset, columns, size or ())
     keys = table.prefix_keys(table.num_levels)
-    write_npz(output, table, dataset.item_ids())
+    write_npz(output, table, dataset)
     facts = {
         "columns": columns,
         "items": table.num_items,

@@ -174,6 +174,11 @@ class Dataset:
         return dict(self.artifact.manifest.rows)
 
     @property
+    def al_gr_version(self) -> str:
+        """Which of FORGE's two sets of SIDs its inputs belong to; empty where to none."""
+        return str(self.artifact.manifest.metrics.get("al_gr_version", ""))
+
+    @property
     def num_items(self) -> int:
         """Catalogue size N; item indices are 0..N-1."""
         return self.artifact.manifest.rows["items"]

@@ -172,7 +172,8 @@ def _identity(dataset: Dataset, table: SidTable | None, config: AlGrExportConfig
     settings = to_mapping(config)
     settings.pop("parts")
     sids = None if table is None else [table.key, table.resolver, list(table.codebook_sizes)]
-    return {"dataset": dataset.key, "sids": sids, "settings": settings}
+    version = {"al_gr_version": dataset.al_gr_version} if dataset.al_gr_version else {}
+    return {"dataset": dataset.key, **version, "sids": sids, "settings": settings}
 
 
 def _files(dataset: Dataset, table: SidTable | None, config: AlGrExportConfig) -> list[_File]:

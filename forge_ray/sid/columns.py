@@ -11,6 +11,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,14 +66,39 @@ def table_of_columns(
     return SidTable.from_codes(codes, sizes, resolver="foreign:columns")
 
 
-def write_npz(path: Path, table: SidTable, item_ids: npt.NDArray[np.generic]) -> None:
-    """Write a table as `codes` [N, L], `item_id` [N] and `codebook_sizes` [L]."""
+def write_npz(path: Path, table: SidTable, dataset: Dataset) -> None:
+    """Write a table of a dataset's items as `codes` [N, L], `item_id` [N] and `codebook_sizes` [L].
+
+    The version of an AL-GR dataset comes along as `al_gr_version`, and `require_version` reads it.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    sizes = np.array(table.codebook_sizes, dtype=np.int64)
+    arrays: dict[str, Any] = {
+        "codes": table.codes,
+        "item_id": dataset.item_ids().astype(str),
+        "codebook_sizes": np.array(table.codebook_sizes, dtype=np.int64),
+    }
+    if dataset.al_gr_version:
+        arrays["al_gr_version"] = np.array(dataset.al_gr_version)
     partial = path.with_name(f"{path.name}.new")
     with partial.open("wb") as stream:
-        np.savez(stream, codes=table.codes, item_id=item_ids.astype(str), codebook_sizes=sizes)
+        np.savez(stream, **arrays)
     os.replace(partial, path)
+
+
+def require_version(path: Path, dataset: Dataset) -> None:
+    """Check that a readable `.npz` table is of the dataset's version of AL-GR, where both have one.
+
+    Raises:
+        DataError: it is of the other version.
+    """
+    with np.load(path, allow_pickle=False) as arrays:
+        version = str(arrays["al_gr_version"]) if "al_gr_version" in arrays else ""
+    if version and dataset.al_gr_version and version != dataset.al_gr_version:
+        raise DataError(
+            f"{path} must be of AL-GR's version {dataset.al_gr_version} as {dataset.name}, got "
+            f"{version}. SIDs of one version mean nothing to the rows of the other: take the table "
+            "of this dataset."
+        )
 
 
 def _codes_in(dataset: Dataset, name: str) -> npt.NDArray[np.int64]:

@@ -19,6 +19,7 @@ from forge_ray.artifacts import Artifact, ArtifactStore, ArtifactWriter
 from forge_ray.config import from_mapping, to_mapping
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ArtifactError, ConfigError
+from forge_ray.sid.columns import require_version
 from forge_ray.sid.config import SidConfig
 from forge_ray.sid.quantizers.base import Quantizer, QuantizerConfig
 from forge_ray.sid.table import SidTable
@@ -154,10 +155,12 @@ def load_table(source: Artifact | Path, dataset: Dataset) -> SidTable:
     """The SID table of a dataset's items from what `table_source` found.
 
     Raises:
-        DataError: a file holds other items than the dataset.
+        DataError: a file holds other items than the dataset, or SIDs of another AL-GR version.
     """
     if isinstance(source, Path):
-        return SidTable.from_npz(source, dataset.item_ids())
+        table = SidTable.from_npz(source, dataset.item_ids())
+        require_version(source, dataset)
+        return table
     return SidTable.open(source)
 
 

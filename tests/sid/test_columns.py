@@ -16,6 +16,7 @@ from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError, DataError
 from forge_ray.sid.columns import code_columns, table_of_columns, write_npz
+from forge_ray.sid.storage import load_table
 from forge_ray.sid.table import SidTable
 from tests.evaluate.datasets import write_dataset
 
@@ -41,10 +42,27 @@ def test_columns_go_in_the_order_of_levels(store: ArtifactStore, tmp_path: Path)
     np.testing.assert_array_equal(table.codes, CODES)
     assert table.codebook_sizes == (8192, 8192, 8192)
     sized = table_of_columns(dataset, columns, (4, 6, 8192))
-    write_npz(tmp_path / "deep/sids.npz", sized, dataset.item_ids())
+    write_npz(tmp_path / "deep/sids.npz", sized, dataset)
     back = SidTable.from_npz(tmp_path / "deep/sids.npz", np.array(["z", "x", "y"]))
     np.testing.assert_array_equal(back.codes, CODES[[2, 0, 1]])
     assert back.codebook_sizes == (4, 6, 8192)
+
+
+def test_the_version_of_al_gr_goes_with_a_table(
+    store: ArtifactStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dataset, path = published(store), tmp_path / "sids.npz"
+    table = table_of_columns(dataset, code_columns(dataset))
+    for written, read in (("", "final"), ("final", "final"), ("final", "")):
+        monkeypatch.setattr(Dataset, "al_gr_version", written)
+        write_npz(path, table, dataset)
+        with np.load(path) as arrays:
+            assert ("al_gr_version" in arrays) == bool(written)
+        monkeypatch.setattr(Dataset, "al_gr_version", read)
+        assert load_table(path, dataset).codes.tolist() == CODES.tolist()
+    monkeypatch.setattr(Dataset, "al_gr_version", "base")
+    with pytest.raises(DataError, match=r"must be of AL-GR's version base as .*, got final"):
+        load_table(path, dataset)
 
 
 def test_text_of_whole_numbers_will_do(store: ArtifactStore) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from forge_ray.data.sources import ItemsConfig, VectorsConfig
 from forge_ray.data.splits import LeaveOneOutConfig, PublishedConfig, TemporalConfig
 from forge_ray.data.validate import validate_dataset
 from forge_ray.errors import ConfigError, DataError
+from forge_ray.sid.al_gr import AlGrExportConfig, export_dataset
 from tests.data.al_gr import files
 from tests.data.test_everyone import everyone_in
 
@@ -84,7 +86,9 @@ def test_the_version_stays_and_two_do_not_mix(tmp_path: Path) -> None:
     write_sequences(tmp_path / "raw")
     final, store = imported(tmp_path), ArtifactStore(tmp_path / "store")
     (dataset,) = prepare(PrepareConfig(source=str(final)), store)
-    assert dataset.artifact.manifest.metrics["al_gr_version"] == "final"
+    assert dataset.al_gr_version == "final"
+    export_dataset(dataset, None, str(tmp_path / "out"), AlGrExportConfig(parts=["sequences"]))
+    assert json.loads((tmp_path / "out/_export.json").read_text())["al_gr_version"] == "final"
     sids = [[name, "1", "2", "3"] for name in ITEMS]
     levels = ["codebook_lv1", "codebook_lv2", "codebook_lv3"]
     files.write_rows(tmp_path / "sids/sid.csv", [["item_id", *levels], *sids])
