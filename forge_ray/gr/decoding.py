@@ -112,7 +112,7 @@ class SidDecoder:
                 widths as they are. Widens the last level where a history is longer than half its
                 width, by the surplus and at most `MOST_ROOM`; users for whom that leaves too few
                 SIDs (a last level that hardly branches) are searched again, as wide at every level
-                as they need and as many at a time as take no more memory.
+                as they need and as many at a time (one at least) as take no more memory.
             constrained: False decodes without the index, to measure invalid SIDs.
             allowed: bool [N], items whose SIDs may be emitted; None allows all. Beams never enter
                 a prefix without an allowed item, so lists stay as long as they can be.
@@ -201,10 +201,15 @@ class SidDecoder:
         order = short[np.argsort(-wanted[short], kind="stable")]
         start = 0
         while start < len(order):
+            # A group shares the beams of its neediest, however many of it are searched at a time.
             most = int(wanted[order[start]])
-            count = max(1, self._batch_users * self.widths[0] // max(most, self.widths[0]))
-            yield order[start : start + count], most
-            start += count
+            usual = self.widths[0]
+            group = order[start : start + max(1, self._batch_users * usual // max(most, usual))]
+            # Which beam sees which is a square: twice the beams, a quarter of the users.
+            at_a_time = max(1, self._batch_users * usual**2 // max(most, usual) ** 2)
+            for rows in np.array_split(group, -(-len(group) // at_a_time)):
+                yield rows, most
+            start += len(group)
 
     def _last_width(self, histories: Ragged) -> int:
         if not self._fills:

@@ -457,11 +457,11 @@ class BeamTree:
 
     def visible(self) -> Tensor:
         """Which fed codes each beam may attend to: bool [B, W, sum(widths)]."""
-        parts = [
-            functional.one_hot(self.ancestors[:, :, depth], width)
-            for depth, width in enumerate(self.widths)
-        ]
-        return torch.cat(parts, dim=2).bool()
+        rows, width, _ = self.ancestors.shape
+        device = self.ancestors.device
+        starts = torch.tensor([0, *self.widths[:-1]], device=device).cumsum(0)
+        visible = torch.zeros(rows, width, sum(self.widths), dtype=torch.bool, device=device)
+        return visible.scatter_(2, self.ancestors + starts, True)
 
     def depths(self) -> Tensor:
         """int64 [sum(widths)]: the step at which each cached code was fed, from 0."""
