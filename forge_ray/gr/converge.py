@@ -25,7 +25,7 @@ from forge_ray.evaluate.evaluator import KIND as EVALUATION_KIND
 from forge_ray.gr.checkpoint import HISTORY_FILE, table_key
 from forge_ray.gr.config import GrConfig, InitialConfig
 from forge_ray.gr.convergence import Point, Summary, mean_curve, summarize
-from forge_ray.gr.evaluation import evaluate_generator
+from forge_ray.gr.evaluation import MAKES_ROOM, evaluate_generator
 from forge_ray.gr.health import VALIDATION_ERROR, is_measured
 from forge_ray.gr.initial import initial_generator
 from forge_ray.gr.stages import SidVariant, check_stages, check_tasks, train_stage
@@ -406,10 +406,11 @@ class Rollout:
             )
             return ArtifactInfo(rows={"users": int(found["users"])}, metrics=found)
 
+        room = {} if settings.validation.widths else {"makes_room": MAKES_ROOM}
         begun: Artifact = self.store.build(
             EVALUATION_KIND,
             f"{phase.name}-begin",
-            {"begun": settings.identity()},
+            {"begun": settings.identity()} | room,
             parents=[one for one in (dataset.key, table_key(table), phase.start.model) if one],
             produce=produce,
         )

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
 from typing import Any, Protocol, cast
 
@@ -18,6 +19,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from forge_ray.data.ragged import Ragged
+from forge_ray.evaluate.ranking import distinct_items
 from forge_ray.gr.beam import Beams, StepwiseGenerator, beam_search
 from forge_ray.gr.exact import ParallelGenerator, exact_search
 from forge_ray.gr.prefix_index import PrefixIndex
@@ -27,7 +29,11 @@ from forge_ray.gr.vocab import PAD, vocab_of
 from forge_ray.sid.table import SidTable
 
 MOST_ROOM = 4096
-"""SIDs by which a ranking grows at most for the sake of seen items."""
+"""SIDs by which a search grows at most for the sake of seen items."""
+
+HARDLY_BRANCHES = 1.25
+"""Mean SIDs per prefix of the last level but one, up to which a search is expected to find no more
+SIDs than it carries beams."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,7 +44,7 @@ class DecodedUsers:
         sid_rank: int32 [U, W], rank among the sorted distinct SIDs; -1 is a dead slot or an invalid
             SID.
         scores: float32 [U, W], log-probabilities, -inf in dead slots.
-        num_emitted: live beams of all users.
+        num_emitted: live beams of all users, of each user's last search.
         num_invalid: those among them whose codes, looked up afresh in the table, belong to no item.
         seconds: wall time of tokenizing and search.
     """
@@ -108,11 +114,14 @@ class SidDecoder:
                 ranks every SID, and only the last width counts.
             max_history: newest items of a history that the generator reads.
             batch_users: users per search.
-            fills: length that lists must have when seen items are taken out later; 0 leaves the
-                widths as they are. Widens the last level where a history is longer than half its
-                width, by the surplus and at most `MOST_ROOM`; users for whom that leaves too few
-                SIDs (a last level that hardly branches) are searched again, as wide at every level
-                as they need and as many at a time (one at least) as take no more memory.
+            fills: length that lists must have when seen items are taken out later, which is also
+                the W of the rankings then: SIDs whose items a user has all seen are left out. 0
+                leaves rankings and widths as they are. Widens the last level where a history is
+                longer than half its width, by the surplus and at most `MOST_ROOM`; users for whom
+                that leaves too few SIDs are searched again, as wide at every level as they need
+                and as many at a time (one at least) as take no more memory. Where the last level
+                hardly branches (`HARDLY_BRANCHES`), users who need more SIDs than beams are
+                carried are searched so at once.
             constrained: False decodes without the index, to measure invalid SIDs.
             allowed: bool [N], items whose SIDs may be emitted; None allows all. Beams never enter
                 a prefix without an allowed item, so lists stay as long as they can be.
@@ -132,6 +141,7 @@ class SidDecoder:
         self._batch_users = batch_users
         self._fills = fills
         self._constrained = constrained
+        self._is_exact = constrained and isinstance(generator, ParallelGenerator)
         self._text = text
         self._prompts = prompts
         self._history_beside = history_beside(
@@ -141,10 +151,20 @@ class SidDecoder:
 
     def item_rank(self) -> NDArray[np.int64]:
         """SID of every item as a rank among the indexed SIDs, int64 [N]; -1 is not allowed."""
+        return self._item_rank
+
+    @cached_property
+    def _item_rank(self) -> NDArray[np.int64]:
         codes = torch.from_numpy(self._codes.astype(np.int64)).to(self._device)
         rank = self.index.find(codes).cpu().numpy()
         # A denied item may share its SID with an allowed one.
         return rank if self._allowed is None else np.where(self._allowed, rank, -1)
+
+    @cached_property
+    def _sizes(self) -> NDArray[np.int32]:
+        """Items of each SID [S]."""
+        ranks = self._item_rank[self._item_rank >= 0]
+        return np.bincount(ranks, minlength=self.index.num_sids).astype(np.int32)
 
     def decode(self, histories: Ragged, queries: Sequence[str] | None = None) -> DecodedUsers:
         """Search the SIDs of every history.
@@ -161,42 +181,46 @@ class SidDecoder:
         """
         self._prompts.check(has_queries=queries is not None)
         started = perf_counter()
-        width = self._last_width(histories)
-        shape = (len(histories), width)
+        shape = (len(histories), self._fills or self.widths[-1])
         ranks = np.full(shape, -1, np.int32)
         scores = np.full(shape, -np.inf, np.float32)
-        num_emitted = num_invalid = 0
+        emitted, invalid = np.zeros((2, len(histories)), np.int64)
 
-        def search(rows: NDArray[np.int64], carried: tuple[int, ...]) -> None:
-            nonlocal num_emitted, num_invalid
+        def search(rows: NDArray[np.int64], least: int = 1) -> None:
+            some = histories.take(rows)
             asked = None if queries is None else [queries[row] for row in rows.tolist()]
-            beams = self._search(histories.take(rows), asked, (*carried, width))
-            ranks[rows] = beams.sid_rank.cpu().numpy()
-            scores[rows] = beams.scores.cpu().numpy()
-            num_emitted += int(beams.is_live.sum())
-            num_invalid += int((beams.is_live & (self.index.find(beams.codes) < 0)).sum())
+            beams = self._search(some, asked, self._widths(some, least))
+            emitted[rows] = beams.is_live.sum(dim=1).cpu().numpy()
+            wrong = beams.is_live & (self.index.find(beams.codes) < 0)
+            invalid[rows] = wrong.sum(dim=1).cpu().numpy()
+            ranks[rows], scores[rows] = self._ranking(beams, some)
 
         with evaluation_mode(self._generator):
             for rows in self._batches(histories):
-                search(rows, self.widths[:-1])
-            for rows, wanted in self._short(histories, (ranks >= 0).sum(axis=1)):
-                search(rows, tuple(max(one, wanted) for one in self.widths[:-1]))
-        return DecodedUsers(ranks, scores, num_emitted, num_invalid, perf_counter() - started)
+                search(rows)
+            for rows, wanted in self._short(histories, emitted - invalid):
+                search(rows, wanted)
+        seconds = perf_counter() - started
+        return DecodedUsers(ranks, scores, int(emitted.sum()), int(invalid.sum()), seconds)
 
     def _batches(self, histories: Ragged) -> Iterator[NDArray[np.int64]]:
         lengths = np.minimum(histories.lengths, self._max_history)
         order = np.argsort(-lengths, kind="stable")
+        if self._widens_at_once:
+            order = order[self._wanted(histories)[order] <= self.widths[-2]]
         for start in range(0, len(order), self._batch_users):
             yield order[start : start + self._batch_users]
 
     def _short(
         self, histories: Ragged, num_found: NDArray[np.int64]
     ) -> Iterator[tuple[NDArray[np.int64], int]]:
-        """Batches of users with too few SIDs for a full list, and the beams that they need."""
+        """Batches of users with too few SIDs for a full list, and the beams that they need.
+
+        Users who were not searched yet have none.
+        """
         if not self._fills:
             return
-        room = np.minimum(histories.lengths, MOST_ROOM)
-        wanted = np.minimum(self._fills + room, self.index.num_sids)
+        wanted = self._wanted(histories)
         short = np.flatnonzero(num_found < wanted)
         order = short[np.argsort(-wanted[short], kind="stable")]
         start = 0
@@ -211,11 +235,38 @@ class SidDecoder:
                 yield rows, most
             start += len(group)
 
-    def _last_width(self, histories: Ragged) -> int:
+    def _wanted(self, histories: Ragged) -> NDArray[np.int64]:
+        """SIDs that fill each user's list whatever items of the history they stand for [U]."""
+        room = np.minimum(histories.lengths, MOST_ROOM)
+        return np.minimum(self._fills + room, self.index.num_sids)
+
+    @cached_property
+    def _widens_at_once(self) -> bool:
+        """Whether a search with the usual beams would find too few SIDs for most histories."""
+        if not self._fills or self._is_exact or self.index.num_levels < 2:
+            return False
+        num_prefixes = self.index.levels[-2].num_prefixes
+        return self.index.num_sids <= HARDLY_BRANCHES * num_prefixes
+
+    def _widths(self, histories: Ragged, least: int) -> tuple[int, ...]:
+        """Beams that a batch keeps after each level, at least as many as given."""
+        widths = tuple(max(one, least) for one in self.widths)
         if not self._fills:
-            return self.widths[-1]
+            return widths
         surplus = int(histories.lengths.max(initial=0)) - self.widths[-1] // 2
-        return self.widths[-1] + min(max(surplus, 0), MOST_ROOM)
+        room = min(max(surplus, 0), MOST_ROOM)
+        return (*widths[:-1], max(self.widths[-1] + room, least))
+
+    def _ranking(
+        self, beams: Beams, histories: Ragged
+    ) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+        """Ranks and scores of a batch, of one width whatever room its users needed."""
+        ranks = beams.sid_rank.cpu().numpy().astype(np.int32)
+        scores = beams.scores.cpu().numpy()
+        if not self._fills:
+            return ranks, scores
+        seen = distinct_items(histories, len(self._codes)).map(self._item_rank)
+        return without_seen(ranks, scores, seen, self._sizes, width=self._fills)
 
     def _search(
         self, histories: Ragged, queries: list[str] | None, widths: tuple[int, ...]
@@ -228,8 +279,9 @@ class SidDecoder:
             )
         tokens, mask = self._vocab.history_tokens(histories, self._codes, self._max_history)
         tokens, mask = tokens.to(self._device), mask.to(self._device)
-        if self._constrained and isinstance(self._generator, ParallelGenerator):
-            return exact_search(self._generator, tokens, mask, self.index, widths[-1])
+        if self._is_exact:
+            exact = cast(ParallelGenerator, self._generator)
+            return exact_search(exact, tokens, mask, self.index, widths[-1])
         return beam_search(
             self._generator, tokens, mask, self.index, widths, constrained=self._constrained
         )
@@ -243,6 +295,43 @@ class SidDecoder:
         column = torch.arange(tokens.shape[1])
         mask = column >= tokens.shape[1] - torch.from_numpy(rows.lengths).unsqueeze(1)
         return tokens.to(self._device), mask.to(self._device)
+
+
+def without_seen(
+    sid_rank: NDArray[np.integer[Any]],
+    scores: NDArray[np.float32],
+    seen: Ragged,
+    sizes: NDArray[np.integer[Any]],
+    *,
+    width: int,
+) -> tuple[NDArray[np.int32], NDArray[np.float32]]:
+    """Rankings of one width without the SIDs that hold nothing new; each left has an unseen item.
+
+    Args:
+        sid_rank: integer [B, R], best first, -1 for dead beams.
+        scores: float32 [B, R].
+        seen: B rows, the SID of each distinct seen item; -1 where that must not be shown.
+        sizes: integer [S], items of each SID.
+        width: SIDs to keep, W.
+
+    Returns:
+        int32 [B, W] and float32 [B, W], with -1 and -inf behind the last of a short ranking.
+    """
+    num_sids = len(sizes)
+    own = (seen.row_ids * num_sids + seen.values)[seen.values >= 0]
+    keys, counts = np.unique(own, return_counts=True)
+    rows = np.arange(len(sid_rank), dtype=np.int64)[:, None]
+    is_gone = np.isin(rows * num_sids + sid_rank, keys[counts == sizes[keys % num_sids]])
+    is_kept = (sid_rank >= 0) & ~is_gone
+    row, column = np.nonzero(is_kept)
+    place = (np.cumsum(is_kept, axis=1) - 1)[row, column]
+    fits = place < width
+    row, column, place = row[fits], column[fits], place[fits]
+    ranks = np.full((len(sid_rank), width), -1, np.int32)
+    values = np.full((len(sid_rank), width), -np.inf, np.float32)
+    ranks[row, place] = sid_rank[row, column]
+    values[row, place] = scores[row, column]
+    return ranks, values
 
 
 @contextmanager

@@ -27,13 +27,17 @@ from forge_ray.gr.scripts import TaskText
 from forge_ray.gr.tasks import HISTORIES, Prompts
 from forge_ray.sid.table import SidTable
 
+MAKES_ROOM = "at every level, at once"
+"""How searches make room for seen items where no widths are given; stored figures are known by it,
+since searches on tables whose last level hardly branches were narrower when this said less."""
+
 
 class SidSearch(Protocol):
     """Ranks distinct SIDs for users; `SidDecoder` is one."""
 
     @property
     def widths(self) -> tuple[int, ...]:
-        """SIDs kept after each level; the last is the length of the rankings."""
+        """SIDs kept after each level, before those are left out that hold nothing new."""
 
     def item_rank(self) -> NDArray[np.int64]:
         """SID of every item as a rank among the sorted distinct SIDs, int64 [N]."""

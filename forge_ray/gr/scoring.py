@@ -20,7 +20,7 @@ from forge_ray.evaluate.config import EvaluationConfig
 from forge_ray.evaluate.evaluator import Evaluation, evaluated
 from forge_ray.gr.beam import default_widths
 from forge_ray.gr.decoding import SidDecoder
-from forge_ray.gr.evaluation import SidRanker
+from forge_ray.gr.evaluation import MAKES_ROOM, SidRanker
 from forge_ray.gr.source import GeneratorSource
 
 
@@ -73,7 +73,7 @@ class ModelEvaluationConfig(EvaluationConfig):
         """The fields beside `common` that decide a model's figures."""
         given = to_mapping(self)
         kept = {name: given[name] for name in ("widths", "constrained")}
-        return {**kept, "makes_room": "at every level" if self.makes_room else False}
+        return {**kept, "makes_room": MAKES_ROOM if self.makes_room else False}
 
     @property
     def makes_room(self) -> bool:

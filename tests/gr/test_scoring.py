@@ -27,7 +27,7 @@ from forge_ray.gr.checkpoint import (
     table_key,
 )
 from forge_ray.gr.config import GrConfig
-from forge_ray.gr.evaluation import evaluate_generator
+from forge_ray.gr.evaluation import MAKES_ROOM, evaluate_generator
 from forge_ray.gr.models.decoder import DecoderConfig
 from forge_ray.gr.scoring import ModelEvaluationConfig, evaluate_model
 from forge_ray.gr.source import ModelSource
@@ -102,6 +102,13 @@ def test_a_foreign_table_file_is_refused_for_a_model_of_another(
 def test_only_models_are_opened(store: ArtifactStore, model: Artifact) -> None:
     with pytest.raises(ArtifactError, match="must be an artifact of kind 'model', got 'sids'"):
         ModelSource.open(store, store.open(model.manifest.parents[1]).uri)
+
+
+def test_rows_of_narrower_searches_are_not_taken_for_new_ones() -> None:
+    given = {"split": "test", "ks": [5]}
+    assert ModelEvaluationConfig(**given).identity()["makes_room"] == MAKES_ROOM != "at every level"
+    for fixed in ({"exclude_seen": False}, {"widths": [5, 5, 5]}, {"constrained": False}):
+        assert ModelEvaluationConfig(**given, **fixed).identity()["makes_room"] is False
 
 
 def test_scores_equal_those_of_arrays_and_are_computed_once(
