@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,6 +37,63 @@ class Ranked:
     """Time of ranking."""
 
 
+class Coverage:
+    """Which items stood within each cut-off of somebody's list.
+
+    Users who are added are held as the distinct items of their lists, at most users x k, and that
+    is what travels from a part; only a coverage that others are merged into has a place per item.
+    """
+
+    _added: npt.NDArray[np.int64]
+    """Sorted `item x cut-offs + cut-off`, one for each item: the number of its smallest cut-off."""
+    _merged: npt.NDArray[np.unsignedinteger[Any]] | None
+    """Smallest cut-off of each item [N], the number of cut-offs where it was in no list."""
+
+    def __init__(self, ks: Sequence[int], num_items: int) -> None:
+        """Start without lists.
+
+        Args:
+            ks: cut-offs, ascending.
+            num_items: N.
+        """
+        self._ks = list(ks)
+        self._num_items = num_items
+        self._added = np.empty(0, np.int64)
+        self._merged = None
+
+    def add(self, lists: Integers) -> None:
+        """Add users by their lists [U, K], −1 behind the last item of a short one."""
+        heads = lists[:, : self._ks[-1]]
+        cut_off = np.searchsorted(self._ks, np.arange(heads.shape[1]), side="right")
+        keys = (heads.astype(np.int64) * len(self._ks) + cut_off)[heads >= 0]
+        keys = np.sort(np.concatenate([self._added, keys]))
+        is_first = np.diff(keys // len(self._ks), prepend=-1) > 0
+        self._added = keys[is_first]
+
+    def merge(self, other: Coverage) -> None:
+        """Add the users of another part."""
+        merged = self._all()
+        items, cut_off = np.divmod(other._added, len(self._ks))
+        merged[items] = np.minimum(merged[items], cut_off)
+        if other._merged is not None:
+            np.minimum(merged, other._merged, out=merged)
+        self._added, self._merged = np.empty(0, np.int64), merged
+
+    def shares(self) -> dict[int, float]:
+        """By cut-off, the share of the catalogue in at least one list."""
+        found = self._added % len(self._ks) if self._merged is None else self._all()
+        counts = {k: np.count_nonzero(found <= place) for place, k in enumerate(self._ks)}
+        return {k: int(count) / self._num_items for k, count in counts.items()}
+
+    def _all(self) -> npt.NDArray[np.unsignedinteger[Any]]:
+        merged = self._merged
+        if merged is None:
+            merged = np.full(self._num_items, len(self._ks), np.min_scalar_type(len(self._ks)))
+        items, cut_off = np.divmod(self._added, len(self._ks))
+        merged[items] = np.minimum(merged[items], cut_off)
+        return merged
+
+
 class Board:
     """See the module docstring.
 
@@ -46,8 +104,7 @@ class Board:
     """
 
     totals: MetricTotals
-    shown: dict[int, npt.NDArray[np.bool_]]
-    """Whether an item [N] was within each cut-off of somebody's list."""
+    coverage: Coverage
     replicates: Replicates | None
     """None without bootstrap."""
 
@@ -69,7 +126,7 @@ class Board:
         """
         self.totals = MetricTotals()
         self.ks = sorted(set(ks))
-        self.shown = {k: np.zeros(len(train_counts), dtype=bool) for k in self.ks}
+        self.coverage = Coverage(self.ks, len(train_counts))
         self.replicates = Replicates(bootstrap) if bootstrap else None
         self._tail_max_count = tail_max_count
         self._users = self._short_users = self._emitted = self._invalid = 0
@@ -105,8 +162,7 @@ class Board:
     def merge(self, other: Board) -> None:
         """Add the users of another part of the same evaluation."""
         self.totals.merge(other.totals)
-        for k, mask in other.shown.items():
-            self.shown[k] |= mask
+        self.coverage.merge(other.coverage)
         if self.replicates is not None and other.replicates is not None:
             self.replicates.merge(other.replicates)
         self._users += other._users
@@ -130,7 +186,7 @@ class Board:
             for name, values in zip(self.replicates.names, self.replicates.means(), strict=True):
                 bounds = interval(values)
                 found |= {f"{name}_low": bounds.low, f"{name}_high": bounds.high}
-        found |= {f"coverage@{k}": float(mask.mean()) for k, mask in self.shown.items()}
+        found |= {f"coverage@{k}": share for k, share in self.coverage.shares().items()}
         found["invalid_rate"] = self._invalid / max(1, self._emitted)
         found["short_rate"] = self._short_users / max(1, self._users)
         found["users_per_s"] = self._users / max(self._seconds, 1e-9)
@@ -149,9 +205,7 @@ class Board:
         return expected
 
     def _count(self, ranked: Ranked) -> None:
-        for k, mask in self.shown.items():
-            head = ranked.lists[:, :k]
-            mask[head[head >= 0]] = True
+        self.coverage.add(ranked.lists)
         self._users += len(ranked.lists)
         self._short_users += int((ranked.lists[:, -1] < 0).sum())
         self._emitted += ranked.emitted
