@@ -43,7 +43,11 @@ class ValidationConfig:
     ks: list[int] = field(default_factory=lambda: [5, 10, 20])
     """Cut-offs of ItemHit@k and ItemNDCG@k; must hold 10, which picks the best checkpoint."""
     widths: list[int] = field(default_factory=list)
-    """Beams kept after each level; empty takes 50 and 100 at the last level."""
+    """Beams kept after each level; empty takes as many as the largest of `ks` and at least 50, and
+    twice as many at the last level."""
+    exclude_seen: bool = True
+    """Whether items of the history are kept out of the lists, so that a target among them is a
+    miss. False where users come back to items, and where that is how the model will be judged."""
     batch_users: int = 32
     """Users per search."""
     aside: bool = True
@@ -269,8 +273,9 @@ def without_execution(mapping: Mapping[str, Any]) -> dict[str, Any]:
         kept.pop("tasks", None)  # likewise
     if kept.get("published") == "best":
         kept.pop("published")  # likewise
-    if kept.get("data", {}).get("targets") == "all":
-        kept["data"] = {name: one for name, one in kept["data"].items() if name != "targets"}
+    for part, late, default in _LATE:
+        if kept.get(part, {}).get(late) == default:
+            kept[part] = {name: one for name, one in kept[part].items() if name != late}
     for part, running in _RUNNING_PARTS.items():
         if part in kept:
             given = kept[part].items()
@@ -294,6 +299,8 @@ _RUNNING = (
     "max_failures",
     "keep_checkpoints",
 )
+_LATE = (("data", "targets", "all"), ("validation", "exclude_seen", True))
+"""Fields that say nothing at their default, as before there were such fields."""
 _RUNNING_PARTS = {
     "initial": ("sids",),
     "engine": ("micro_batch", "activation_checkpointing", "compile"),

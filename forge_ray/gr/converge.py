@@ -402,6 +402,7 @@ class Rollout:
                 max_history=settings.max_history,
                 ks=settings.validation.ks,
                 widths=settings.validation.widths or None,
+                exclude_seen=settings.validation.exclude_seen,
                 batch_users=settings.validation.batch_users,
             )
             return ArtifactInfo(rows={"users": int(found["users"])}, metrics=found)

@@ -18,6 +18,8 @@ SELECTION_METRIC = "ItemNDCG@10"
 VALIDATION_ERROR = "validation_error"
 """Of a row whose validation failed: why. Its `SELECTION_METRIC` is None, other figures are not
 there."""
+VALIDATION_WARNING = "validation_warning"
+"""Of what a validation gives: what is odd about its figures. No row keeps it."""
 MAX_FAILED_VALIDATIONS = 3
 """Failed validations in a row that end training: nobody could choose among its weights."""
 _MEMORY = 0.95

@@ -45,6 +45,7 @@ from forge_ray.gr.health import (
     MAX_FAILED_VALIDATIONS,
     SELECTION_METRIC,
     VALIDATION_ERROR,
+    VALIDATION_WARNING,
     LossWatch,
     best_row,
     has_settled,
@@ -463,20 +464,26 @@ class TrainLoop:
             return row
         began, step = time.perf_counter(), row["global_step"]
         try:
-            row = {**row, **validation.result()}
+            found = validation.result()
         except ForgeError:
             raise  # its message says what to change; time changes nothing
         except Exception as error:  # noqa: BLE001  (of memory, a disk, a device; marked and told)
             text = f"{type(error).__name__}: {next(iter(str(error).strip().splitlines()), '')}"
-            warning = f"step {step} has no validation figures: {text}"
-            logger.warning(warning)
-            self._warnings = (*self._warnings, warning)
+            self._warn(f"step {step} has no validation figures: {text}")
             if is_last:
                 self._ask()
                 return self._validated(row, is_last=False)
-            row = {**row, SELECTION_METRIC: None, VALIDATION_ERROR: text}
+            found = {SELECTION_METRIC: None, VALIDATION_ERROR: text}
+        self._warn(found.get(VALIDATION_WARNING, ""))
+        row = {**row, **{name: one for name, one in found.items() if name != VALIDATION_WARNING}}
         row["validation_wait_s"] = round(time.perf_counter() - began, 2)
         return row
+
+    def _warn(self, warning: str) -> None:
+        """Says something once, here and where the run was started from."""
+        if warning and warning not in self._warnings:
+            logger.warning(warning)
+            self._warnings = (*self._warnings, warning)
 
     def _drop_surpassed(self) -> None:
         """Deletes best weights that no kept checkpoint could still call its best."""

@@ -1,8 +1,8 @@
 """`markov_backoff`: the prefix-backoff probe as a recommender over a SID table.
 
-A baseline that knows the SIDs and the train transitions between their prefixes and has five fitted
-numbers. It scores every distinct SID of the catalogue, exactly, and hands over a ranking of SIDs
-like a beam search does, so that it is judged like one.
+A baseline that knows the SIDs and the train transitions between their prefixes and fits one weight
+for each length of a prefix, 0 to L. It scores every distinct SID of the catalogue, exactly, and
+hands over a ranking of SIDs like a beam search does, so that it is judged like one.
 
 With p_l(s) the length-l prefix of SID s, h the weights of the newest history items and q the
 popularity prior of one item of s:

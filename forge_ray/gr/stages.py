@@ -19,7 +19,7 @@ from forge_ray.config import to_mapping
 from forge_ray.data.schema import Dataset
 from forge_ray.errors import ConfigError
 from forge_ray.gr.checkpoint import config_hash, table_key
-from forge_ray.gr.config import GrConfig, InitialConfig
+from forge_ray.gr.config import GrConfig, InitialConfig, ValidationConfig
 from forge_ray.gr.models.base import GeneratorConfig
 from forge_ray.gr.scoring import ModelEvaluationConfig, evaluate_model
 from forge_ray.gr.source import ModelSource
@@ -38,12 +38,18 @@ def _forge_evaluation() -> ModelEvaluationConfig:
     return ModelEvaluationConfig(split="test", ks=list(FORGE_KS), exclude_seen=False, bootstrap=0)
 
 
+def _stage_training() -> GrConfig:
+    # Weights are chosen by the rule of the evaluation above.
+    return GrConfig(validation=ValidationConfig(exclude_seen=False))
+
+
 @dataclass(kw_only=True)
 class StagesConfig:
     """How the models of a chain are trained and measured."""
 
-    train: GrConfig = field(default_factory=GrConfig)
-    """Every training: of a stage that continues, and of one that begins afresh."""
+    train: GrConfig = field(default_factory=_stage_training)
+    """Every training: of a stage that continues, and of one that begins afresh. By default its
+    validation leaves seen items in the lists, as `evaluate` does."""
     backbones: dict[str, GeneratorConfig] = field(default_factory=dict)
     """Models to compare, by name, in the place of `train.model`; empty takes that alone."""
     evaluate: ModelEvaluationConfig = field(default_factory=_forge_evaluation)
@@ -149,6 +155,7 @@ def run_stages(
             fit a table, or two chains have one name.
     """
     check_stages(stages, variants)
+    _note_other_rule(config)
     for variant in variants:
         config.train.check_levels(variant.table.num_levels)
         config.evaluate.check_levels(variant.table.num_levels, variant.table.num_items)
@@ -171,6 +178,16 @@ def run_stages(
             rows.append(row)
             tell(row)
     return rows
+
+
+def _note_other_rule(config: StagesConfig) -> None:
+    trained, measured = config.train.validation.exclude_seen, config.evaluate.exclude_seen
+    if trained != measured:
+        logger.warning(
+            "train.validation.exclude_seen should be evaluate.exclude_seen=%s, got %s: best "
+            "checkpoints and train.stop.patience follow other figures than the table's. Set both.",
+            *(str(one).lower() for one in (measured, trained)),
+        )
 
 
 def check_stages(stages: Sequence[Dataset], variants: Sequence[SidVariant]) -> None:

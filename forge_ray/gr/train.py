@@ -286,7 +286,8 @@ def _fit(
     while True:
         outcome = _attempt(job, start, name)
         for warning in outcome["warnings"]:
-            if warning not in warned:
+            # A training in this process has said it already.
+            if warning not in warned and not job.config.in_process:
                 logger.warning(warning)
         warned.update(outcome["warnings"])
         if outcome["kind"] != PREEMPTED:

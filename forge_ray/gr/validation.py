@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,8 +25,9 @@ from forge_ray.data.ragged import Ragged
 from forge_ray.data.schema import Dataset, SequenceBatch
 from forge_ray.errors import ConfigError
 from forge_ray.gr.checkpoint import WEIGHTS_FILE, build_generator
+from forge_ray.gr.config import ValidationConfig
 from forge_ray.gr.evaluation import evaluate_generator
-from forge_ray.gr.health import SELECTION_METRIC
+from forge_ray.gr.health import SELECTION_METRIC, VALIDATION_WARNING
 from forge_ray.gr.loop import TrainJob
 from forge_ray.gr.run_folder import BEST, CHECKPOINTS, checkpoint_name
 from forge_ray.sid.table import SidTable
@@ -61,7 +62,8 @@ class CheckpointValidator:
             best: highest ItemNDCG@10 so far; weights above it are kept.
 
         Returns:
-            The metrics, and the seconds that they took.
+            The metrics, the seconds that they took, and a `VALIDATION_WARNING` where all are 0
+            because of how they are counted.
         """
         began = time.perf_counter()
         job, config, name = self._job, self._job.config, checkpoint_name(step)
@@ -82,11 +84,15 @@ class CheckpointValidator:
             max_history=config.max_history,
             ks=config.validation.ks,
             widths=config.validation.widths or None,
+            exclude_seen=config.validation.exclude_seen,
             batch_users=config.validation.batch_users,
             device=self._device,
         )
         if metrics[SELECTION_METRIC] > best:
             job.folder.copy((CHECKPOINTS, name, WEIGHTS_FILE), (BEST, f"{name}.safetensors"))
+        warning = _nothing_found(metrics, self._sample, config.validation)
+        if warning:
+            metrics[VALIDATION_WARNING] = warning
         return {**metrics, "validation_s": round(time.perf_counter() - began, 2)}
 
 
@@ -203,6 +209,14 @@ class Sample:
     targets: Ragged
     queries: list[str] | None = None
 
+    def num_seen(self) -> int:
+        """Rows with a target that stands in their history."""
+        items = 1 + max(int(one.values.max(initial=0)) for one in (self.histories, self.targets))
+        history, target = (
+            one.row_ids * items + one.values for one in (self.histories, self.targets)
+        )
+        return len(np.unique(self.targets.row_ids[np.isin(target, history)]))
+
 
 def _sample(job: TrainJob) -> Sample:
     config = job.config
@@ -240,4 +254,20 @@ def sampled(batches: Iterable[SequenceBatch]) -> Sample:
         Ragged.concatenate([batch.items for batch in found]),
         Ragged.concatenate(targets),
         queries or None,
+    )
+
+
+def _nothing_found(metrics: Mapping[str, Any], sample: Sample, config: ValidationConfig) -> str:
+    """What to say of figures that are all 0 while targets could not be found; mostly nothing."""
+    longest = max(config.ks)
+    if not config.exclude_seen or metrics[f"ItemHit@{longest}"] > 0:
+        return ""
+    seen = sample.num_seen()
+    if not seen:
+        return ""
+    return (
+        f"validation finds no target of {len(sample.histories)} rows among {longest} items, and "
+        f"{seen} of them ask for an item of their history, which is kept out of the lists. Where "
+        "users come back to items, set validation.exclude_seen=false: otherwise neither the best "
+        "checkpoint nor stop.patience says anything."
     )

@@ -112,6 +112,11 @@ def resolve_point(config: SweepConfig, point: Point, *, dataset: Catalogue) -> R
             "gr.tasks.next_item must be > 0 in a sweep, got 0: its designs are ranked on the next "
             "items of users. Give it a weight."
         )
+    if not typed.gr.validation.exclude_seen:
+        raise ConfigError(
+            "gr.validation.exclude_seen must be true in a sweep, got false: its evaluations leave "
+            "seen items out, and trials are compared by both. Leave it out."
+        )
     _check_metric(config.metric, "gr.validation.ks", typed.gr.validation.ks)
     _check_metric(config.metric, "evaluation.ks", config.evaluation.ks)
     _check_cutoffs(config.objectives, config.evaluation.ks)

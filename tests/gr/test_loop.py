@@ -17,11 +17,12 @@ from forge_ray.data.schema import Dataset
 from forge_ray.gr import validation
 from forge_ray.gr.checkpoint import WEIGHTS_FILE, RunIdentity
 from forge_ray.gr.engine import Engine
+from forge_ray.gr.health import VALIDATION_WARNING
 from forge_ray.gr.loop import PREEMPTED, UNVALIDATED, Ending, LoopHooks, TrainJob, TrainLoop
 from forge_ray.gr.meters import TRAIN_COUNTERS
 from forge_ray.gr.run_folder import BEST, CHECKPOINTS, OUTCOME_FILE, RunFolder, checkpoint_name
 from forge_ray.gr.validation import CheckpointValidator, InlineValidation
-from tests.gr.chains import chain_dataset, grid_table
+from tests.gr.chains import chain_dataset, grid_table, swinging_dataset
 from tests.gr.test_train import small
 
 pytestmark = pytest.mark.usefixtures("process_group")
@@ -326,6 +327,23 @@ def test_the_last_validation_is_tried_twice(dataset, tmp_path, reference, monkey
     assert row["ItemNDCG@10"] == rows(reference)[-1]["ItemNDCG@10"]
     (warning,) = job.folder.read_json(OUTCOME_FILE)["warnings"]
     assert warning == "step 60 has no validation figures: OSError: disk"
+
+
+def test_figures_that_can_only_be_0_are_warned_of_once(tmp_path, caplog):
+    """Users who swing between two items, validated three times."""
+    swings = swinging_dataset(ArtifactStore(tmp_path / "data"))
+    job = make_job(swings, tmp_path)
+    run(job)
+    assert [row["ItemNDCG@10"] for row in rows(job)] == [0.0, 0.0, 0.0]
+    assert VALIDATION_WARNING not in job.folder.read_json("history.json")[0]
+    (warning,) = job.folder.read_json(OUTCOME_FILE)["warnings"]
+    assert "60 of them ask for an item of their history" in warning
+    assert "set validation.exclude_seen=false" in warning
+    assert caplog.text.count("kept out of the lists") == 1
+    other = make_job(swings, tmp_path / "other", "validation.exclude_seen=false")
+    run(other)
+    assert rows(other)[-1]["ItemNDCG@10"] > 0.5
+    assert losses(job) == losses(other)
 
 
 RISING = [2.0] * 24 + [1000.0] * 36

@@ -74,6 +74,7 @@ def test_published_settings(name, learning_rate, schedule, max_steps):
     assert engine.accumulation(2) == 8
     assert engine.learning_rate_at(1, max_steps) == pytest.approx(learning_rate, rel=1e-4)
     assert config.validation.widths == [200, 400, 1200]
+    assert not config.validation.exclude_seen
     assert (config.max_history, config.seed) == (100, 42)
     assert config.plan.mode == "last"
     assert (config.model.softmax, config.model.end_token) == ("full", True)

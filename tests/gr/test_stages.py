@@ -182,6 +182,29 @@ def test_two_tables_of_one_name_are_refused(store: ArtifactStore, tmp_path: Path
         _all_jobs(chains)
 
 
+@pytest.mark.parametrize(
+    ("overrides", "warns"),
+    [
+        ([], False),
+        (["evaluate.exclude_seen=true"], True),
+        (["train.validation.exclude_seen=true"], True),
+        (["evaluate.exclude_seen=true", "train.validation.exclude_seen=true"], False),
+    ],
+)
+def test_validation_judges_as_the_table_does_or_says_so(
+    store: ArtifactStore,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+    overrides: list[str],
+    warns: bool,
+) -> None:
+    config = settings(*overrides)
+    excludes = "train.validation.exclude_seen=true" in overrides
+    assert config.train.validation.exclude_seen is excludes
+    run_stages([], [], config, store=store, run_dir=str(tmp_path))
+    assert ("train.validation.exclude_seen should be" in caplog.text) is warns
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("widths", ["[100]", "[10,10]"])

@@ -24,6 +24,7 @@ from forge_ray.artifacts import ArtifactStore
 from forge_ray.config import load_config
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError, StoppedError, TrainingError
+from forge_ray.gr import train
 from forge_ray.gr.checkpoint import load_generator, model_config
 from forge_ray.gr.config import GrConfig, without_execution
 from forge_ray.gr.run_folder import RunFolder, checkpoint_name
@@ -31,6 +32,7 @@ from forge_ray.gr.train import (
     TrainResult,
     _attempt_s,
     _check_outcome,
+    _fit,
     _run_config,
     _waiting_for_resources,
     train_generator,
@@ -424,6 +426,22 @@ class TestAnswersOfSequences:
         assert without_execution(given) == {"data": {"window_batches": 8}}
         changed = load_config(GrConfig, overrides=["model.kind=t5", "data.targets=last"]).identity()
         assert changed["data"]["targets"] == "last"
+
+
+@pytest.mark.parametrize("in_process", [False, True])
+def test_what_this_process_warned_of_is_not_told_again(tmp_path, monkeypatch, caplog, in_process):
+    """Workers warn where nobody looks, so the driver repeats what they wrote down."""
+    folder = RunFolder.open(str(tmp_path), "run")
+    config = small(f"in_process={in_process}")
+    job: Any = SimpleNamespace(folder=folder, identity=IDENTITY, config=config)
+
+    def start(job: Any) -> None:
+        folder.write_json({"kind": "finished", "warnings": ["odd figures"]}, "outcome.json")
+
+    for name in ("_here", "_on_workers"):
+        monkeypatch.setattr(train, name, lambda *args: start)
+    _fit(job, grid_table(), run_dir=str(tmp_path), name="run", callbacks=())
+    assert ("odd figures" in caplog.text) is not in_process
 
 
 @pytest.mark.parametrize("widths", ["[0,20]", "[20,9]"])

@@ -8,15 +8,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import ray
 import torch
 from safetensors import SafetensorError
 
 from forge_ray.artifacts import ArtifactStore
+from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError
 from forge_ray.gr.checkpoint import WEIGHTS_FILE, RunIdentity, save_weights
 from forge_ray.gr.config import GrConfig, ValidationConfig
+from forge_ray.gr.health import VALIDATION_WARNING
 from forge_ray.gr.loop import TrainJob
 from forge_ray.gr.models.decoder import DecoderConfig
 from forge_ray.gr.run_folder import BEST, CHECKPOINTS, RunFolder, checkpoint_name
@@ -25,10 +28,11 @@ from forge_ray.gr.validation import (
     AsideValidation,
     CheckpointValidator,
     InlineValidation,
+    Sample,
     validation_sample,
 )
 from forge_ray.gr.vocab import vocab_of
-from tests.gr.chains import chain_dataset, grid_table
+from tests.gr.chains import chain_dataset, grid_table, swinging_dataset
 
 MODEL = DecoderConfig(hidden_size=16, num_layers=1, num_heads=2, intermediate_size=16)
 STEP = 20
@@ -86,6 +90,35 @@ def test_weights_that_gain_nothing_are_not_kept(job):
 def test_validation_users_are_needed(job):
     with pytest.raises(ConfigError, match="dataset must have validation users"):
         validation_sample(job.dataset, 0)
+
+
+@pytest.mark.parametrize("excludes", [True, False])
+def test_users_who_swing_between_two_items_are_found_if_seen_items_stay(job, store, excludes):
+    """With all SIDs in the beams and the lists."""
+    swinging = replace(job, dataset=swinging_dataset(store))
+    wide = {"users": 40, "ks": [10, 120], "widths": [10, 120]}
+    metrics = here(with_validation(swinging, exclude_seen=excludes, **wide)).run(STEP, best=1.0)
+    assert metrics["ItemHit@120"] == (0.0 if excludes else 1.0)
+    warning = metrics.get(VALIDATION_WARNING, "")
+    assert ("of 40 rows among 120 items, and 40 of them ask for an item of their" in warning) is (
+        excludes
+    )
+
+
+def test_rows_with_a_target_in_their_history_are_counted():
+    """Items of one row are not those of the next, and a row counts once."""
+    rows = {"histories": [[1, 2], [3], [], [4, 5]], "targets": [[3, 9], [3, 1], [3], [5, 4]]}
+    given = {name: Ragged.from_lists(one, dtype=np.int32) for name, one in rows.items()}
+    assert Sample(**given).num_seen() == 2
+
+
+def test_the_rule_of_seen_items_is_part_of_a_model_only_where_it_is_not_the_default():
+    """Keys of models from before there was a choice."""
+    default, other = (
+        GrConfig(validation=ValidationConfig(exclude_seen=one)).identity() for one in (True, False)
+    )
+    assert "exclude_seen" not in default["validation"]
+    assert other["validation"] == {**default["validation"], "exclude_seen": False}
 
 
 @pytest.mark.ray

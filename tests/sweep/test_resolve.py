@@ -110,6 +110,7 @@ def test_a_metric_that_no_row_holds_is_refused(metric: str) -> None:
         {"gr.max_steps": 0},
         {"gr.max_workers": 4},
         {"gr.in_process": True},
+        {"gr.validation.exclude_seen": False},  # unlike what ranks the trials in the end
     ],
 )
 def test_mistakes_are_refused(point: dict[str, Any]) -> None:
