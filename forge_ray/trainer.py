@@ -9,10 +9,21 @@ from typing import Any
 
 import ray
 from ray._common.constants import HEAD_NODE_RESOURCE_NAME
-from ray.train.torch import TorchTrainer
+from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 
 from forge_ray.group_cleaner import GroupCleaner
+
+LONGEST_WAIT_S = 24 * 3600
+"""Seconds that workers wait for each other before torch gives up. Whatever rank 0 does alone while
+the others wait (a validation of wide beams above all) has to fit; Ray's half an hour would end the
+run, and each of its restarts at the same place. Not needed for workers that died: Ray Train sees
+those itself, within seconds."""
+
+
+def torch_config(*, use_gpu: bool) -> TorchConfig:
+    """How workers speak to each other."""
+    return TorchConfig(backend="nccl" if use_gpu else "gloo", timeout_s=LONGEST_WAIT_S)
 
 
 class ForgeTrainer(TorchTrainer):

@@ -259,6 +259,17 @@ class GrConfig:
                 f"{max(self.validation.ks)} beams, got {widths}. Widen the last level."
             )
 
+    def doubts(self) -> list[str]:
+        """What works, but hardly as it was meant; to be said before training begins."""
+        validation = self.validation
+        if not self.use_gpu or not validation.aside or validation.gpus:
+            return []
+        return [
+            "validation.gpus should be > 0 with use_gpu=true, got 0: the process that validates "
+            "decodes on a CPU, and training waits for it. Set validation.gpus=1, or "
+            "validation.aside=false to decode on the GPU of rank 0."
+        ]
+
     def identity(self) -> dict[str, Any]:
         """The fields that decide the model; the others may change when a run resumes."""
         return without_execution(to_mapping(self))

@@ -403,7 +403,7 @@ class TrainLoop:
         self._progress = replace(self._progress, pending=row)
         trouble = self._checkpoint()
         if not trouble:
-            self._ask()
+            self._ask_together()
         self._interval = _Interval()
         return trouble
 
@@ -414,6 +414,13 @@ class TrainLoop:
         if self._hooks.validation is not None and self._progress.pending:
             self._hooks.validation.submit(self._progress.pending["global_step"], best)
 
+    def _ask_together(self) -> None:
+        """Asks; every worker calls it."""
+        self._ask()
+        # Rank 0 may have decoded meanwhile. The next step would be waited for in DeepSpeed's own
+        # process group, which gives up after torch's default of 10 (NCCL) or 30 minutes.
+        self._engine.barrier()
+
     def _ask_again(self) -> None:
         """Asks for the metrics that a resumed run was waiting for."""
         pending = self._progress.pending
@@ -421,7 +428,7 @@ class TrainLoop:
             return
         folder, name = self._job.folder, checkpoint_name(pending["global_step"])
         if self._engine.from_first(self._is_first and folder.is_whole(name, WEIGHTS_FILE)):
-            self._ask()
+            self._ask_together()
             return
         if self._is_first:
             logger.warning(

@@ -269,6 +269,8 @@ def _fit(
     callbacks: Sequence[ray.train.UserCallback],
 ) -> dict[str, Any]:
     """Trains to an end that is not a lost node's; what was written about it."""
+    for doubt in job.config.doubts():
+        logger.warning(doubt)
     # The workers look for themselves; here it is said where a user sees it.
     found = job.folder.newest_checkpoint(job.identity)
     for warning in found.warnings:
@@ -338,9 +340,8 @@ def _on_workers(
     """Starts workers, and again where they are lost."""
     import ray
     import ray.train
-    from ray.train.torch import TorchConfig
 
-    from forge_ray.trainer import ForgeTrainer
+    from forge_ray.trainer import ForgeTrainer, torch_config
 
     # The codes lie in the object store once; every worker of a node reads them in place.
     codes = ray.put(np.asarray(table.codes))
@@ -351,7 +352,7 @@ def _on_workers(
         trainer = ForgeTrainer(
             train_worker,
             train_loop_config={"job": job, "codes": codes},
-            torch_config=TorchConfig(backend="nccl" if config.use_gpu else "gloo"),
+            torch_config=torch_config(use_gpu=config.use_gpu),
             scaling_config=_scaling(config),
             run_config=watched,
         )

@@ -150,6 +150,28 @@ def test_late_metrics_are_waited_for_at_the_next_point(dataset, tmp_path, refere
     assert job.folder.names(BEST) == reference.folder.names(BEST)
 
 
+def test_all_wait_where_rank_0_validates(dataset, tmp_path, monkeypatch):
+    """Not in the next step, whose process group has a short patience; after a resume neither."""
+    seen: list[str] = []
+
+    def told(cls: type, name: str) -> None:
+        before = getattr(cls, name)
+
+        def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+            seen.append(name)
+            return before(self, *args, **kwargs)
+
+        monkeypatch.setattr(cls, name, method)
+
+    for cls, name in ((InlineValidation, "submit"), (Engine, "barrier"), (Engine, "step")):
+        told(cls, name)
+    job = make_job(dataset, tmp_path)
+    run(job, Outside(["", "stop"]))
+    run(job)
+    after = [seen[at + 1] for at, name in enumerate(seen) if name == "submit"]
+    assert after == ["barrier"] * 4
+
+
 @pytest.mark.parametrize("is_late", [False, True])
 def test_stopped_at_every_check_up_a_run_comes_to_the_same_end(
     dataset, tmp_path, reference, is_late

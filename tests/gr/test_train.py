@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from forge_ray.artifacts import ArtifactStore
+from forge_ray.artifacts import ArtifactInfo, ArtifactStore
 from forge_ray.config import load_config
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError, StoppedError, TrainingError
@@ -33,6 +33,7 @@ from forge_ray.gr.train import (
     _attempt_s,
     _check_outcome,
     _fit,
+    _on_workers,
     _run_config,
     _waiting_for_resources,
     train_generator,
@@ -426,6 +427,55 @@ class TestAnswersOfSequences:
         assert without_execution(given) == {"data": {"window_batches": 8}}
         changed = load_config(GrConfig, overrides=["model.kind=t5", "data.targets=last"]).identity()
         assert changed["data"]["targets"] == "last"
+
+
+@pytest.mark.parametrize(("use_gpu", "backend"), [(False, "gloo"), (True, "nccl")])
+def test_workers_wait_for_a_long_validation(tmp_path, monkeypatch, use_gpu, backend):
+    """Torch would end a wait after half an hour."""
+    asked: list[Any] = []
+
+    class Trainer:
+        def __init__(self, worker: Any, **given: Any) -> None:
+            asked.append(given["torch_config"])
+
+        def fit(self) -> None:
+            pass
+
+    monkeypatch.setattr("forge_ray.trainer.ForgeTrainer", Trainer)
+    monkeypatch.setattr("ray.put", lambda codes: codes)
+    config = small(f"use_gpu={use_gpu}")
+    run_config = _run_config(config, run_dir=str(tmp_path), name="run")
+    job: Any = SimpleNamespace(config=config)
+    _on_workers(grid_table(), run_config, ())(job)
+    assert [(one.backend, one.timeout_s) for one in asked] == [(backend, 86_400)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "doubts"),
+    [
+        (["use_gpu=true"], True),
+        (["use_gpu=true", "validation.gpus=1"], False),
+        (["use_gpu=true", "validation.aside=false"], False),
+        ([], False),
+    ],
+)
+def test_decoding_on_a_cpu_beside_gpus_is_warned_of(overrides, doubts):
+    found = small(*overrides).doubts()
+    assert ["decodes on a CPU" in one for one in found] == [True] * doubts
+
+
+def test_doubts_are_told_before_training_begins(store, tmp_path, monkeypatch, caplog):
+    ending = {"kind": "finished", "warnings": []}
+    monkeypatch.setattr(train, "_on_workers", lambda *args: None)
+    monkeypatch.setattr(train, "_attempt", lambda *args: ending)
+    monkeypatch.setattr(train, "_publish", lambda *args: ArtifactInfo())
+    monkeypatch.setattr(train, "train_result", lambda artifact: artifact)
+    for _ in range(2):  # the second time there is nothing to train
+        train_generator(
+            small("use_gpu=true"), chain_dataset(store), grid_table(),
+            store=store, run_dir=str(tmp_path), name="run",
+        )  # fmt: skip
+    assert caplog.text.count("decodes on a CPU") == 1
 
 
 @pytest.mark.parametrize("in_process", [False, True])
