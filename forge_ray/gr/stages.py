@@ -156,6 +156,8 @@ def run_stages(
     """
     check_stages(stages, variants)
     _note_other_rule(config)
+    for model in config.models().values():
+        model.check_history(config.train.max_history)
     for variant in variants:
         config.train.check_levels(variant.table.num_levels)
         config.evaluate.check_levels(variant.table.num_levels, variant.table.num_items)

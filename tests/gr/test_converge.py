@@ -186,6 +186,8 @@ def test_what_does_not_fit_is_refused_before_any_training(
         simulate(world.new, "rollout=4")
     with pytest.raises(ConfigError, match=r"validation\.widths must be 2 integers"):
         simulate(world.new, "train.validation.widths=[10,20,30]")
+    with pytest.raises(ConfigError, match=r"model\.places must be > max_history=20"):
+        simulate(world.new, "train.model={kind: rq_transformer, places: 20}")
 
 
 @pytest.mark.parametrize(

@@ -205,6 +205,14 @@ def test_validation_judges_as_the_table_does_or_says_so(
     assert ("train.validation.exclude_seen should be" in caplog.text) is warns
 
 
+def test_every_backbone_must_read_the_whole_history(store: ArtifactStore, tmp_path: Path) -> None:
+    """Refused before the first of them trains."""
+    backbones = "backbones={one: {kind: decoder}, two: {kind: rq_transformer, places: 20}}"
+    config = load_config(StagesConfig, overrides=["train.max_history=20", backbones])
+    with pytest.raises(ConfigError, match=r"model\.places must be > max_history=20"):
+        run_stages([], [], config, store=store, run_dir=str(tmp_path))
+
+
 @pytest.mark.ray
 @pytest.mark.usefixtures("ray_local")
 @pytest.mark.parametrize("widths", ["[100]", "[10,10]"])

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from forge_ray.artifacts import ArtifactInfo, ArtifactStore
-from forge_ray.config import load_config
+from forge_ray.config import from_mapping, load_config
 from forge_ray.data.ragged import Ragged
 from forge_ray.errors import ConfigError, StoppedError, TrainingError
 from forge_ray.gr import train
@@ -476,6 +476,20 @@ def test_doubts_are_told_before_training_begins(store, tmp_path, monkeypatch, ca
             store=store, run_dir=str(tmp_path), name="run",
         )  # fmt: skip
     assert caplog.text.count("decodes on a CPU") == 1
+
+
+def test_a_history_longer_than_the_places_is_refused_before_any_work(store, tmp_path):
+    """Models that were trained so are still read: their configuration keeps no such rule."""
+    config = load_config(
+        GrConfig, overrides=["model.kind=rq_transformer", "model.places=20", "max_history=20"]
+    )
+    assert from_mapping(GrConfig, config.identity()) == config
+    with pytest.raises(ConfigError, match=r"model\.places must be > max_history=20"):
+        train_generator(
+            config, chain_dataset(store), grid_table(),
+            store=store, run_dir=str(tmp_path / "runs"), name="run",
+        )  # fmt: skip
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("in_process", [False, True])

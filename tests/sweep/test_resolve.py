@@ -118,6 +118,13 @@ def test_mistakes_are_refused(point: dict[str, Any]) -> None:
         resolve(point)
 
 
+def test_a_history_longer_than_the_places_is_refused() -> None:
+    point = {"gr.model.kind": "rq_transformer", "gr.max_history": 64}
+    with pytest.raises(ConfigError, match=r"model\.places must be > max_history=64"):
+        resolve(point)
+    resolve({**point, "gr.model.places": 65})
+
+
 def test_designs_that_learn_no_next_item_are_refused() -> None:
     point = {"gr.model.kind": "pretrained_decoder", "gr.tasks.item_to_sid": 1}
     resolve(point)

@@ -99,6 +99,18 @@ class GeneratorConfig(Component):
         """Creates the model with the weights that training begins with: fresh ones, or others."""
         return self.build(vocab)
 
+    def check_history(self, max_history: int) -> None:
+        """Refuses histories longer than the model tells apart, before any training.
+
+        No rule of the configuration itself: models that were trained so are still read.
+
+        Args:
+            max_history: items of a history that the model will read.
+
+        Raises:
+            ConfigError: the newest items would lose their order.
+        """
+
 
 def require_sizes(config: GeneratorConfig, *names: str) -> None:
     """Refuses sizes below 1.

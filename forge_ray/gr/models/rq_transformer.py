@@ -61,7 +61,8 @@ class RqTransformerConfig(GeneratorConfig):
     dropout: float = 0.3
     """Share of inputs and block outputs dropped while training."""
     places: int = 64
-    """Places of a row, from its start, with a learned vector; later ones share the last."""
+    """Places of a row with a learned vector: its start, then the items from the oldest on. Must be
+    more than `max_history`; later ones would share the last."""
     prefix_rows: int = 32768
     """Rows of each table of hashed vectors for prefixes of two codes and more; 0 has none. About
     the number of distinct prefixes is enough: equal hashes share a row."""
@@ -95,6 +96,15 @@ class RqTransformerConfig(GeneratorConfig):
                 )
         if self.temperature <= 0:
             raise ConfigError(f"model.temperature must be > 0, got {self.temperature}. Use e.g. 1.")
+
+    def check_history(self, max_history: int) -> None:
+        """See `GeneratorConfig.check_history`."""
+        if self.places <= max_history:
+            raise ConfigError(
+                f"model.places must be > max_history={max_history}, one for each item and one for "
+                f"the start, got {self.places}: the newest items would share the last one, which "
+                f"hides their order. Set model.places={max_history + 1}, or lower max_history."
+            )
 
     def build(self, vocab: Vocab) -> RqTransformer:
         """Creates the model with fresh weights."""

@@ -6,12 +6,13 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 from forge_ray.config import load_config
 from forge_ray.errors import ConfigError
 from forge_ray.gr.config import GrConfig
 from forge_ray.gr.models.base import TokenBatch
-from forge_ray.gr.models.rq_transformer import RqTransformer, RqTransformerConfig
+from forge_ray.gr.models.rq_transformer import ItemReader, RqTransformer, RqTransformerConfig
 from forge_ray.gr.vocab import vocab_of
 
 SIZES = (7, 5, 6)
@@ -74,6 +75,27 @@ def test_every_field_changes_the_loss(change: dict[str, Any]) -> None:
 def test_bad_values_are_refused(change: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         RqTransformerConfig(**change)
+
+
+def test_a_history_longer_than_the_places_is_refused() -> None:
+    config = RqTransformerConfig(places=21)
+    config.check_history(20)
+    with pytest.raises(ConfigError, match=r"places must be > max_history=21.*got 21.*places=22"):
+        config.check_history(21)
+
+
+@pytest.mark.parametrize(("places", "is_told"), [(4, False), (5, True)])
+def test_items_have_a_place_each_where_there_are_more_than_items(
+    places: int, is_told: bool
+) -> None:
+    """Whether the third and the fourth item of a history are read at places of their own."""
+    torch.manual_seed(0)
+    reader = ItemReader(RqTransformerConfig(places=places, num_layers=1)).eval()
+    items = torch.randn(1, 5, 128)  # the start and four items
+    reader.blocks = nn.ModuleList()  # what an item is read as, before anything is attended to
+    swapped = items[:, [0, 1, 2, 4, 3]]
+    same = torch.allclose(reader(items)[:, [0, 1, 2, 4, 3]], reader(swapped))
+    assert same is not is_told
 
 
 @pytest.mark.parametrize("sizes", [(7,), (7, 5), (7, 5, 6)])
