@@ -126,7 +126,8 @@ class GrConfig:
     cpus_per_worker: float = 1.0
     """CPUs of each worker, and its thread count; may be a fraction."""
     use_gpu: bool = False
-    """One GPU per worker, and NCCL instead of gloo."""
+    """One GPU per worker, and NCCL instead of gloo; without it nothing trains on a GPU, whatever a
+    process sees."""
     worker_resources: dict[str, float] = field(default_factory=dict)
     """What else each worker asks of its node, by Ray's names, e.g. `memory: 8.0e+9` (bytes) or
     `accelerator_type:A100: 0.001`."""

@@ -160,10 +160,26 @@ class Engine:
     module: Generator
 
     def __init__(
-        self, generator: Generator, config: EngineConfig, *, max_steps: int, seed: int
+        self,
+        generator: Generator,
+        config: EngineConfig,
+        *,
+        max_steps: int,
+        seed: int,
+        use_gpu: bool = False,
     ) -> None:
-        """Wraps a generator; every worker of the process group does so with the same arguments."""
+        """Wraps a generator; every worker of the process group does so with the same arguments.
+
+        Args:
+            generator: on the CPU.
+            config: of the engine.
+            max_steps: length of the learning rate's schedule.
+            seed: of dropout.
+            use_gpu: trains on this process's current GPU; otherwise on the CPU, whatever GPUs the
+                process sees.
+        """
         deepspeed = _import_deepspeed()
+        _place_deepspeed(deepspeed, use_gpu=use_gpu)
         self.config = config
         self.world_size = distributed.get_world_size()
         self.rank = distributed.get_rank()
@@ -172,9 +188,8 @@ class Engine:
             generator.recompute_activations()
         self._max_steps = max_steps
         self._seed = seed
-        has_gpu = torch.cuda.is_available()
         self.device = (
-            torch.device("cuda", torch.cuda.current_device()) if has_gpu else torch.device("cpu")
+            torch.device("cuda", torch.cuda.current_device()) if use_gpu else torch.device("cpu")
         )
         if config.compile:
             blocks = generator.compilable()
@@ -419,9 +434,19 @@ def _import_deepspeed() -> Any:
     import deepspeed.ops
 
     deepspeed.utils.logger.setLevel(logging.ERROR)
-    if not torch.cuda.is_available():
+    return deepspeed
+
+
+def _place_deepspeed(deepspeed: Any, *, use_gpu: bool) -> None:
+    """Tells DeepSpeed where to work: by itself it takes a GPU wherever there is one."""
+    from deepspeed.accelerator import cpu_accelerator, cuda_accelerator
+
+    if deepspeed.accelerator.get_accelerator().device_name() != ("cuda" if use_gpu else "cpu"):
+        deepspeed.accelerator.set_accelerator(
+            cuda_accelerator.CUDA_Accelerator() if use_gpu else cpu_accelerator.CPU_Accelerator()
+        )
+    if not use_gpu:
         # The first CPU start would compile this op for minutes, and use it only where LOCAL_SIZE
         # is set, which Ray does not do. Private name: DeepSpeed fills it lazily, by probing
         # compilers; a filled one is left as it is.
         vars(deepspeed.ops).setdefault("__compatible_ops__", defaultdict(bool))
-    return deepspeed

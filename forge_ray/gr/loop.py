@@ -202,7 +202,11 @@ class TrainLoop:
         torch.manual_seed(config.seed)
         generator = _start(job)
         self._engine = Engine(
-            generator, config.engine, max_steps=config.max_steps, seed=config.seed
+            generator,
+            config.engine,
+            max_steps=config.max_steps,
+            seed=config.seed,
+            use_gpu=config.use_gpu,
         )
         self._vocab = vocab_of(job.codebook_sizes)
         self._mixture = Mixture(

@@ -54,6 +54,21 @@ def train(engine: Engine, work: list[TokenBatch], first: int = 1) -> list[float]
     return losses
 
 
+def test_a_gpu_is_taken_only_where_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that sees one, and a DeepSpeed that has chosen it."""
+    expected = train(make(), batches(2))
+    from deepspeed.accelerator import real_accelerator  # once the engine has made it quiet
+    from deepspeed.accelerator.cuda_accelerator import CUDA_Accelerator
+
+    monkeypatch.setattr(real_accelerator, "ds_accelerator", CUDA_Accelerator())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    engine = make()
+    assert engine.device == torch.device("cpu")
+    assert real_accelerator.get_accelerator().device_name() == "cpu"
+    assert train(engine, batches(2)) == expected
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2])
 def test_a_closed_engine_lets_its_model_go(stage: int) -> None:
     """Chains of trainings run in one process."""

@@ -14,6 +14,7 @@ import torch
 from forge_ray.artifacts import ArtifactStore
 from forge_ray.data import stream
 from forge_ray.data.schema import Dataset
+from forge_ray.gr import loop as loop_module
 from forge_ray.gr import validation
 from forge_ray.gr.checkpoint import WEIGHTS_FILE, RunIdentity
 from forge_ray.gr.engine import Engine
@@ -170,6 +171,20 @@ def test_all_wait_where_rank_0_validates(dataset, tmp_path, monkeypatch):
     run(job)
     after = [seen[at + 1] for at, name in enumerate(seen) if name == "submit"]
     assert after == ["barrier"] * 4
+
+
+def test_the_configuration_says_whether_a_gpu_trains(dataset, tmp_path, monkeypatch):
+    asked: list[bool] = []
+
+    class Here(Engine):
+        def __init__(self, *args: Any, use_gpu: bool, **kwargs: Any) -> None:
+            asked.append(use_gpu)
+            super().__init__(*args, **kwargs)
+
+    monkeypatch.setattr(loop_module, "Engine", Here)
+    for override in ("use_gpu=true", "in_process=true"):
+        run(make_job(dataset, tmp_path / override, override, "max_steps=1"))
+    assert asked == [True, False]
 
 
 @pytest.mark.parametrize("is_late", [False, True])
