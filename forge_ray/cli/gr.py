@@ -69,6 +69,10 @@ Recipe = Annotated[
 RunDir = Annotated[
     str, typer.Option("--run-dir", help="Where checkpoints go: a path or URI all nodes share.")
 ]
+_CHOSEN = {
+    "best": "best model (by validation ItemNDCG@10)",
+    "last": "model with the last weights",
+}
 _SHOWN = ("global_step", "epoch", "loss", "ItemHit@10", "ItemNDCG@10", "tokens_per_s")
 
 
@@ -84,7 +88,7 @@ def train(
     as_json: AsJson = False,
     verbose: Verbose = False,
 ) -> None:
-    """Train a generator on a SID table and publish the best checkpoint.
+    """Train a generator on a SID table and publish the best checkpoint, or the last one.
 
     Interrupted by anything, the same command continues from the last checkpoint.
     """
@@ -130,7 +134,7 @@ def train(
         emit({**record, "history": result.history}, title="", as_json=True)
         return
     emit([_shown(row) for row in result.history], title=f"Training of {run}", as_json=False)
-    stderr.print(f"best model (by validation ItemNDCG@10): {result.artifact.uri}", soft_wrap=True)
+    stderr.print(f"{_CHOSEN[settings.published]}: {result.artifact.uri}", soft_wrap=True)
 
 
 def _command(sids: str, overrides: Sequence[str], options: Mapping[str, str | Path | None]) -> str:

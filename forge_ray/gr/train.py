@@ -83,7 +83,7 @@ class TrainResult:
 
     Attributes:
         artifact: the published model, of kind `model`.
-        metrics: the row of its best validation.
+        metrics: the row of the validation that its weights had.
         history: one row per validation that came to its end, oldest first; the artifact's file has
             those that failed too.
         losses: float64 [steps], mean loss per target token of every step's global batch.

@@ -4,6 +4,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -61,6 +62,22 @@ def test_train_publishes_and_the_same_command_finds_it(train, store):
     assert again.exit_code == 0, again.output
     assert "ItemNDCG@10" in again.stdout
     assert len(store.manifests("model")) == 1
+
+
+@pytest.mark.parametrize(
+    ("published", "said"),
+    [
+        ("best", "best model (by validation ItemNDCG@10): a"),
+        ("last", "model with the last weights"),
+    ],
+)
+def test_the_command_says_which_weights_became_the_model(train, monkeypatch, published, said):
+    artifact = SimpleNamespace(uri="a")
+    result = SimpleNamespace(artifact=artifact, history=[{"global_step": 4}])
+    monkeypatch.setattr("forge_ray.gr.train.train_generator", lambda *args, **given: result)
+    found = train(f"published={published}")
+    assert said in found.output
+    assert ("best model" in found.output) is (published == "best")
 
 
 def test_the_manifest_says_how_to_repeat_the_run():
