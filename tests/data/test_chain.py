@@ -87,6 +87,7 @@ def test_stages_that_name_none_are_joined_by_their_days(
     put(store, "other-s1", (14, 21, 22), validation_share=0.1)
     put(store, "gap", (35, 42, 43))
     put(store, "later-s4", week(4), together=[*keys, *keys_of([4])])
+    caplog.clear()  # of what was said while the data sets were made
     with caplog.at_level(logging.WARNING, logger="forge_ray"):
         assert chain_of(store, keys[place]) == keys
     said = caplog.text
