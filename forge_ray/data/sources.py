@@ -9,6 +9,7 @@ import of AL-GR files with `sequences/`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -16,7 +17,7 @@ from typing import Literal, TypeVar
 from pyarrow import fs as pafs
 
 from forge_ray.artifacts import open_filesystem
-from forge_ray.data.al_gr.folder import AL_GR_MANIFEST, AlGrFolder, item_spaces
+from forge_ray.data.al_gr.folder import AL_GR_MANIFEST, AlGrFolder, numbered_spaces
 from forge_ray.data.checks import TimeUnit, check_skip
 from forge_ray.data.importers import FORMATS
 from forge_ray.data.schema import DEFAULT_SPACE
@@ -137,12 +138,12 @@ def resolve(config: SourcesConfig) -> SourcesConfig:
             f"{config.source} must hold interactions.csv, .jsonl, .parquet or a folder "
             f"interactions/, got {sorted(entries)}. Rename the file, or set interactions.path."
         )
-    find_vectors = _vectors_of_import if is_import else _find_vectors
+    numbered = _numbered_spaces(config.source) if is_import and not config.vectors else []
     return replace(
         config,
         interactions=interactions,
         items=replace(config.items, path=config.items.path or _find(entries, "items")),
-        vectors=config.vectors or find_vectors(config.source, entries),
+        vectors=config.vectors or _find_vectors(config.source, entries, numbered),
     )
 
 
@@ -170,24 +171,18 @@ def _sequences_of(config: SourcesConfig, entries: dict[str, pafs.FileInfo]) -> I
     return replace(config.interactions, path=path, layout="sequences")
 
 
-def _vectors_of_import(folder: str, entries: dict[str, pafs.FileInfo]) -> dict[str, VectorsConfig]:
-    """The vector spaces of an AL-GR import that have item ids."""
+def _numbered_spaces(folder: str) -> list[str]:
+    """The vector spaces of an AL-GR import that have numbers of rows for ids."""
     _, records = AlGrFolder.at(folder).finished()
-    named, others = item_spaces(records)
-    if others:
+    numbered = numbered_spaces(records)
+    if numbered:
         logger.warning(
             "left out vector spaces %s of %s: their .npz files have numbers of rows for ids, not "
             "items. Set vectors.NAME.path to take one all the same.",
-            others,
+            numbered,
             folder,
         )
-    above = _find(entries, "vectors")
-    inner = _entries(above) if named and above else {}
-    return {
-        one.base_name: VectorsConfig(path=uri)
-        for uri, one in inner.items()
-        if one.base_name in named
-    }
+    return numbered
 
 
 def _has(entries: dict[str, pafs.FileInfo], name: str) -> bool:
@@ -227,7 +222,10 @@ def _is_named(name: str, stem: str) -> bool:
     return head == stem and f".{suffix.lower()}" in FORMATS
 
 
-def _find_vectors(folder: str, entries: dict[str, pafs.FileInfo]) -> dict[str, VectorsConfig]:
+def _find_vectors(
+    folder: str, entries: dict[str, pafs.FileInfo], numbered: Sequence[str]
+) -> dict[str, VectorsConfig]:
+    """The vector spaces of a folder by name, less those of an import that number their rows."""
     files = {uri: one for uri, one in entries.items() if one.type == pafs.FileType.File}
     single = _find(files, "vectors")
     spaces = {
@@ -239,7 +237,9 @@ def _find_vectors(folder: str, entries: dict[str, pafs.FileInfo]) -> dict[str, V
         if entry.base_name == "vectors" and entry.type == pafs.FileType.Directory:
             inner = _entries(uri)
             folders = {e.base_name: u for u, e in inner.items() if e.type != pafs.FileType.File}
-            spaces |= folders or {DEFAULT_SPACE: uri}
+            kept = {name: u for name, u in folders.items() if name not in numbered}
+            # Without folders it is a space itself.
+            spaces |= kept if folders else {DEFAULT_SPACE: uri}
     if len(spaces) == 1:
         spaces = {DEFAULT_SPACE: next(iter(spaces.values()))}
     if spaces and DEFAULT_SPACE not in spaces:

@@ -149,7 +149,6 @@ class GrConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be >= 1, got {getattr(self, name)}. Raise it.")
         self._check_workers()
-        self._check_targets()
         if not 0 <= self.seed < 2**31:
             raise ConfigError(f"seed must be in [0, 2^31), got {self.seed}. Use another seed.")
         if self.max_failures < 0:
@@ -201,7 +200,14 @@ class GrConfig:
                 "Leave it out."
             )
 
-    def _check_targets(self) -> None:
+    def check_targets(self) -> None:
+        """Refuses one answer a row where the model learns every item of it.
+
+        No rule of the configuration itself: other models may stand in the place of `model`.
+
+        Raises:
+            ConfigError: the model and `data.targets` do not go together.
+        """
         if self.data.targets == "last" and self.model.examples == "window":
             raise ConfigError(
                 f"data.targets must be all for model.kind={self.model.kind}, which learns every "

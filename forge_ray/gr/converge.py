@@ -212,6 +212,7 @@ def _check(
     if table_key(old.table) == table_key(new.table):
         raise ConfigError(f"old and new SIDs must differ, got {old.name} twice. Fit another table.")
     config.train.model.check_history(config.train.max_history)
+    config.train.check_targets()
     for variant in (old, new):
         config.train.check_levels(variant.table.num_levels)
 

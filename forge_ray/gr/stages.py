@@ -75,9 +75,9 @@ class StagesConfig:
                 f" and {', '.join(self.backbones)}. Write it among backbones."
             )
         check_tasks(self.train)
-        for model in self.backbones.values():
+        for model in self.models().values():
             # What a backbone cannot train on is refused before the first one is trained.
-            replace(self.train, model=model)
+            replace(self.train, model=model).check_targets()
 
     def models(self) -> dict[str, GeneratorConfig]:
         """The backbones by name."""

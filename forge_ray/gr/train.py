@@ -176,6 +176,7 @@ def _resolved(
     """The configuration with what it names looked up."""
     _check_table(config, dataset, table)
     config.model.check_history(config.max_history)
+    config.check_targets()
     config.tasks.check_validation()
     _check_validation(config, dataset)
     initial = resolved_initial(config.initial, store, table, config.model)

@@ -118,6 +118,7 @@ def resolve_point(config: SweepConfig, point: Point, *, dataset: Catalogue) -> R
             "seen items out, and trials are compared by both. Leave it out."
         )
     typed.gr.model.check_history(typed.gr.max_history)
+    typed.gr.check_targets()
     _check_metric(config.metric, "gr.validation.ks", typed.gr.validation.ks)
     _check_metric(config.metric, "evaluation.ks", config.evaluation.ks)
     _check_cutoffs(config.objectives, config.evaluation.ks)

@@ -173,6 +173,13 @@ def test_trials_are_sent_no_codes_and_open_them_there(store: ArtifactStore) -> N
     assert table.codes[-1].tolist() == [7, 7, 7]
 
 
+def test_backbones_alone_decide_what_rows_they_can_have() -> None:
+    last = ["train.data.targets=last", "backbones={t5: {kind: t5}}"]
+    assert load_config(StagesConfig, overrides=last).train.data.targets == "last"
+    with pytest.raises(ConfigError, match=r"data\.targets must be all for model\.kind=decoder"):
+        load_config(StagesConfig, overrides=[*last[:1], "backbones={d: {kind: decoder}}"])
+
+
 def test_two_tables_of_one_name_are_refused(store: ArtifactStore, tmp_path: Path) -> None:
     stages = two_stages(store)
     paths = [tmp_path / folder / "table.npz" for folder in ("one", "other")]

@@ -213,8 +213,8 @@ def rows_in_all(records: Sequence[FileRecord]) -> dict[str, int]:
     return _sum([one.rows for one in records])
 
 
-def item_spaces(records: Sequence[FileRecord]) -> tuple[list[str], list[str]]:
-    """Names of the vector spaces whose ids are those of items, and of the others.
+def numbered_spaces(records: Sequence[FileRecord]) -> list[str]:
+    """Names of the vector spaces whose ids are no items.
 
     Item-EMB files name items; `.npz` files of SID training have numbers of rows for ids.
     """
@@ -223,7 +223,7 @@ def item_spaces(records: Sequence[FileRecord]) -> tuple[list[str], list[str]]:
     for one in records:
         found = {part.partition("/")[2] for part in one.rows if part.startswith("vectors/")}
         (named if one.layout.kind == "item_emb" else others).update(found)
-    return sorted(named), sorted(others - named)
+    return sorted(others - named)
 
 
 def _sum(counts: Sequence[Mapping[str, int]]) -> dict[str, int]:

@@ -11,6 +11,7 @@ _KANA = "\u3041-\u309a\u309d-\u309f\u30a1-\u30fa\u30fc-\u30ff\u31f0-\u31ff\uff66
 # With its vowel signs and tones, which are no letters to `re`.
 _THAI = "\u0e01-\u0e3a\u0e40-\u0e4e"
 _UNSPACED = _HAN + _RARE_HAN + _KANA + _THAI
+_UNSPACED_START = re.compile(f"[{_UNSPACED}]")
 _RUN = re.compile(rf"(?P<unspaced>[{_UNSPACED}]+)|[^\W{_UNSPACED}]+")
 
 
@@ -24,6 +25,11 @@ def words(text: str) -> list[str]:
     Source: the bigrams of Lucene's CJKBigramFilter, which leaves Thai to a dictionary.
     """
     return [word for run in word_runs(text) for word in run]
+
+
+def is_unspaced(word: str) -> bool:
+    """Whether a word is of a script that puts no space between words."""
+    return _UNSPACED_START.match(word) is not None
 
 
 def folded(text: str) -> str:

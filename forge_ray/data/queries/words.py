@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from forge_ray.data.hashing import unit_uniform
-from forge_ray.data.queries.text import word_runs
+from forge_ray.data.queries.text import is_unspaced, word_runs
 from forge_ray.errors import ConfigError
 
 _MOST_WORDS = 24
@@ -95,7 +95,7 @@ class _Words:
         A run of n pairs has n + 1 characters, and half of the pairs have at most n of them.
         """
         count = len(self.words)
-        return max(1, count // 2) if any(self.overlaps) else count
+        return max(1, count // 2) if any(map(is_unspaced, self.words)) else count
 
     def written(self, chosen: list[int], words: list[str]) -> str:
         """The chosen words, as they stand here or mistyped, as one text."""

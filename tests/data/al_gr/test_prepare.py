@@ -17,7 +17,7 @@ from forge_ray.data.al_gr.importing import AlGrImportConfig, import_al_gr
 from forge_ray.data.chain import stage_chain
 from forge_ray.data.prepare import PrepareConfig, prepare
 from forge_ray.data.schema import Dataset, Split
-from forge_ray.data.sources import ItemsConfig, VectorsConfig
+from forge_ray.data.sources import ItemsConfig, VectorsConfig, resolve
 from forge_ray.data.splits import LeaveOneOutConfig, PublishedConfig, TemporalConfig
 from forge_ray.data.validate import validate_dataset
 from forge_ray.errors import ConfigError, DataError
@@ -217,6 +217,8 @@ def test_a_whole_import_is_prepared_less_the_vectors_that_name_no_items(
     (dataset,) = prepare(documented, store)
 
     assert "left out vector spaces ['reconstruct_data_mask']" in caplog.text
+    (Path(source) / "vectors/mine").mkdir()
+    assert list(resolve(config).vectors) == ["default", "mine"]  # put beside the imported ones
     assert dataset.spaces == ("default",)
     assert dataset.item_ids().tolist() == sorted({*ITEMS} - {ITEMS[2], ITEMS[10]})
     assert dataset.rows["skipped_items_without_vector"] == 1
